@@ -99,23 +99,6 @@ def test_factored_values_are_those_of_the_product(size: tuple[int, int, int, int
     )
 
 
-def test_energy_stable_and_effective_rank_of_known_spectra() -> None:
-    flat = np.full(10, 3.0)
-    assert spectra.compute_stable_rank(flat) == pytest.approx(10)
-    assert spectra.compute_effective_rank(flat) == pytest.approx(10)
-    assert spectra.compute_energy_rank(flat, 0.9) == 9
-    assert spectra.compute_energy_rank(flat, 1.0) == 10
-    single = np.array([2.0, 0.0, 0.0])
-    assert (
-        spectra.compute_stable_rank(single),
-        spectra.compute_effective_rank(single),
-        spectra.compute_energy_rank(single, 0.99),
-    ) == (1, 1, 1)
-    nothing = np.zeros(4)
-    assert (spectra.compute_stable_rank(nothing), spectra.compute_effective_rank(nothing)) == (0, 0)
-    assert spectra.compute_energy_rank(nothing, 0.9) == 0
-
-
 def test_the_hard_threshold_is_gavish_and_donohos() -> None:
     """Their paper's constant for square matrices: 2.858 times the median."""
     beside_the_median = [np.concatenate([[factor], np.ones(98)]) for factor in (2.853, 2.863)]

@@ -22,7 +22,7 @@ from rightrank.data.splits import load_data
 from rightrank.decision.adapter_comparison import SEARCH_OPTION
 from rightrank.runs.resize_by_data import load_evaluation_data
 from rightrank.schema.errors import DataError
-from rightrank.schema.events import EvaluationProgress, Listener, Notice
+from rightrank.schema.events import Listener
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial
 from rightrank.training.adapter_runtime import RuntimeInputs, make_adapter_runtime
@@ -37,7 +37,6 @@ from tests.adapters.adapters import (
     load_tensors,
     make_adapter,
     make_base,
-    write_tensors,
 )
 from tests.commands import COMMANDS, run
 from tests.helpers import make_runtime
@@ -133,19 +132,6 @@ def test_the_reported_value_is_that_of_the_written_folder(
     load_strictly(model_folder, tmp_path / "small")
 
 
-def test_a_file_without_splits_is_scored_whole_and_the_number_is_stated(trained: Path, tmp_path: Path) -> None:
-    """Score each half with the truncation whose moments come from the other half."""
-    held_out = write_completions(tmp_path / "held_out.jsonl", count=30, seed=7)
-    events: list[EvaluationProgress | Notice] = []
-    settings = SelectSettings(seq_len=32)
-    resized = resize(trained, tmp_path / "out", data=held_out, settings=settings, ranks=(2,), on_event=events.append)
-    notices = [event.text for event in events if isinstance(event, Notice)]
-    assert resized.scored_examples == 30
-    assert notices[0] in resized.notes
-    assert notices[0].startswith("scored on 30 examples of ")
-    assert notices[0].endswith("name its training data with --train")
-
-
 def test_training_examples_are_left_out_of_the_scores(trained: Path, completion_file: Path, tmp_path: Path) -> None:
     lines = completion_file.read_text(encoding="utf-8").splitlines()
     train = tmp_path / "train.jsonl"
@@ -179,16 +165,6 @@ def test_a_run_folder_tells_what_its_adapter_was_trained_on(
     assert scored
     assert not scored & trained_on
     assert not evaluation_data.scores_training_examples
-
-
-def test_rank_1_leaves_nothing_to_measure(
-    trained: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    resize(trained, tmp_path / "one", rank=1)
-    with pytest.raises(SystemExit) as stop:
-        main(["resize", str(tmp_path / "one"), str(tmp_path / "out"), "--data", str(completion_file)])
-    assert stop.value.code == 2
-    assert "its rank is 1" in capsys.readouterr().err
 
 
 def test_a_module_to_save_is_restored(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
@@ -285,22 +261,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_completions(tmp_path_factory.mktemp("data") / "rows.jsonl", 30)
 
 
-def test_an_adapter_that_learned_nothing_has_no_gain(base_with_tokenizer: Path, data: Path, tmp_path: Path) -> None:
-    adapter = make_adapter(base_with_tokenizer, tmp_path / "adapter", rank=4)
-    write_tensors(adapter, {key: value * ("lora_B" not in key) for key, value in load_tensors(adapter).items()})
-    resized = resize(adapter, tmp_path / "out", data=data, ranks=(1,), settings=SelectSettings(**SHORT_SETTINGS))
-    assert resized.no_gain
-    values = {entry.rank: entry.value for entry in resized.held_out}
-    assert resized.answer.sentence.startswith(
-        f"No gain: the base model alone has {values[0]:.4f} and the adapter {values[4]:.4f}"
-    )
-    changed = make_adapter(base_with_tokenizer, tmp_path / "changed", rank=4)
-    resized = resize(
-        changed, tmp_path / "out2", data=data, ranks=(1,), margin=1e-6, settings=SelectSettings(**SHORT_SETTINGS)
-    )
-    assert not resized.no_gain
-
-
 def test_advice_is_a_command_that_select_takes(base_with_tokenizer: Path, data: Path, tmp_path: Path) -> None:
     adapter = make_adapter(base_with_tokenizer, tmp_path / "adapter", rank=4)
     resized = resize(adapter, tmp_path / "out", data=data, margin=1e-9, settings=SelectSettings(**SHORT_SETTINGS))
@@ -327,52 +287,3 @@ def test_a_base_that_is_not_found_from_here_is_one_line(
     assert (
         run(["resize", str(adapter), str(tmp_path / "out"), *arguments], capsys)[0] == 0
     )  # the last part is that of the name
-
-
-def test_a_rank_that_is_shared_out_is_said_with_the_range_of_the_modules(
-    base_with_tokenizer: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    adapter = make_adapter(base_with_tokenizer, tmp_path / "adapter", rank=8)
-    capsys.readouterr()
-    arguments = ["--data", str(data), "--ranks", "2", "--margin", "9", *SMALL]
-    assert run(["resize", str(adapter), str(tmp_path / "out"), *arguments], capsys)[0] == 0
-    status, out, _ = run(["resize", str(adapter), str(tmp_path / "again"), *arguments], capsys)
-    ranks = [module.rank for module in open_adapter(tmp_path / "out").modules]
-    words = f"rank 2 (modules from {min(ranks)} to {max(ranks)})"
-    assert status == 0
-    assert min(ranks) < max(ranks)
-    assert out.startswith(f"{tmp_path / 'again'}: {words} (by data")
-    assert f"note: {words}: the parameters of rank 2 are shared out" in out
-    resize(adapter, tmp_path / "uniform", rank=2)
-    assert open_adapter(tmp_path / "uniform").rank_text == "2"
-
-
-def test_what_lies_beside_the_factors_is_counted_and_kept(base_with_tokenizer: Path, tmp_path: Path) -> None:
-    adapter = make_adapter(base_with_tokenizer, tmp_path / "adapter", "modules_to_save", rank=4)
-    make_tokenizer().save_pretrained(adapter)
-    resized = resize(adapter, tmp_path / "out", rank=2)
-    other_keys = open_adapter(adapter).other_keys
-    count = sum(load_tensors(adapter)[key].numel() for key in other_keys)
-    assert f"unchanged: {len(other_keys)} fully trained tensors with {count:,} parameters" in resized.notes
-    assert set(other_keys) <= set(load_tensors(tmp_path / "out"))
-    for file in adapter.glob("*token*"):
-        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
-
-
-def test_a_folder_of_named_adapters_names_them(
-    base_with_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make_adapter(base_with_tokenizer, tmp_path / "all" / "default", rank=4)
-    capsys.readouterr()
-    assert run(["resize", str(tmp_path / "all"), str(tmp_path / "only"), "--rank", "2"], capsys)[0] == 0
-    status, _, err = run(["inspect", str(tmp_path / "all")], capsys)
-    assert status == 2
-    assert f"give {tmp_path / 'all' / 'default'}, the adapter in it" in err
-    make_adapter(base_with_tokenizer, tmp_path / "all" / "second", rank=4)
-    capsys.readouterr()
-    status, _, err = run(["inspect", str(tmp_path / "all")], capsys)
-    assert status == 2
-    assert f"give one of the adapters in it: {tmp_path / 'all' / 'default'}, {tmp_path / 'all' / 'second'}" in err
-    arguments = ["resize", str(tmp_path / "all" / "second"), str(tmp_path / "out"), "--rank", "2", "--json"]
-    status, out, _ = run(arguments, capsys)
-    assert (status, json.loads(out)["rank"]) == (0, 2)

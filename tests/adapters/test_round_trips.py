@@ -75,24 +75,6 @@ def test_padding_keeps_the_function(bases: Any, tmp_path: Path, kind: str) -> No
             assert bool(value.abs().sum(1).min() > 0)
 
 
-def test_dora_keeps_its_magnitudes_and_modules_to_save_their_tensors(bases: Any, tmp_path: Path) -> None:
-    for kind, word in (("dora", "magnitude"), ("modules_to_save", "norm.weight")):
-        adapter = make_adapter(bases(kind), tmp_path / kind, kind)
-        resize(adapter, tmp_path / f"{kind}-small", rank=2)
-        old_tensors, new_tensors = load_tensors(adapter), load_tensors(tmp_path / f"{kind}-small")
-        keys = [key for key in old_tensors if word in key]
-        assert keys
-        assert all(torch.equal(old_tensors[key], new_tensors[key]) for key in keys)
-
-
-def test_a_sharded_base(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", shard="20KB")
-    assert len(list(base.glob("model-*.safetensors"))) > 1
-    adapter = make_adapter(base, tmp_path / "adapter")
-    resize(adapter, tmp_path / "small", rank=4)
-    load_strictly(base, tmp_path / "small")
-
-
 def test_a_pattern_on_a_name_that_ends_another_is_anchored() -> None:
     from rightrank.adapters.rank_math import build_exact_pattern, get_pattern_value
 

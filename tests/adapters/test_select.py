@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rightrank import inspect
-from rightrank.adapters.adapter_reader import open_adapter
 from tests import commands
 from tests.adapters.kind_checks import CASES, Suite, Trained, make_model
 from tests.tiny import make_tokenizer, write_completions
@@ -89,26 +85,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return Suite.of(CASES["experts (Mixtral)"], tmp_path_factory.mktemp("experts")).trained
 
 
-def test_an_expert_that_no_token_reached_has_its_own_flag(trained: Trained, tmp_path: Path) -> None:
-    """Half of the experts get no token: their B stays zero. Another one is scaled to next to nothing."""
-    adapter = open_adapter(Path(shutil.copytree(trained.adapter, tmp_path / "adapter")))
-    first = next(module for module in adapter.modules if module.kind.name == "expert")
-    tensors = load_file(adapter.weights_file)
-    b = tensors[first.b_key].reshape(first.rows, first.rank, 4)
-    b[:, :, 2] = 0.0
-    b[:, :, 1] *= 1e-6
-    save_file(tensors, adapter.weights_file, {"format": "pt"})
-    flags = [
-        module.flags for module in inspect(tmp_path / "adapter").modules if module.name.startswith(first.name[:-2])
-    ]
-    assert [[flag for flag in module_flags if flag in ("no_token", "untrained", "dead")] for module_flags in flags] == [
-        [],
-        ["dead"],
-        ["no_token"],
-        [],
-    ]
-
-
 @pytest.mark.filterwarnings("ignore:`lora_bias=True`")  # PEFT's remark that it can't be merged
 @pytest.mark.parametrize(
     ("model", "settings", "message"),
@@ -131,16 +107,3 @@ def test_what_a_kind_refuses_is_one_line(
     last = err.strip().splitlines()[-1]
     assert message in last
     assert "Traceback" not in err
-
-
-def test_adapters_on_experts_are_resized_by_held_out_data(
-    run: Run, folder: Path, trained: Trained, tmp_path: Path
-) -> None:
-    make_tokenizer().save_pretrained(trained.base)
-    status, out, err = run(
-        "resize", str(trained.adapter), str(tmp_path / "small"), "--data", str(folder / "data.jsonl"),
-        "--margin", "5", "--set", "seq_len=32", "--set", "max_eval_examples=8", "--set", "device=cpu", "--json",
-    )  # fmt: skip
-    assert status == 0, err
-    assert json.loads(out)["rank"] == 1
-    assert {module.rank for module in open_adapter(tmp_path / "small").modules} == {1}

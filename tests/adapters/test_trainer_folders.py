@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from rightrank import resize
 from rightrank.adapters.adapter_folders import MLX_FILE, find_adapter
 from rightrank.adapters.adapter_reader import open_adapter
 from rightrank.adapters.spectra import inspect_adapter
-from rightrank.bases.model_sources import find_model
 from rightrank.schema.errors import ModelError
 from tests.adapters.adapters import MLX, make_adapter, make_base, write_mlx
 
@@ -87,16 +85,6 @@ def test_the_best_adapter_by_the_pointer_of_nemo(adapter: Path, tmp_path: Path) 
     assert find_adapter(output)[0] == output / "epoch_0_step_10" / "model"
 
 
-def test_resize_says_which_adapter_it_took(adapter: Path, tmp_path: Path) -> None:
-    output = make_output_folder(tmp_path / "out", adapter, ["checkpoint-20", "checkpoint-100"])
-    messages: list[str] = []
-    resized = resize(
-        output, tmp_path / "small", rank=2, on_event=lambda event: messages.append(getattr(event, "text", ""))
-    )
-    assert messages == resized.notes[:1]
-    assert messages[0].startswith(f"{output / 'checkpoint-100'}: the newest of 2")
-
-
 def test_an_adapter_of_mlx_has_the_same_updates(base: Path, adapter: Path, tmp_path: Path) -> None:
     folder = write_mlx(tmp_path / "mlx", adapter, base)
     read, plain = open_adapter(folder), open_adapter(adapter)
@@ -132,21 +120,6 @@ def _truncate_matrix(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     return ((u[:, :rank] * values[:rank]) @ vt[:rank]).float()
 
 
-@pytest.mark.trains
-def test_an_adapter_of_mlx_is_shrunk_by_data_as_pefts_is(
-    model_folder: Path, completion_file: Path, tmp_path: Path
-) -> None:
-    plain = make_adapter(model_folder, tmp_path / "plain")
-    folder = write_mlx(tmp_path / "mlx", plain, model_folder)
-    settings: Mapping[str, Any] = {"margin": 0.5, "data": completion_file, "ranks": [2, 4]}
-    ours = resize(folder, tmp_path / "small", **settings)
-    theirs = resize(plain, tmp_path / "small-plain", **settings)
-    assert (
-        ours.held_out[:2] == theirs.held_out[:2]
-    )  # the base and the whole adapter: truncations of PEFT's share ranks out
-    assert json.loads((tmp_path / "small" / "adapter_config.json").read_text())["lora_parameters"]["rank"] == ours.rank
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -160,13 +133,3 @@ def test_what_is_not_read_of_mlx(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         open_adapter(write_mlx(tmp_path / "mlx", adapter, base, **changes))
-
-
-def test_a_base_that_mlx_has_quantised_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "llama", "quantization": {"group_size": 64, "bits": 4}})
-    )
-    with pytest.raises(
-        ModelError, match="MLX quantized this model, and PyTorch can't read it; give the original model"
-    ):
-        find_model(str(tmp_path))

@@ -7,14 +7,9 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from rightrank.runs.journal import Journal
-from rightrank.schema.trials import TrialFailed, TrialFinished
-from rightrank.training import optimizer as steps
 from tests.commands import build_select_arguments, run
 
 pytestmark = pytest.mark.trains
@@ -119,16 +114,6 @@ def test_model_folders(
     require_refusal(*run(build_select_arguments(model, completion_file, tmp_path / "run"), capsys), message)
 
 
-def test_pickled_weights_are_not_read(
-    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = copy_broken_model(model_folder, tmp_path / "model", "*.safetensors")
-    (model / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    require_refusal(
-        *run(build_select_arguments(model, completion_file, tmp_path / "run"), capsys), r"only pickled weights"
-    )
-
-
 def test_unknown_architecture(
     model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,11 +137,6 @@ def test_missing_models(completion_file: Path, tmp_path: Path, capsys: pytest.Ca
     )
 
 
-def test_missing_data(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = build_select_arguments(model_folder, tmp_path / "nothing.jsonl", tmp_path / "run")
-    require_refusal(*run(arguments, capsys), r"no such file or folder")
-
-
 def test_out_is_a_file(
     model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,17 +146,6 @@ def test_out_is_a_file(
         "this is a file, not a folder",
     )
     assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_out_holds_other_files(
-    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "thesis.txt").write_text("mine")
-    require_refusal(
-        *run(build_select_arguments(model_folder, completion_file, tmp_path / "run"), capsys), r"no journal\.jsonl"
-    )
-    assert [path.name for path in (tmp_path / "run").iterdir() if path.name != ".lock"] == ["thesis.txt"]
 
 
 @pytest.mark.skipif(
@@ -205,30 +174,3 @@ def test_a_full_disk_is_reported_and_the_run_resumes(
     finally:
         gc.collect()  # mapped files are closed when their arrays are deleted
         subprocess.run(["umount", str(small)], check=True)
-
-
-def test_out_of_memory_is_recorded_and_the_rest_goes_on(
-    model_folder: Path,
-    completion_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    real = steps._make_optimizer
-
-    def raise_memory_error(parameters: Any, rate: float, settings: Any) -> Any:
-        shapes = [parameter.shape for parameter in parameters]
-        if max(shape[0] for shape in shapes if shape[1] > 8) >= 4 and shapes[0][0] == 4:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
-        return real(parameters, rate, settings)
-
-    monkeypatch.setattr(steps, "_make_optimizer", raise_memory_error)
-    arguments = build_select_arguments(model_folder, completion_file, tmp_path / "run", "--ranks", "1,2,4")
-    status, _, err = run(arguments, capsys)
-    assert status == 0, err
-    records = Journal(tmp_path / "run" / "journal.jsonl").read()
-    failed = [record for record in records if isinstance(record, TrialFailed)]
-    assert [record.rank for record in failed] == [4]
-    assert "r=4 lr=0.01 seed=0 ran out of memory" in failed[0].reason
-    assert "; the memory plan predicted " in failed[0].reason
-    assert {record.rank for record in records if isinstance(record, TrialFinished)} == {0, 1, 2}

@@ -90,19 +90,6 @@ def test_a_package_that_is_not_installed_is_one_line(files: Path) -> None:
     assert not (files / "run").exists()
 
 
-def test_a_plan_names_missing_files(files: Path) -> None:
-    for arguments, message in (
-        (["plan", "./modle"], "no such folder (did you mean 'model'?);"),
-        (["plan", "model", "--set", "optim=adam8"], "optim: got 'adam8'"),
-    ):
-        process = subprocess.run(
-            [sys.executable, "-c", CODE, json.dumps(arguments)], capture_output=True, text=True, cwd=files
-        )
-        assert process.stdout.split() == ["2", "False"], process.stderr
-        assert len(process.stderr.splitlines()) == 1
-        assert message in process.stderr
-
-
 def test_a_terminal_shows_a_line_before_anything_is_loaded(files: Path) -> None:
     ours, theirs = os.openpty()
     arguments = json.dumps(["select", "./modle", "train.jsonl", "--out", "run"])
@@ -113,20 +100,6 @@ def test_a_terminal_shows_a_line_before_anything_is_loaded(files: Path) -> None:
     assert process.stdout.split() == [b"2", b"False"]
     assert first.endswith("checking the request, then loading model and data …")
     assert "did you mean 'model'?" in last
-
-
-@pytest.mark.parametrize("option", [("--out", "run"), ("--dry-run",)])
-def test_a_pipe_gets_a_line_before_torch_is_imported(files: Path, option: tuple[str, ...]) -> None:
-    """Use a damaged model, so that the run ends early; the first write comes before any heavy import."""
-    watching = CODE.replace(
-        "try:",
-        "written = []\nwrite = sys.stderr.write\n"
-        "sys.stderr.write = lambda text: (written.append('torch' in sys.modules), write(text))[1]\ntry:",
-    ).replace('print(ended.code, "torch" in sys.modules)', "print(ended.code, written[0])")
-    arguments = json.dumps(["select", "model", "train.jsonl", *option])
-    process = subprocess.run([sys.executable, "-c", watching, arguments], capture_output=True, text=True, cwd=files)
-    assert process.stdout.split() == ["2", "False"], process.stderr
-    assert process.stderr.splitlines()[0].endswith("loading model and data …")
 
 
 LIGHT = """\
@@ -148,32 +121,11 @@ def test_help_loads_neither_settings_nor_numbers() -> None:
     assert process.stderr == "[]\n"
 
 
-def test_the_core_imports_no_engine() -> None:
-    """Check that the core imports no engine, since a custom trainer may use no torch."""
-    script = 'import rightrank.runs.run, rightrank.trainers.custom_trainer, sys; print(sorted({"torch", "peft"} & set(sys.modules)))'
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "[]\n"
-
-
-REFUSED = LIGHT.replace("ended.code == 0", "ended.code == 2")
-
-
 @pytest.fixture
 def run_folder(small_run: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     shutil.copytree(small_run / "run", folder)
     return folder
-
-
-def test_the_adapter_of_a_run_folder_is_named_without_torch(run_folder: Path) -> None:
-    for command in (
-        ["inspect", str(run_folder)],
-        ["resize", str(run_folder), "out", "--rank", "1"],
-        ["compare", "base", str(run_folder), "--model", "model", "--data", "x.jsonl"],
-    ):
-        process = subprocess.run([sys.executable, "-c", REFUSED, *command], capture_output=True, text=True)
-        message, modules = process.stderr.splitlines()
-        assert message.endswith(f"give {run_folder / 'adapter'}, the adapter in it")
-        assert modules == "[]"
 
 
 @pytest.mark.parametrize("command", [["status"], ["decide"], ["export", "--to", "vllm"]])

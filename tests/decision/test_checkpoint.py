@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +10,6 @@ import pytest
 from rightrank.decision.rule import decide_table
 from rightrank.decision.table import Cell, ScoreTable, build_table, select_checkpoint
 from rightrank.schema.trials import EvalPoint
-from tests.commands import run
 from tests.decision.tables import make_trial
 
 # The loss of DistilBERT on IMDB at the last and at the best evaluation, from a public table without the best step.
@@ -90,19 +86,6 @@ def test_scores_of_the_last_evaluation_are_not_those_of_the_best() -> None:
     best = decide_table(table, checkpoint="best")
     assert (best.basis, best.rank) == ("values", 4)
     assert {evidence.rank: evidence.value for evidence in best.ranks} == {1: 2.0, 4: 1.9}
-
-
-def test_a_table_with_steps_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "imdb.csv"
-    with file.open("w", newline="") as sink:
-        rows = csv.writer(sink)
-        rows.writerow(["rank", "step", "eval_loss"])
-        rows.writerows([rank, step, values[rank]] for step, values in ((100, BEST), (200, LAST)) for rank in LAST)
-    status, out, _ = run(["decide", str(file), "--margin", "0.005"], capsys)
-    assert status == 0
-    assert "Rank 4 looks enough" in out
-    status, out, _ = run(["decide", str(file), "--margin", "0.005", "--checkpoint", "best", "--json"], capsys)
-    assert (status, json.loads(out)["rank"]) == (0, 64)
 
 
 @pytest.mark.parametrize("higher", [False, True])

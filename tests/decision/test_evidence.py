@@ -76,13 +76,6 @@ def test_pairs_share_a_seed_if_possible() -> None:
     assert differences == [("1s0", 3, 3), ("1s2", 8, 8)]
 
 
-def test_pairs_are_in_order_if_no_seed_is_shared() -> None:
-    assert compute_pair_differences(make_contender(1, s0=5, s1=7, s2=9), make_contender(4, s5=1, s6=2)) == [
-        ("1s0", 4, 4),
-        ("1s1", 5, 5),
-    ]
-
-
 def test_the_base_s_one_evaluation_pairs_with_every_seed() -> None:
     base, trained = make_contender(0, s0=5), make_contender(4, s1=1, s2=2)
     assert compute_pair_differences(base, trained) == [("0s0", 4, 4), ("0s0", 3, 3)]
@@ -119,14 +112,6 @@ def test_a_learning_rate_with_fewer_seeds_needs_clear_evidence(lower: float, noi
 def test_a_rank_without_a_seed_is_adjusted_for_its_effect() -> None:
     aligned = align_contenders([make_contender(1, s0=1, s1=2), make_contender(4, s1=2.5)])
     assert [contender.loss for contender in aligned.values()] == pytest.approx([1.5, 2.0], abs=1e-3)
-
-
-def test_results_without_a_value_are_counted_by_rank() -> None:
-    rows = [(4, 0, 1.0), (4, 1, None), (16, 0, None), (16, 1, None), (64, 0, 2.0)]
-    results = [make_trial(trial_id=f"{rank}-{seed}", rank=rank, seed=seed, value=value) for rank, seed, value in rows]
-    table = build_table(results, "eval_loss", False)
-    assert table.missing == {4: 1, 16: 2}
-    assert list(table.cells) == [(4, 0.0, 0), (64, 0.0, 0)]
 
 
 def test_a_learning_rate_that_shares_no_seed_is_not_taken() -> None:

@@ -11,21 +11,15 @@ from rightrank.decision.comparison import (
     compute_bounds,
     compute_file_bounds,
     compute_group_degrees,
-    estimate_file_difference,
     estimate_mean,
 )
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.rule import decide_table
-from rightrank.decision.seeds import measure_pair_noise
 from rightrank.decision.table import (
     Cell,
     ScoreTable,
-    build_table,
-    compute_paired_difference,
-    number_groups,
 )
 from rightrank.schema.trials import Floats, Groups
-from tests.decision.tables import make_trial
 
 ROWS = 10
 
@@ -47,17 +41,6 @@ def test_repeated_rows_of_a_group_add_no_information(seeds: int, span: float) ->
     files = compute_file_bounds(rows[0], weights, 0.0, groups)
     assert files.high == pytest.approx(compute_file_bounds(sums[0], unit_weights).high)
     assert estimate_mean(rows, weights, span).examples_variance < grouped.examples_variance / 9
-
-
-def test_groups_of_one_example_are_ignored() -> None:
-    sums, weights = draw_differences(2), np.arange(1.0, 41.0)
-    alone, grouped = estimate_mean(sums, weights), estimate_mean(sums, weights, 0.0, np.arange(40))
-    assert grouped.mean == alone.mean
-    assert grouped.standard_error == pytest.approx(alone.standard_error, rel=0.05)
-    assert number_groups(list(range(40)), 40) is None
-    assert number_groups([3] * 40, 40) is None
-    assert number_groups([0, 1], 40) is None
-    assert number_groups([7, 2, 7, 5], 4).tolist() == [2, 0, 2, 1]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("sizes", [[5.0] * 12, [100.0, 100.0, *[10.0] * 10], [1.0, 2.0, 3.0]])
@@ -122,51 +105,3 @@ def test_every_bound_and_probability_of_a_decision_follows_the_groups() -> None:
     )  # type: ignore[operator]
     decided, plain = decide_table(grouped, 0.005), decide_table(alone, 0.005)
     assert [evidence.value for evidence in decided.ranks] == [evidence.value for evidence in plain.ranks]
-
-
-def test_correlated_examples_count_as_fewer() -> None:
-    rows, groups = np.repeat(draw_differences(4), ROWS, axis=1), np.repeat(np.arange(40), ROWS)
-    weights = np.ones(rows.shape[1])
-    assert measure_pair_noise(rows, weights, groups).design_effect == pytest.approx(ROWS)
-    assert measure_pair_noise(rows, weights).design_effect == 1.0
-    assert estimate_file_difference(rows[0], weights, 0.0, groups).degrees <= 39
-
-
-def test_a_difference_keeps_the_groups_of_its_examples() -> None:
-    groups = np.array([0, 0, 1])
-    cell, other_cell = (Cell(name, 0.0, np.ones(3), np.ones(3), 0.0, groups=groups) for name in ("one", "other"))
-    assert compute_paired_difference(cell, other_cell).groups is groups
-
-
-def test_identical_examples_count_as_their_number_of_groups() -> None:
-    draw, alone, repeated = np.random.default_rng(6), {}, {}
-    for rank in (4, 16):
-        for seed in (0, 1, 2):
-            sums, key = 2 + 0.1 * draw.standard_normal(80), (rank, 1e-3, seed)
-            alone[key] = Cell(f"{key}", float(sums.mean()), sums, np.ones(80))
-            rows, groups = np.repeat(sums, ROWS), np.repeat(np.arange(80), ROWS)
-            repeated[key] = Cell(f"{key}", float(sums.mean()), rows, np.ones(len(rows)), groups=groups)
-    of_rows, of_groups = (Evidence(ScoreTable("loss", False, cells)) for cells in (alone, repeated))
-    for examples in (80, 160, 800):
-        margin = of_rows.compute_margins(0.95, examples=examples)[4]
-        # The values differ slightly, since the noise within a seed is estimated from 800 rows instead of 80.
-        assert of_groups.compute_margins(0.95, examples=ROWS * examples)[4] == pytest.approx(margin, rel=0.01)
-    assert margin < 0.9 * of_rows.compute_margins(0.95)[4]
-
-
-def test_a_table_of_results_keeps_the_steps_and_the_groups_of_its_examples() -> None:
-    results = [
-        make_trial(
-            trial_id=f"{rank}",
-            rank=rank,
-            value=2.0,
-            steps=7,
-            example_scores=[1.0, 3.0, 2.0, 2.0],
-            example_groups=groups,
-        )
-        for rank, groups in ((4, [5, 5, 1, 1]), (16, None))
-    ]
-    cells = build_table(results, "eval_loss", False).cells
-    assert cells[4, 0.0, 0].groups.tolist() == [1, 1, 0, 0]  # type: ignore[union-attr]
-    assert cells[16, 0.0, 0].groups is None
-    assert [cell.steps for cell in cells.values()] == [7, 7]

@@ -68,20 +68,6 @@ def test_stopped_trainings_are_compared_by_their_loss_if_another_metric_decides(
     assert answer.candidates[2].final_value == 0.8
 
 
-def test_a_learning_rate_that_was_better_early_is_not_said_to_be_worse() -> None:
-    _, outcomes = make_search()
-    arm = make_trial(3e-3, 0.0, 100).arm
-    diverged = TrialDiverged(trial_id="y", step=80, reason="the loss is NaN", **arm.model_dump())
-    answer = describe_learning_rate(make_trial(1e-3, -0.4, 100), [*outcomes[:-2], diverged], CRITERION)
-    assert answer is not None
-    assert "worse" not in answer.sentence
-    assert "-0.002 with 0.003" in answer.sentence
-    assert "0.003 diverged at step 80." in answer.sentence
-    assert [candidate.failure for candidate in answer.candidates] == [
-        None, None, "diverged at step 80", "diverged at step 3"
-    ]  # fmt: skip
-
-
 def test_learning_rates_are_compared_with_the_mean_of_the_factors() -> None:
     _, outcomes = make_search()
     quarters = [
@@ -121,12 +107,6 @@ def test_differences_and_bounds_of_a_perplexity_are_in_its_unit() -> None:
     assert answer.margin == pytest.approx(0.005 * reference)
 
 
-def test_a_metric_that_has_no_value_gives_no_comparison() -> None:
-    trials = [make_trial(rate, 0.0, 100) for rate in (1e-3, 3e-3)]
-    unmeasured = [trials[0].model_copy(update={"metrics": {"loss": 2.0}}), trials[1]]
-    assert describe_learning_rate(trials[1], unmeasured, Criterion("f1", higher_is_better=True, margin=None)) is None
-
-
 def test_without_an_early_stop_the_ends_are_compared_by_the_metric() -> None:
     trials = [
         make_trial(rate, 0.0, 100, value=value, metrics={"accuracy": value}, example_losses=[], example_tokens=[])
@@ -136,8 +116,3 @@ def test_without_an_early_stop_the_ends_are_compared_by_the_metric() -> None:
     assert answer is not None
     assert (answer.metric, answer.step, answer.candidates[0].difference) == ("accuracy", 100, pytest.approx(0.1))
     assert answer.candidates[0].difference_high is None
-
-
-def test_one_learning_rate_is_no_choice() -> None:
-    end = make_trial(3e-3, 0.0, 100)
-    assert describe_learning_rate(end, [end, make_trial(3e-3, 0.0, 25)], CRITERION) is None

@@ -9,14 +9,11 @@ from rightrank.decision.records import (
     Records,
     build_run_table,
     decide_by_metric,
-    decide_run,
     list_comparable_outcomes,
     list_metrics,
 )
 from rightrank.decision.rule import decide_table
 from rightrank.decision.table import Cell, ScoreTable, build_table
-from rightrank.schema.errors import ResultsError
-from rightrank.schema.trials import TrialFailed
 from tests.decision.tables import build_value_table
 from tests.report.runs import ITEMS, make_run
 
@@ -83,13 +80,6 @@ def test_the_direction_of_a_metric_can_be_given() -> None:
     assert build_run_table(records_with_direction, metric="colour", higher=True).higher_is_better is True
 
 
-def test_a_metric_without_a_known_direction_is_not_used() -> None:
-    silent = change_settings(make_measured_run(), metrics=[], margin=0.05)
-    with pytest.raises(ResultsError, match="--higher-is-better or --lower-is-better"):
-        decide_by_metric(silent, list_comparable_outcomes(silent), "colour")
-    assert decide_by_metric(silent, list_comparable_outcomes(silent), "colour", 1.0, higher=False).reference_rank == 1
-
-
 def test_evaluations_along_a_training_belong_to_one_metric() -> None:
     by_loss = make_measured_run()
     assert len(build_run_table(by_loss).cells[4, 1e-3, 0].points) == 3
@@ -98,14 +88,6 @@ def test_evaluations_along_a_training_belong_to_one_metric() -> None:
     assert build_run_table(by_answers).cells[4, 1e-3, 0].points == ()
     table = build_run_table(by_answers, metric="exact_match")
     assert len(table.cells[4, 1e-3, 0].points) == 3
-
-
-def test_other_numbers_of_a_custom_trainer_have_no_examples() -> None:
-    custom_records = make_measured_run(form="custom", metric="colour", higher_is_better=False)
-    decision = decide_run(custom_records)
-    assert (decision.metric, decision.higher_is_better, decision.reference_rank) == ("colour", False, 1)
-    two_ranks = [outcome for outcome in custom_records.outcomes if outcome.rank in (4, 16)]
-    assert decide_by_metric(custom_records, two_ranks, "colour").reference_rank == 4
 
 
 @pytest.mark.parametrize(
@@ -124,22 +106,8 @@ def test_an_impossible_perplexity_is_treated_as_an_ordinary_number(values: tuple
     assert build_table(trials, "perplexity", higher_is_better=True).cells[4, 1e-3, 0].loss == -values[1]
 
 
-def test_every_trial_without_the_metric_is_missing() -> None:
-    rank_1, rank_4 = make_run((1, 4), (1e-3,)).list_finished()[1:]
-    failed = [
-        TrialFailed(trial_id=name, **rank_4.arm.model_dump(), error="error", reason="x") for name in ("a", "b", "c")
-    ]
-    silent = rank_4.model_copy(update={"trial_id": "silent", "metrics": {"f1": 0.5}})
-    assert build_table([rank_1, rank_4, *failed, silent], "loss", False).missing == {4: 4}
-
-
 def make_cell(loss: float) -> Cell:
     return Cell("t", loss, np.array([loss]), np.ones(1))
-
-
-def build_loss_table(losses: dict[int, float], metric: str = "loss", std: float | None = 1e-4) -> ScoreTable:
-    """Build a table of values with a stated deviation, so that differences can be shown."""
-    return build_value_table(losses, metric, std=std)
 
 
 def test_no_gain_names_the_higher_learning_rate_if_one_is_known() -> None:

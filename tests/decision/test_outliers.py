@@ -83,29 +83,6 @@ def test_a_far_training_counts_as_one_without_a_result(table: DrawnTable) -> Non
             assert rank == table.far[0] or list_differences(decision)[rank] == pytest.approx(difference, abs=1e-9)
 
 
-def test_the_diverged_seed_of_the_better_learning_rate_is_named() -> None:
-    """Rank 4 is enough by its other two seeds at this learning rate."""
-    means = {
-        (2, 1e-3): 1.905,
-        (2, 2e-3): 1.875,
-        (4, 1e-3): 1.866,
-        (4, 2e-3): 1.8345,
-        (8, 1e-3): 1.861,
-        (8, 2e-3): 1.831,
-    }
-    shifts = (0.0, 0.0021, -0.0017)
-    scores = {
-        (*key, seed): np.array([mean + shift]) for key, mean in means.items() for seed, shift in enumerate(shifts)
-    }
-    scores[4, 2e-3, 1] = np.array([9.5])
-    decision = decide_scores(scores)
-    assert (decision.rank, decision.reference_rank) == (4, 8)
-    assert "outlier" in decision.flags
-    assert decision.sentence.endswith(
-        "Seed 1 of rank 4 at learning rate 0.002 ended at 9.5, far from its other seeds (1.833 to 1.835), and is left out."
-    )
-
-
 def test_of_two_seeds_the_usual_one_is_not_known() -> None:
     scores = {
         (rank, 1e-3, seed): np.array([2.1 if rank == 2 else 2.0 + 0.001 * seed])

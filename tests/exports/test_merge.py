@@ -15,8 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from rightrank import compare, export
 from rightrank.bases.base_models import load_base
-from rightrank.cli import main
-from rightrank.exports.merge import TEST_SPLIT
 from rightrank.schema.errors import DataError, RunError, SettingsError
 from rightrank.schema.results import AdapterComparison
 from rightrank.schema.settings import SelectSettings
@@ -108,12 +106,6 @@ def merge_by_hand(base: Path, adapter: Path) -> Any:
     return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
 
 
-def save_model(model: Any, base: Path, folder: Path) -> Path:
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    return folder
-
-
 def compare_merged(adapter: Path, merged: Path, base: Path, rows: Path) -> AdapterComparison:
     return compare(adapter, merged, model=str(base), data=rows, settings=SETTINGS)
 
@@ -161,39 +153,6 @@ def test_a_dropped_adapter_is_broken(kind: str, base: Path, adapter: Path, rows:
     comparison = compare_merged(adapter, file, base, rows)
     assert (comparison.verdict, comparison.cause) == ("broken", "it equals the base model: the adapter was dropped")
     assert "BROKEN" in comparison.sentence
-
-
-def test_a_lossy_but_faithful_model_is_not_called_broken(base: Path, adapter: Path, rows: Path, tmp_path: Path) -> None:
-    """Merge a 4-bit base and store it in 16 bits."""
-    model = merge_by_hand(base, adapter)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.model.layers.parameters():
-        parameter.data += (
-            torch.randn(parameter.shape, generator=generator) * parameter.std() * (0.15 if parameter.dim() > 1 else 0.0)
-        )
-    comparison = compare_merged(adapter, save_model(model, base, tmp_path / "whole"), base, rows)
-    assert comparison.cause is None
-    assert comparison.verdict != "broken"
-
-
-def test_the_command_checks_on_the_run_s_own_test_split(
-    small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(small_run)
-    with pytest.raises(SystemExit) as ended:
-        main(["export", "run", "--to", "merged", "--out", str(tmp_path / "out"), "--type", "bf16", "--json"])
-    answer = json.loads(capsys.readouterr().out)
-    assert ended.value.code == {"not_worse": 0, "cannot_tell": 4}[answer["check"]["verdict"]]
-    assert answer["check"]["comparisons"][0]["data"] == TEST_SPLIT
-    assert answer["check"]["examples"] > 2
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
-    with pytest.raises(SystemExit) as ended:
-        main(["export", "run", "--to", "merged", "--set", "seq_len=8"])
-    assert ended.value.code == 2
-    assert (
-        capsys.readouterr().err
-        == "rightrank: run: a run has its own settings; leave them out, or give an adapter folder\n"
-    )
 
 
 def test_bad_input_is_one_line_and_nothing_is_lost(

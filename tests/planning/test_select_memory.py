@@ -15,7 +15,7 @@ from rightrank.runs.journal import Journal
 from rightrank.schema.trials import TrialFinished
 from tests.adapters.adapters import make_base
 from tests.commands import build_select_arguments, run
-from tests.tiny import build_small_settings, build_tiny_llama_config, generate_sentences, make_tokenizer, write_jsonl
+from tests.tiny import build_small_settings, build_tiny_llama_config, make_tokenizer
 
 pytestmark = pytest.mark.trains
 
@@ -101,47 +101,6 @@ def test_the_plan_gives_the_adapters_that_fit_in_a_pass() -> None:
         needs[arms] = changed.estimate(8).needed_bytes
     between = settings.model_copy(update={"memory_bytes": (needs[4] + needs[6]) // 2})
     assert plan_selection(config, between, 32, "cpu").max_adapters_per_pass == 4
-
-
-def test_fewer_adapters_per_pass_where_memory_is_short(
-    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings = build_small_settings(ranks=(1, 4), max_eval_examples=6, seq_len=16)
-    need = plan_selection(build_tiny_llama_config(400), settings, 16, "cpu").needed_bytes[4]
-    out = tmp_path / "run"
-    memory = (
-        "--ranks",
-        "1,4",
-        "--memory",
-        f"{need / 2**20 + 0.01:.3f}MiB",
-        "--adapters-per-pass",
-        "2",
-        "--seq-len",
-        "16",
-    )
-    assert command(model_folder, completion_file, out, *memory) == 0
-    trials = [record for record in Journal(out / "journal.jsonl").read() if isinstance(record, TrialFinished)]
-    assert [trial.adapters_per_pass for trial in direct(trials)] == [1, 1]
-
-
-def test_several_adapters_per_pass_and_classifications_have_a_prediction(
-    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = write_jsonl(tmp_path / "d.jsonl", [{"text": t, "label": "ab"[len(t) % 2]} for t in generate_sentences(120)])
-    assert command(model_folder, data, tmp_path / "run", "--ranks", "1,4", "--adapters-per-pass", "2") == 0
-    capsys.readouterr()
-    trials = [r for r in Journal(tmp_path / "run" / "journal.jsonl").read() if isinstance(r, TrialFinished)]
-    trained = direct(trials)
-    assert [trial.adapters_per_pass for trial in trained] == [2, 2]
-    several, alone = trained[0].predicted_peak_bytes, _alone()
-    assert several is not None
-    assert alone < several
-    assert trained[1].predicted_peak_bytes == pytest.approx(several, rel=0.01)
-
-
-def _alone() -> int:
-    settings = build_small_settings(ranks=(1, 4))
-    return plan_selection(build_tiny_llama_config(400), settings, 16, "cpu", num_labels=2).peak_bytes[4]
 
 
 def test_adapters_whose_pass_cannot_be_planned_train_alone(

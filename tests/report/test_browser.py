@@ -16,7 +16,6 @@ from rightrank.report.html import render_report
 from rightrank.schema.decision import Decision
 from tests.report.chromium import CHROMIUM, FLAGS
 from tests.report.runs import make_answered_run, make_run
-from tests.report.screenshots import take_docs_screenshots
 
 pytestmark = [
     pytest.mark.trains,
@@ -98,19 +97,6 @@ def test_no_error_no_request_no_overflow_and_no_barrier(
     assert [url for url in events.requests if not url.startswith(("file:", "data:"))] == []
 
 
-def test_trials_are_sorted_by_their_heads(browser: Any, files: dict[int, Path]) -> None:
-    page = open_page(browser, files[9]).page
-    head = page.locator("table.sortable th button", has_text="held-out")
-    for order in ("ascending", "descending"):
-        head.click()
-        assert page.locator(f'table.sortable th[aria-sort="{order}"]').inner_text().startswith("held-out")
-        values = [
-            float(text) for text in page.locator("table.sortable tbody td:nth-child(4)").all_inner_texts() if text
-        ]
-        assert values == sorted(values, reverse=order == "descending")
-    assert page.locator("button.copy").count() == page.locator("pre.command, pre.code").count() > 0
-
-
 @pytest.mark.parametrize("count", RUNS)
 def test_without_scripts_the_drawings_are_there(browser: Any, files: dict[int, Path], count: int) -> None:
     page = open_page(browser, files[count], java_script_enabled=False).page
@@ -180,14 +166,6 @@ def test_texts_of_a_plot_are_readable_and_cover_no_other(browser: Any, tmp_path:
         page.set_content(drawing.partition("?>")[2])
         assert page.evaluate(COVERED) == []
         assert scale * min(page.evaluate(LETTERS)) >= (8 if width == 320 else 10)
-
-
-def test_screenshots_of_the_documentation_are_small(browser: Any, files: dict[int, Path], tmp_path: Path) -> None:
-    written = take_docs_screenshots(browser, files[9], tmp_path)
-    assert [path.name for path in written] == ["report-desktop.png", "report-dark.png", "report-phone.png"]
-    for path in written:
-        assert path.read_bytes().startswith(b"\x89PNG")
-        assert path.stat().st_size < 150_000
 
 
 def test_texts_from_data_run_nothing(browser: Any, tmp_path: Path) -> None:

@@ -7,12 +7,9 @@ import hashlib
 import re
 from html import unescape
 
-import pytest
-
 from rightrank.decision.records import Records, build_answers, decide_if_possible, decide_run
 from rightrank.report.figures import build_figures
 from rightrank.report.html import render_report
-from rightrank.schema.command import build_reproduce_command
 from tests.report.elements import Elements
 from tests.report.runs import make_answered_run, make_run
 
@@ -34,20 +31,6 @@ def test_the_answer_its_confidence_and_its_cost_come_first() -> None:
     assert "An indication, paired over 30 held-out examples and 1 seed per rank" in start
     assert "95% confidence" not in start
     assert "Cost: 8 trainings" in start
-
-
-def test_every_part_is_there() -> None:
-    text = Elements(render_page(make_run(diverged=[(64, 3e-3)]))).text
-    for heading in (
-        "Next run",
-        "Evidence by rank",
-        "What was not tested",
-        "All settings",
-        "Data and environment",
-        "rightrank select models/small data.jsonl",
-        "1 training without a result",
-    ):
-        assert heading in text
 
 
 def test_what_comes_from_data_is_shown_as_text() -> None:
@@ -77,19 +60,6 @@ def test_the_policy_names_exactly_the_scripts_of_the_file() -> None:
     assert len(page.encode()) < 300_000
 
 
-def test_before_two_ranks_the_report_has_no_answer() -> None:
-    text = Elements(render_page(make_run(()))).text
-    assert "Running: no answer yet" in text
-    assert "0 trainings so far" in text
-
-
-@pytest.mark.parametrize(
-    ("model", "data"), [("in memory (LlamaForCausalLM)", "rows.jsonl"), ("base", "in memory (Dataset)"), (None, None)]
-)
-def test_objects_in_memory_have_no_command(model: str | None, data: str | None) -> None:
-    assert build_reproduce_command(model, data, make_run().settings) is None
-
-
 def test_the_header_names_model_and_data_and_a_box_says_how_to_use_the_adapter() -> None:
     records = make_answered_run()
     elements = Elements(render_page(records))
@@ -101,14 +71,6 @@ def test_the_header_names_model_and_data_and_a_box_says_how_to_use_the_adapter()
     assert "adapter/" in links
     assert "figures/adapters.csv" in links
     assert not [link for link in links if link and ":" in link]  # nothing but files beside the report
-
-
-def test_the_box_links_the_exports_and_has_their_command() -> None:
-    records = make_answered_run()
-    elements = Elements(render_report(records, build_answers(records, None), run="my run", exports=["sglang", "vllm"]))
-    assert "rightrank export 'my run' --to vllm" in elements.text
-    links = [attributes.get("href") for tag, attributes in elements.tags if tag == "a"]
-    assert {"exports/sglang/", "exports/vllm/"} <= set(links)
 
 
 def test_the_box_is_code_whatever_the_model_s_name_is() -> None:

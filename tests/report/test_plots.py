@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import csv
 import re
-import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from base64 import b64decode
 from collections.abc import Callable, Iterator, Sequence
 from io import StringIO
 from pathlib import Path
@@ -26,11 +24,8 @@ from rightrank.cli import cli
 from rightrank.decision.comparison import compute_bounds
 from rightrank.decision.records import Records, build_answers, compare_run_adapters, decide_run
 from rightrank.decision.table import build_table, estimate_pairs
-from rightrank.report.adapter_page import MAX_MARGINS
-from rightrank.report.answer import build_margin_steps
-from rightrank.report.figure import DARK, Figure, encode_image, write_figures
+from rightrank.report.figure import Figure, write_figures
 from rightrank.report.figures import build_figures, build_rank_figure
-from rightrank.report.html import render_report
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import MissingExtraError, ResultsError, SettingsError
 from rightrank.schema.results import Inspection, ModuleSpectrum
@@ -103,17 +98,6 @@ def test_the_rank_curve_is_the_decision() -> None:
     assert list_ring_ranks(draw(build_rank_figure(decision.model_copy(update={"ranks": refused}))), "chosen") == []
 
 
-def test_the_report_has_the_smallest_rank_that_is_enough_at_every_margin() -> None:
-    decision = decide_run(make_run())
-    steps = build_margin_steps(decision)
-    assert len({rank for _, rank in steps}) > 1
-    page = Elements(render_report(make_run(), build_answers(make_run(), decision, "training-rank"))).text
-    table = page[page.index("smallest rank that is enough") :]
-    for step in decision.staircase:
-        assert [rank for needed, rank in steps if needed <= step.margin][-1] == step.rank
-        assert f"{step.margin:.2g}{step.rank}" in table
-
-
 def test_adapters_are_drawn_by_method_with_their_paired_bounds() -> None:
     records = make_answered_run(direct=(1, 4, 16))
     ax = draw_run("adapters", records)
@@ -132,17 +116,6 @@ def test_adapters_are_drawn_by_method_with_their_paired_bounds() -> None:
     assert series["truncated"][16] == pytest.approx((adapter.value, *ends))
     answer = records.adapters[-1].answer
     assert list_ring_ranks(ax, f"exported: rank {answer.rank}, {answer.method}") == [answer.rank]
-
-
-def test_an_adapter_far_behind_is_off_the_scale_and_named() -> None:
-    records = make_answered_run()
-    far = next(trial for trial in records.list_finished() if trial.rank == 4)
-    items = [loss + 20 * MAX_MARGINS * 0.02 for loss in far.example_losses]
-    worse = far.model_copy(update={"example_losses": items, "metrics": {"loss": far.value + MAX_MARGINS * 0.02}})
-    records.outcomes = [worse if outcome is far else outcome for outcome in records.outcomes]
-    ax = draw_run("adapters", records)
-    assert "off the scale: rank 4" in ax.get_title().replace("\n", " ")
-    assert ax.get_ylim()[1] < worse.metrics["loss"]
 
 
 def stop_early(trial: TrialFinished, rate: float, added_loss: float) -> TrialFinished:
@@ -175,16 +148,6 @@ def test_learning_rates_are_compared_early_and_at_the_end() -> None:
     assert ax.get_title() == "Learning rates at rank 16 (no result: 0.03)"
 
 
-def test_learning_rates_of_complete_trainings_are_compared_at_the_end() -> None:
-    records = make_run((1, 16), (1e-3, 3e-3))
-    points = find_series(draw_run("learning_rates", records), "at the end")
-    values = {t.learning_rate: t.value for t in records.list_finished() if t.rank == 16}
-    assert {rate: value for rate, (value, _, _) in points.items()} == values
-    assert {rate: low < value < high for rate, (value, low, high) in points.items()} == {1e-3: True, 3e-3: False}
-    names = {figure.name for figure in build_figures(make_run((1, 16), (1e-3,)), None)}
-    assert "learning_rates" not in names
-
-
 def test_learning_curves_have_every_stage_of_a_training_and_its_training_loss() -> None:
     records = make_run((4,), (1e-3,))
     ax = draw_run("learning_curves", records)
@@ -207,14 +170,6 @@ def make_inspection() -> Inspection:
         ModuleSpectrum.model_construct(singular_values=values) for values in ([4.0, 1.0], [2.0, 0.5, 0.1], [0.0])
     ]
     return Inspection.model_construct(modules=modules)
-
-
-def test_a_record_of_inspect_can_be_plotted() -> None:
-    ax = plots.spectrum(make_inspection())
-    assert ax.get_title() == "Singular values of the adapter, 2 modules"
-    assert {x: value for x, (value, _, _) in find_series(ax, "median").items()} == {1: 3.0, 2: 0.75, 3: 0.1}
-    corners = ax.collections[0].get_paths()[0].vertices
-    assert {(x, y) for x, y in corners} >= {(1, 2.0), (1, 4.0), (2, 0.5), (2, 1.0), (3, 0.1)}
 
 
 @pytest.mark.parametrize("name", plots.__all__)
@@ -241,32 +196,6 @@ def test_a_plot_takes_a_folder_or_a_result_and_draws_on_the_given_axes(name: str
             plot(write_journal(tmp_path / "empty", upto=0))
 
 
-def test_a_decision_is_plotted_like_its_run(tmp_path: Path) -> None:
-    run = write_journal(tmp_path / "run")
-    result = rightrank.decide(run)
-    assert read_series(plots.rank_curve(result)) == read_series(plots.rank_curve(run))
-    adapter_run = write_answered_run(tmp_path / "adapter", "adapter")
-    assert read_series(plots.rank_curve(adapter_run)) == read_series(plots.adapters(adapter_run))
-
-
-@pytest.mark.parametrize("metric", ["loss", "accuracy"])
-def test_the_axis_of_a_metric_says_which_direction_is_better(metric: str) -> None:
-    records = make_answered_run(direct=(4, 16))
-    higher = metric == "accuracy"
-    records.started = records.started.model_copy(update={"metric": metric, "higher_is_better": higher})
-    changes = {"metrics": {metric: 0.5, "loss": 3.0}}
-    records.outcomes = [outcome.model_copy(update=changes) for outcome in records.outcomes]
-    decision = decide_run(records)
-    assert decision.higher_is_better == higher
-    for name in ("rank_curve", "adapters", "learning_curves"):
-        label = draw_run(name, records, decision).get_ylabel().replace("\n", " ")
-        assert label.endswith("(higher is better)" if higher else "(lower is better)")
-    by_loss = {"metric": "accuracy", "higher_is_better": True, "points_metric": "loss"}
-    records.started = records.started.model_copy(update=by_loss)
-    label = draw_run("learning_curves", records).get_ylabel().replace("\n", " ")
-    assert label == "held-out loss, nats (lower is better)"
-
-
 TICKS = re.compile(r"text-anchor: end[^>]*>([^<]*)</text>")  # the numbers of the y axis
 
 
@@ -279,34 +208,12 @@ def test_no_two_ticks_of_an_axis_have_one_text(low: float, span: float) -> None:
     assert len(set(texts)) == len(texts) > 2
 
 
-def test_not_every_rank_of_many_has_a_label() -> None:
-    decision = decide_run(make_run([2**power for power in range(14)], (1e-3,)))
-    labels = [text.get_text() for text in draw(build_rank_figure(decision)).get_xticklabels()]
-    assert len(set(labels)) == len(labels) <= 12
-    assert labels[0] == "1"
-
-
 def test_names_from_outside_cannot_break_a_drawing() -> None:
     decision = decide_run(make_run()).model_copy(update={"metric": "a$b$ <script>\x07 & 'c' 字"})
     text = build_rank_figure(decision).svg
     shown = "".join(element.text or "" for element in ET.fromstring(text).iter())
     assert "<script" not in text
     assert "a$b$ <script>␇ & 'c' 字" in shown
-
-
-def test_the_page_has_each_drawing_for_a_light_and_for_a_dark_system() -> None:
-    records = make_answered_run(direct=(4, 16))
-    decision = decide_run(records)
-    figures = build_figures(records, decision)
-    page = render_report(records, build_answers(records, decision, "training-rank"), figures)
-    style = page[page.index("<style>") : page.index("</style>")]
-    assert page.count("<img ") == page.count("<source ") == len(figures)
-    for figure in figures:
-        light, dark = (b64decode(image.partition(",")[2]).decode() for image in figure.images)
-        assert light == figure.svg != dark
-        assert [encode_image(drawing) in page for drawing in (light, dark)] == [True, True]
-        assert ET.fromstring(dark).tag.endswith("svg")
-    assert DARK["paper"] in style
 
 
 def test_every_figure_is_written_the_same_in_every_format(tmp_path: Path) -> None:
@@ -347,19 +254,3 @@ def test_without_matplotlib_the_report_has_its_tables_and_one_line(
     with pytest.raises(MissingExtraError, match=re.escape(hint)):
         plots.rank_curve(run)
     assert "<img" not in rightrank.decide(run)._repr_html_()
-
-
-def test_matplotlib_is_imported_for_figures_alone(tmp_path: Path) -> None:
-    run = write_journal(tmp_path / "run")
-    script = f"""
-import sys
-from click.testing import CliRunner
-import rightrank, rightrank.plots
-from rightrank.cli import cli
-for arguments in (["--help"], ["status", {str(run)!r}], ["decide", {str(run)!r}]):
-    assert CliRunner().invoke(cli, arguments).exit_code == 0, arguments
-assert "matplotlib" not in sys.modules
-rightrank.plots.rank_curve({str(run)!r})
-assert "matplotlib" in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", script], check=True)

@@ -6,11 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from rightrank.cli.options import parse_hours
 from rightrank.report.progress import Progress
-from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import Event, SelectionPlanned, StepDone
-from rightrank.schema.trials import Arm, Trial, TrialDiverged, TrialFinished, TrialOutcome, TrialStarted
+from rightrank.schema.trials import Arm, Trial, TrialFinished, TrialOutcome, TrialStarted
 from tests.report.runs import make_run
 
 STEP_SECONDS, EVAL_SECONDS = 2.0, 6.0  # an equal share per arm, whatever shares the passes
@@ -123,56 +121,3 @@ def test_a_resumed_run_counts_what_is_done(tmp_path: object) -> None:
     assert progress.estimate_remaining_seconds() == pytest.approx(5 * STEP_SECONDS + full_seconds, abs=EVAL_SECONDS)
     assert progress.format_progress().startswith("4.8 of about 6.0 trainings · rank 16, ")
     assert [rank for rank, _ in progress.get_curves()[0]] == [1, 2, 4, 8]
-
-
-def test_a_continued_training_counts_by_itself() -> None:
-    """Stopped at step 5 of 20 and continued: the second arm costs 15 steps, its seconds cover 20."""
-    short = Trial(trial_id="short", arm=make_trials(1)[0].arm.model_copy(update={"stop_at": 5}))
-    continued = Trial(trial_id="rest", arm=make_trials(1)[0].arm.model_copy(update={"continue_from": "short"}))
-    progress = make_progress(2, [finish_trial(short), finish_trial(continued)], ranks=[1])
-    expected_seconds = [5 * STEP_SECONDS + EVAL_SECONDS, 15 * STEP_SECONDS]
-    assert progress.estimate_remaining_seconds() == pytest.approx(
-        sum(expected_seconds)
-    )  # one training has ended, and one is to come
-
-
-def test_what_diverged_counts_its_steps() -> None:
-    trial, progress = make_trials(1)[0], make_progress(2)
-    progress.record_event(start_trial(trial))
-    progress.record_event(StepDone(trial_id="t0", step=4, steps=20, loss=9.0, seconds=8.0))
-    line = progress.record_event(TrialDiverged(trial_id="t0", **trial.arm.model_dump(), step=4, reason="loss is nan"))
-    assert line is not None
-    assert line.endswith("diverged at step 4: loss is nan  (8 s)")
-    assert progress.estimate_remaining_seconds() == pytest.approx(8.0)
-
-
-def test_more_than_expected_is_no_negative_time() -> None:
-    progress, trials = make_progress(2), make_trials(4)
-    for _, event in simulate_events(trials, 2):
-        progress.record_event(event)
-        assert (progress.estimate_remaining_seconds() or 0.0) >= 0
-    assert progress.format_progress().startswith("4.0 trainings, more than the 2.0 expected")
-
-
-def test_a_time_is_read_in_hours() -> None:
-    def read(text: str) -> float | None:
-        return parse_hours(None, None, text)  # type: ignore[arg-type]
-
-    assert [read(text) for text in ("3h", "90min", "1h30m", "1.5 h", "1d")] == [3.0, 1.5, 1.5, 1.5, 24.0]
-    for wrong in ("3", "h", "3 weeks", "0h", "3h later"):
-        with pytest.raises(SettingsError, match="is not a time: give a number and a unit"):
-            read(wrong)
-
-
-def test_a_higher_rank_in_a_continued_run_adds_its_trainings_to_those_that_ended() -> None:
-    trials = make_trials(4)  # ranks 1 to 8
-
-    def position(ranks: list[int]) -> str:
-        progress = Progress()
-        progress.record_event(
-            make_planned_progress(4.0, 6.0, [finish_trial(trial) for trial in trials[:3]], ranks=ranks)
-        )
-        return progress.format_progress()
-
-    assert position([1, 2, 4]).startswith("3.0 of about 4.0 trainings")
-    assert position([1, 2, 4, 8]).startswith("3.0 of about 7.0 trainings")

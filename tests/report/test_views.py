@@ -10,20 +10,15 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-import click
 import pytest
 from click.testing import CliRunner
-from filelock import FileLock
 from rich.console import Console
 
-import rightrank
-from rightrank import TrialResult, TrialTask
 from rightrank.api.folders import status
 from rightrank.cli import cli
-from rightrank.report.terminal import format_plan
 from rightrank.report.terminal_curve import CURVE_LINES, draw_terminal_curve
-from rightrank.runs.process import JsonLog, ProgressFile
-from rightrank.runs.terminal_view import LiveView, View, make_view
+from rightrank.runs.process import JsonLog
+from rightrank.runs.terminal_view import LiveView, View
 from rightrank.schema.events import Notice, SelectionPlanned, StepDone
 from tests.commands import COMMANDS
 from tests.report.elements import Elements
@@ -45,23 +40,6 @@ def test_status_reports_the_run_and_changes_nothing(tmp_path: Path) -> None:
     assert [rank for rank, _ in run_status.curve] == [1, 4, 16, 64]
     assert (run / "journal.jsonl").read_bytes() == journal_bytes
     assert [path.name for path in run.iterdir() if path.name != ".lock"] == ["journal.jsonl"]
-
-
-def test_while_a_process_works_status_shows_its_progress(tmp_path: Path) -> None:
-    run = write_journal(tmp_path / "run")
-    file = ProgressFile(run)
-    file.on_event(PLANNED)
-    file.on_event(STARTED)
-    file.on_event(StepDone(trial_id="x", step=10, steps=40, loss=3.0, seconds=1.0))
-    with FileLock(run / ".lock"):
-        run_status = status(run)
-    assert run_status.state == "running"
-    assert run_status.running == "r=4 lr=0.001 seed=0"
-    assert run_status.progress is not None
-    assert "step 10/40" in run_status.progress
-    assert status(run).progress is None  # the process is gone, its last report does not count
-    file.__exit__(None, None, None)
-    assert not (run / "progress.json").exists()
 
 
 def test_status_on_the_command_line(tmp_path: Path) -> None:
@@ -105,16 +83,6 @@ def test_the_log_is_one_json_object_a_line() -> None:
     assert all("at" in line and "example_losses" not in line for line in lines)
 
 
-def test_a_live_view_needs_a_terminal_with_colours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setenv("TERM", "xterm-256color")
-    assert isinstance(make_view(False, Console(file=io.StringIO(), force_terminal=True)), LiveView)
-    assert type(make_view(True, Console(file=io.StringIO(), force_terminal=True))) is View
-    assert type(make_view(False, Console(file=io.StringIO()))) is View
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert type(make_view(False, Console(file=io.StringIO(), force_terminal=True))) is View
-
-
 @pytest.mark.parametrize("quiet", [True, False])
 def test_plain_lines_contain_no_escape_and_quiet_prints_nothing(quiet: bool) -> None:
     stream = io.StringIO()
@@ -149,13 +117,6 @@ def test_the_live_view_shows_progress_the_best_and_the_time_left() -> None:
         assert text in shown
 
 
-def test_the_validation_split_of_older_records_has_its_name() -> None:
-    started = make_run().started
-    splits = {"train": started.data.splits["train"], "validation": started.data.splits["train"]}
-    shown = format_plan(started.model_copy(update={"data": started.data.model_copy(update={"splits": splits})}), 40)
-    assert shown.startswith("examples: 30 train, 30 validation; ")
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_fits_a_screen_and_ends_with_an_example(command: str) -> None:
     shown = CliRunner().invoke(cli, [command, "--help"], terminal_width=100).output.rstrip()
@@ -164,11 +125,6 @@ def test_help_fits_a_screen_and_ends_with_an_example(command: str) -> None:
         command, 35
     )  # one line for each option, two for each group
     assert lines[-1].strip().startswith(("Example: rightrank", "Example: eval"))
-
-
-def test_the_commands_have_few_options() -> None:
-    parameters = [parameter for command in COMMANDS.values() for parameter in command.params]
-    assert sum(isinstance(parameter, click.Option) for parameter in parameters) <= 110
 
 
 def test_every_link_of_a_report_is_a_file_beside_it(tmp_path: Path) -> None:
@@ -196,33 +152,6 @@ def test_no_two_ticks_of_the_terminal_curve_have_one_text(values: tuple[float, .
     assert max(steps) < 1.1 * min(steps)
 
 
-def test_a_truncation_at_the_place_of_a_trained_adapter_is_seen() -> None:
-    legend, *rows, _ = draw_terminal_curve([(1, 3.2), (16, 3.0)], 72, [(4, 3.1), (16, 3.0)], label="loss")
-    assert ["".join(rows).count(sign) for sign in "●○◉"] == [1, 1, 1]
-    assert legend == "loss; ● trained, ○ truncated, ◉ both"
-
-
-def test_every_terminal_curve_says_which_direction_is_better(tmp_path: Path) -> None:
-    label = "\nheld-out loss, nats (lower is better)"
-    run = write_journal(tmp_path / "run")
-    assert label in CliRunner().invoke(cli, ["status", str(run)]).output
-    assert label in CliRunner().invoke(cli, ["decide", str(run)]).output
-    stream, records = io.StringIO(), make_run()
-    higher = records.started.model_copy(update={"metric": "accuracy", "higher_is_better": True})
-    with LiveView(Console(file=stream, force_terminal=True, width=100, height=40)) as view:
-        view.on_event(PLANNED.model_copy(update={"started": higher}))
-        for outcome in records.outcomes:
-            view.on_event(outcome)
-    assert "held-out accuracy (higher is better)" in stream.getvalue()
-
-
-def test_ranks_have_a_logarithmic_axis_in_the_terminal() -> None:
-    line = draw_terminal_curve([(1, 3.2), (4, 3.1), (64, 3.0)], 72, label="loss")[-1]
-    columns = [line.index(f" {rank}") for rank in ("1", "4", "64")]
-    share = (columns[1] - columns[0]) / (columns[2] - columns[0])
-    assert share == pytest.approx(2 / 6, abs=0.05)  # log2: 0, 2, 6
-
-
 @pytest.mark.parametrize("width", [24, 40, 200])
 @pytest.mark.parametrize("values", [(3.2, 3.1, 3.0), (0.5, 0.5, 0.5), (-1e-7, 1e6, 4.0)])
 def test_the_terminal_curve_stays_in_its_width_and_shows_every_rank(width: int, values: tuple[float, ...]) -> None:
@@ -232,24 +161,3 @@ def test_the_terminal_curve_stays_in_its_width_and_shows_every_rank(width: int, 
     assert max(map(len, lines)) <= width
     assert len(lines) == CURVE_LINES
     assert [sum(line[1:].count(sign) for line in lines[1:]) for sign in "●○"] == [3, 1]
-
-
-def test_scores_of_a_custom_trainer_stand_below_the_metric_that_they_are_of(tmp_path: Path) -> None:
-    def train(task: TrialTask) -> TrialResult:
-        scores = [number / task.rank for number in range(20)]
-        return TrialResult(metrics={"accuracy": 0.5, "loss": sum(scores) / 20}, example_scores=scores)
-
-    selected = rightrank.select_rank_with(train, tmp_path / "run", ranks=(1, 4), learning_rates=(1e-3,))
-    table = selected.to_pandas(examples=True)
-    assert "accuracy" not in table.columns
-    assert list(table[table["rank"] == 4].loss) == [number / 4 for number in range(20)]
-    assert set(selected.to_pandas().accuracy) == {0.5}
-
-
-def test_the_table_of_a_folder_and_of_what_select_returns(tmp_path: Path) -> None:
-    run = write_answered_run(tmp_path / "run")
-    table = rightrank.to_pandas(run)
-    assert list(table.columns[:7]) == ["trial_id", "stage", "rank", "learning_rate", "lora_alpha", "seed", "steps"]
-    assert any(stage.startswith("truncated") for stage in table.stage)
-    of_examples = rightrank.to_pandas(run, examples=True)
-    assert set(of_examples.trial_id) == set(table[table.status == "finished"].trial_id)

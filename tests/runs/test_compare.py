@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from rightrank import compare, resize, select_rank
+from rightrank import compare, select_rank
 from rightrank.cli import main
 from rightrank.data.splits import load_data
 from rightrank.schema.errors import DataError, ModelError
-from rightrank.schema.events import EvaluationProgress, Listener
+from rightrank.schema.events import Listener
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial
 from rightrank.training.loop import run_trial
@@ -95,21 +95,6 @@ def test_exit_status_and_json(
     assert undecided["difference_low"] < tight < undecided["difference_high"]
 
 
-def test_columns_of_other_names_are_named_as_in_select(
-    trained: Path, model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = [json.loads(line) for line in completion_file.read_text().splitlines()]
-    renamed = write_jsonl(
-        tmp_path / "renamed.jsonl", [{"asked": r["prompt"], "completion": r["completion"]} for r in rows]
-    )
-    arguments = [trained, "base", "--model", model_folder, *OPTIONS, "--margin", "0.05", "--json"]
-    answers = [
-        json.loads(run(capsys, *arguments, "--data", *data)[1])["difference"]
-        for data in ([completion_file], [renamed, "--set", "columns=prompt=asked"])
-    ]
-    assert answers[0] == answers[1]
-
-
 def test_several_data_sets_give_the_worst_verdict(
     trained: Path, model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
@@ -127,15 +112,6 @@ def test_a_whole_model_can_be_a_side(model_folder: Path, completion_file: Path) 
     settings = SelectSettings(**SETTINGS)
     comparison = compare(model_folder, "base", model=str(model_folder), data=completion_file, settings=settings)
     assert comparison.difference == pytest.approx(0.0, abs=1e-6)
-
-
-def test_a_side_that_is_neither_is_one_line(
-    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(ModelError, match="neither an adapter folder"):
-        compare("base", tmp_path, model=str(model_folder), data=completion_file)
-    code, out = run(capsys, "base", tmp_path, "--model", model_folder, "--data", completion_file)
-    assert (code, out.count("\n")) == (2, 1)
 
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -172,61 +148,6 @@ def test_a_damaged_side_is_one_line(
     assert out.splitlines()[-1].startswith("rightrank: ")
 
 
-def test_an_adapter_of_another_task_than_the_data_is_one_line(
-    trained: Path, model_folder: Path, class_file: Path
-) -> None:
-    with pytest.raises(ModelError, match=r"an adapter of a language model .* need a classifier"):
-        compare("base", trained, model=str(model_folder), data=class_file)
-    with pytest.raises(ModelError, match="an adapter of a language model"):
-        resize(trained, trained.parent / "smaller", data=class_file)
-
-
-def test_a_metric_that_the_rows_do_not_have_is_one_line(
-    trained: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = [
-        "base",
-        trained,
-        "--model",
-        model_folder,
-        "--data",
-        completion_file,
-        "--set",
-        "metric=accuracy",
-        *OPTIONS,
-    ]
-    code, out = run(capsys, *arguments)
-    assert (code, out.count("\n")) == (2, 1)
-    assert "metric 'accuracy'" in out
-    assert "they have loss" in out
-
-
-def test_a_few_rows_are_compared_and_one_is_refused_in_words_of_its_own(
-    trained: Path, model_folder: Path, completion_file: Path, tmp_path: Path
-) -> None:
-    lines = list(dict.fromkeys(completion_file.read_text().splitlines(keepends=True)))
-    few, single = tmp_path / "few.jsonl", tmp_path / "single.jsonl"
-    few.write_text("".join(lines[:3]))
-    single.write_text(lines[0])
-    settings = SelectSettings(**SETTINGS)
-    assert compare("base", trained, model=str(model_folder), data=few, settings=settings).examples == 3
-    with pytest.raises(DataError, match="1 rows; give 2 or more"):
-        compare("base", trained, model=str(model_folder), data=single, settings=settings)
-
-
-def test_progress_is_reported(trained: Path, model_folder: Path, completion_file: Path) -> None:
-    events: list[EvaluationProgress] = []
-    settings = SelectSettings(**SETTINGS)
-    compare("base", trained, model=str(model_folder), data=completion_file, settings=settings, on_event=events.append)
-    subjects = list(dict.fromkeys(event.what for event in events))
-    assert [subject.split()[0] for subject in subjects] == ["A", "B"]
-    for subject in subjects:
-        items = [event.examples for event in events if event.what == subject]
-        assert items == sorted(items)
-        assert items[-1] == events[-1].total_examples
-    assert events[0].total_examples == 2 * events[-1].total_examples
-
-
 def test_losses_per_token_of_two_tokenizers_are_not_compared(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
@@ -239,15 +160,3 @@ def test_losses_per_token_of_two_tokenizers_are_not_compared(
             model_folder, changed, model=str(model_folder), data=completion_file, settings=SelectSettings(**SETTINGS)
         )
     assert "\n" not in str(caught.value)
-
-
-def test_examples_without_a_label_are_counted(model_folder: Path, tmp_path: Path) -> None:
-    long = " ".join(["the cat sat on a mat"] * 20)
-    rows = [{"prompt": f"{number} cats", "completion": " sat on a mat"} for number in range(10)]
-    rows += [{"prompt": f"{long} {number}", "completion": " sat"} for number in range(3)]
-    data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    comparison = compare("base", "base", model=str(model_folder), data=data, settings=SelectSettings(**SETTINGS))
-    assert (comparison.examples, comparison.left_out) == (10, 3)
-    assert (
-        "on 10 examples, taken as independent (3 more have no label within the maximum length)" in comparison.sentence
-    )

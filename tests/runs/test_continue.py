@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from rightrank.api.folders import write_report
 from rightrank.api.runs import decide
-from rightrank.api.selecting import select_rank, select_rank_with
+from rightrank.api.selecting import select_rank
 from rightrank.cli import main
 from rightrank.runs.journal import Journal
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate
 from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import RunContinued
 from rightrank.schema.trials import TrialFinished, TrialStarted
-from rightrank.trainers.calls import TrialTask
 from tests.tiny import build_small_settings
 
 
@@ -65,25 +61,6 @@ def test_a_continued_run_equals_a_single_run(
     assert continued.decision.model_dump(exclude=same) == single_run.decision.model_dump(exclude=same)
 
 
-def test_another_spelling_of_the_same_paths_is_the_same_run(
-    begun: Path, model_folder: Path, completion_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(model_folder.parent)
-    started = len(read_journal(begun))
-    select_rank(f"./{model_folder.name}", completion_file, begun, settings=build_small_settings(max_steps=4))
-    assert not [record for record in read_journal(begun)[started:] if isinstance(record, TrialStarted)]
-
-
-def test_a_report_shows_the_settings_that_the_run_was_continued_with(
-    begun: Path, model_folder: Path, completion_file: Path
-) -> None:
-    settings = build_small_settings(max_steps=4, margin=0.25)
-    selected = select_rank(str(model_folder), completion_file, begun, settings=settings)
-    assert selected.decision.margin == 0.25
-    write_report(begun)
-    assert "0.25" in (begun / "report.html").read_text(encoding="utf-8")
-
-
 def test_settings_that_change_trials_are_refused(begun: Path, model_folder: Path, completion_file: Path) -> None:
     for name, value in (("max_steps", 5), ("max_eval_examples", 14)):
         settings = build_small_settings(**{"max_steps": 4, "margin": 0.1, name: value})
@@ -103,26 +80,6 @@ def test_the_next_run_is_a_command_that_continues_the_run(begun: Path, tmp_path:
         main([*words[1:], "--quiet"])
     assert stop.value.code == 0
     assert earlier_trials.items() < collect_values(run).items()
-
-
-def test_a_run_continued_with_other_ranks_keeps_those_that_were_trained(tmp_path: Path) -> None:
-    """Keep the trainings of rank 1 as evidence, although `bracket` would not train rank 1 again once rank 4 fails."""
-
-    def train(task: TrialTask) -> dict[str, float]:
-        return {"loss": {1: 0.4, 4: 0.3, 16: 0.2}[task.rank] + 0.001 * task.seed * task.rank}
-
-    run: Path = tmp_path / "run"
-    options: dict[str, Any] = {"learning_rates": 1e-3, "margin": 0.01, "strategy": "bracket"}
-    select_rank_with(train, run, ranks=(1, 4), seeds=0, **options)
-    select_rank_with(train, run, ranks=(1, 4), seeds=(0, 1), **options)
-    earlier_trials = collect_values(run)
-    selected = select_rank_with(train, run, ranks=(1, 4, 16), seeds=(0, 1), **options)
-    assert earlier_trials.items() < collect_values(run).items()
-    assert [record.rank for record in selected.decision.ranks if record.rank] == [1, 4, 16]
-    assert decide(run).decision == selected.decision
-    assert json.loads((run / "decision.json").read_text(encoding="utf-8"))["ranks"] == [
-        record.model_dump(mode="json") for record in selected.decision.ranks
-    ]
 
 
 def build_adapter_answer(rank: int, difference: float) -> AdapterAnswer:

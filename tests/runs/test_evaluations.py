@@ -30,14 +30,6 @@ def make_reporting_trainer(task: TrialTask) -> TrialResult:
     return build_result(task)
 
 
-def make_returning_trainer(task: TrialTask) -> TrialResult:
-    points = [
-        EvalPoint(step=step, value=value + task.rank / 1000, example_scores=[value, value + task.rank / 500])
-        for step, value in VALUES.items()
-    ]
-    return build_result(task).model_copy(update={"points": points})
-
-
 def build_result(task: TrialTask) -> TrialResult:
     scores = [0.5 + task.rank / 100, 0.7, 0.6]
     return TrialResult(metrics={"reward": sum(scores) / 3}, example_scores=scores)
@@ -75,10 +67,6 @@ def test_reports_are_the_same_with_several_workers(local: Records, tmp_path: Pat
     assert first < next(index for index, event in enumerate(events) if isinstance(event, TrialFinished))
 
 
-def test_points_that_are_returned_count_as_reports(local: Records, tmp_path: Path) -> None:
-    assert collect_points(run(make_returning_trainer, tmp_path / "run")) == collect_points(local)
-
-
 def test_an_evaluation_is_in_the_journal_and_the_status_before_the_trial_ends(tmp_path: Path) -> None:
     journal_types: list[list[str]] = []
     status_lines: list[str | None] = []
@@ -93,34 +81,6 @@ def test_an_evaluation_is_in_the_journal_and_the_status_before_the_trial_ends(tm
     run(train, tmp_path / "run")
     assert journal_types[0] == ["run_started", "trial_started", "trial_evaluated"]
     assert status_lines[0] == "r=4 lr=0.001 seed=0, step 5: held-out 0.5"
-
-
-def test_evaluations_of_a_restarted_trial_are_dropped(tmp_path: Path) -> None:
-    fails = True
-
-    def train(task: TrialTask) -> TrialResult:
-        task.report(1 if fails else 2, 0.5)
-        if fails and task.rank == 4:
-            raise OSError("the service is away")
-        return build_result(task)
-
-    select_rank_with(train, tmp_path / "run", ranks=(1, 4, 16), learning_rates=(1e-3,), metric="reward")
-    (failed,) = [outcome for outcome in read_run_records(tmp_path / "run").outcomes if isinstance(outcome, TrialFailed)]
-    assert [point.step for point in read_run_records(tmp_path / "run").evaluations[failed.trial_id]] == [1]
-    fails = False
-    select_rank_with(train, tmp_path / "run", ranks=(1, 4, 16), learning_rates=(1e-3,), metric="reward")
-    assert [point.step for point in read_run_records(tmp_path / "run").evaluations[failed.trial_id]] == [2]
-
-
-def test_a_step_that_is_reported_again_replaces_it_and_all_later_ones(tmp_path: Path) -> None:
-    def train(task: TrialTask) -> TrialResult:
-        for step in (0, 10, 20, 10):
-            task.report(step, step / 100)
-        return build_result(task)
-
-    records = run(train, tmp_path / "run")
-    assert [point.step for point in collect_points(records)[1]] == [0, 10]
-    assert {len(points) for points in records.evaluations.values()} == {2}
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -172,13 +132,3 @@ def test_an_invalid_evaluation_fails_only_its_trial(tmp_path: Path) -> None:
     for rank, (kind, reason) in expected.items():
         assert type(outcomes[rank]) is kind
         assert reason in outcomes[rank].reason  # type: ignore[union-attr]
-
-
-def test_report_converts_numbers(tmp_path: Path) -> None:
-    import numpy as np
-
-    def train(task: TrialTask) -> TrialResult:
-        task.report(1, np.float32(0.5), np.array([0.25, 0.75]))  # type: ignore[arg-type]
-        return build_result(task)
-
-    assert collect_points(run(train, tmp_path / "run"))[1][0].example_scores == [0.25, 0.75]

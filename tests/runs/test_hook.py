@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,9 @@ import pytest
 from rightrank import Selected, TrialTask, select_rank_with
 from rightrank.runs.hook import AdapterProposal, Hook, SelectionEnd, SelectionStart
 from rightrank.runs.journal import Journal
-from rightrank.schema.decision import AdapterAnswer
-from rightrank.schema.errors import DataError, InterruptedRun, RunError
-from rightrank.schema.events import AdapterRecorded, Event, SelectionPlanned
+from rightrank.schema.errors import InterruptedRun, RunError
+from rightrank.schema.events import Event, SelectionPlanned
 from rightrank.schema.trials import TrialFinished
-from tests.commands import read_journal_records
 
 RANKS = (1, 4, 16)
 
@@ -89,26 +86,6 @@ def test_a_hook_that_raises_ends_the_run_and_loses_nothing(tmp_path: Path, error
     assert sorted(read_finished(run)) == [1, 4, 16]
 
 
-def test_an_optional_hook_that_fails_is_skipped(tmp_path: Path) -> None:
-    run, hook = tmp_path / "run", RaisingHook(1, KeyError("x"))
-    hook.is_required = False
-    with pytest.raises(RunError, match=r"^RaisingHook failed \(KeyError: 'x'\)"):
-        select(run, hook)
-    assert sorted(read_finished(run)) == [1, 4, 16]
-    assert (run / "adapter" / "weights.txt").exists()
-    assert json.loads((run / "decision.json").read_text())["rank"] == 16
-
-
-def test_an_input_error_is_raised_unchanged(tmp_path: Path) -> None:
-    class Refusing(Hook):
-        def on_start(self, started: SelectionStart) -> None:
-            raise DataError("not this one")
-
-    with pytest.raises(DataError, match=r"^not this one$"):
-        select(tmp_path / "run", Refusing())
-    assert not (tmp_path / "run" / "journal.jsonl").exists()
-
-
 def test_a_hook_stops_the_run_which_resumes(tmp_path: Path) -> None:
     class Stopping(Hook):
         def should_stop(self) -> bool:
@@ -129,37 +106,3 @@ def test_a_hook_stops_the_run_which_resumes(tmp_path: Path) -> None:
     resumed: Any = select(run, Resumed())
     assert trials == ended
     assert resumed.decision == select(tmp_path / "whole").decision
-
-
-def test_the_next_hook_gets_a_changed_answer(tmp_path: Path) -> None:
-    class Noting(Hook):
-        def __init__(self, note: str) -> None:
-            self._note = note
-
-        def on_adapter(self, answered: AdapterProposal) -> AdapterAnswer:
-            return answered.answer.model_copy(update={"notes": [*answered.answer.notes, self._note]})
-
-    select(tmp_path / "run", Noting("first"), RecordingHook(), Noting("second"))
-    recorded = read_journal_records(tmp_path / "run", AdapterRecorded)
-    assert [record.answer.notes for record in recorded] == [["first", "second"]]
-
-
-def test_hooks_get_immutable_records(tmp_path: Path) -> None:
-    """Check that the records are frozen and hold a copy of the journal."""
-
-    class Clearing(Hook):
-        def on_start(self, started: SelectionStart) -> None:
-            self.started = started
-            with pytest.raises(AttributeError):
-                started.selection = None  # type: ignore[misc,assignment]
-
-        def on_event(self, event: Event) -> None:
-            self.started.records().outcomes.clear()
-
-        def on_adapter(self, answered: AdapterProposal) -> None:
-            answered.records.outcomes.clear()
-
-        def on_end(self, end: SelectionEnd) -> None:
-            end.records.outcomes.clear()
-
-    assert select(tmp_path / "run", Clearing()).decision == select(tmp_path / "plain").decision

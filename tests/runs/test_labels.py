@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig
+from transformers import BertConfig, BertForMaskedLM
 
 from rightrank import compare, resize, select_rank
-from rightrank.adapters.loading_code import format_loading_code
-from rightrank.bases.base_models import align_labels
-from rightrank.data.splits import load_data
 from rightrank.runs.compare import read_labels
 from rightrank.runs.values import Selected
 from rightrank.schema.errors import DataError, ModelError
@@ -103,23 +99,6 @@ def test_rows_with_some_of_the_classes_are_compared_by_the_adapter_s(selected: S
         compare(adapter, adapter, model=model, data=alone, settings=by_accuracy)
 
 
-def test_labels_in_another_order_are_not_compared(selected: Selected, tmp_path: Path) -> None:
-    reordered = tmp_path / "other"
-    shutil.copytree(selected.adapter.path, reordered)
-    stored = json.loads((reordered / "classifier.json").read_text(encoding="utf-8"))
-    stored["id2label"] = {"0": "law", "1": "art", "2": "news", "3": "sport"}
-    (reordered / "classifier.json").write_text(json.dumps(stored), encoding="utf-8")
-    with pytest.raises(ModelError, match="the same labels in the same order"):
-        compare(selected.adapter.path, reordered, model="unused", data=tmp_path / "unused.jsonl")
-    (reordered / "classifier.json").unlink()  # as PEFT alone writes it: the rows of the head are numbered
-    assert read_labels(str(reordered)) == ["0", "1", "2", "3"]
-
-
-def test_numbers_are_classes_in_the_order_of_numbers() -> None:
-    rows = [{"text": f"row {number} {copy}", "label": number} for number in range(12) for copy in range(20)]
-    assert load_data(rows, build_small_settings()).summary.classes == [str(number) for number in range(12)]
-
-
 def test_an_encoder_is_refused_for_text_with_the_columns_of_a_classifier(tmp_path: Path) -> None:
 
     folder = save_tiny_llama(tmp_path / "model")
@@ -128,31 +107,3 @@ def test_an_encoder_is_refused_for_text_with_the_columns_of_a_classifier(tmp_pat
     rows = [{"id": number, "text": f"some text {number}", "sentiment": number % 3} for number in range(120)]
     with pytest.raises(ModelError, match="or `text` and `label` to train a classifier"):
         select_rank(str(folder), rows, tmp_path / "run", settings=build_small_settings())
-
-
-def test_a_model_in_memory_keeps_the_order_of_its_labels() -> None:
-
-    named = LlamaConfig(id2label={0: "pos", 1: "neg"}, label2id={"pos": 0, "neg": 1})
-    assert align_labels(named, ["neg", "pos"]) == ["pos", "neg"]
-    assert align_labels(named, ["0", "1"]) == ["0", "1"]
-    with pytest.raises(ModelError, match="its labels are pos, neg, and those of the data bad, good"):
-        align_labels(named, ["bad", "good"])
-    unnamed = LlamaConfig(num_labels=3)
-    assert align_labels(unnamed, ["a", "b", "c"]) == ["a", "b", "c"]
-    assert unnamed.id2label == {0: "a", 1: "b", 2: "c"}
-
-
-def test_a_base_in_a_gguf_file_is_loaded_by_folder_and_file() -> None:
-    lines = format_loading_code("adapter", "/models/small.Q4_1.gguf", is_classifier=False)
-    assert lines[-2:] == [
-        "base = AutoModelForCausalLM.from_pretrained('/models', gguf_file='small.Q4_1.gguf')",
-        "model = PeftModel.from_pretrained(base, 'adapter')",
-    ]
-    classifier = format_loading_code("adapter", "/models/small.gguf", is_classifier=True)
-    assert (
-        "base = AutoModelForSequenceClassification.from_pretrained('/models', gguf_file='small.gguf', **head)"
-        in classifier
-    )
-    assert format_loading_code("adapter", "org/model", is_classifier=False)[-1].startswith(
-        "model = AutoPeftModelForCausalLM"
-    )

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from peft import LoraConfig
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from rightrank import preflight, select_rank
 from rightrank.runs.journal import Journal
 from rightrank.runs.preflight import estimate_resolution
 from rightrank.schema.events import RunStarted, SelectionPlanned
-from rightrank.schema.results import Preflight
-from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 from tests.commands import SMALL, run
-from tests.tiny import SIZES, build_small_settings, make_tokenizer
 from tests.watch import Watch
 
 
@@ -49,55 +43,6 @@ def test_a_dry_run_describes_the_selection_and_writes_nothing(
     assert result["margin"] == 0.005
 
 
-def test_a_run_folder_is_not_made(
-    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    arguments = [
-        "select",
-        str(model_folder),
-        str(completion_file),
-        "--dry-run",
-        "--out",
-        str(out),
-        "--margin",
-        "50",
-        *SMALL,
-    ]
-    status, text, _ = run(arguments, capsys)
-    assert status == 0
-    assert not out.exists()
-    assert ", 12 validation, " in text
-    assert "12 validation examples can tell a difference of about 0.038 from none" in text
-    assert text.rstrip().endswith("nothing was written: this was a dry run")
-
-
-def test_a_preflight_accepts_peft_and_trl_configs(model_folder: Path, completion_file: Path) -> None:
-    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
-    result = preflight(
-        str(model_folder), completion_file, peft_config=config, settings=build_small_settings(max_steps=3)
-    )
-    assert result.cost.steps == 3
-
-
-def test_the_first_lines_of_a_selection_hold_the_same_facts(
-    model_folder: Path, completion_file: Path, tmp_path: Path
-) -> None:
-    expected = preflight(str(model_folder), completion_file, settings=build_small_settings(max_steps=2))
-    lines: list[str] = []
-    watching = Watch(notice=lines.append)
-    select_rank(
-        str(model_folder),
-        completion_file,
-        tmp_path / "run",
-        settings=build_small_settings(max_steps=2),
-        callbacks=[watching],
-    )
-    (cost,) = [line for line in lines if line.startswith("cost: ")]
-    assert " of 2 steps" in cost
-    assert f"{expected.cost.trainings:.3g} training" in cost
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -111,25 +56,6 @@ def test_bad_use_is_one_line(arguments: list[str], message: str, capsys: pytest.
     assert (status, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
-
-
-def test_the_first_lines_say_where_the_top_rank_comes_from(model_folder: Path, completion_file: Path) -> None:
-    def result(model: Any, tokenizer: Any = None, **changes: Any) -> tuple[Preflight, str]:
-        settings = SelectSettings(**{"max_steps": 4, "max_eval_examples": 12, "seq_len": 32, "device": "cpu"} | changes)
-        files_before = preflight(model, completion_file, tokenizer=tokenizer, settings=settings)
-        return files_before, next(note for note in files_before.notes if note.startswith("top rank "))
-
-    every, line = result(str(model_folder), ranks=(1, 4, 16))
-    assert line.startswith("top rank 16 (the largest that you gave): trained once")
-    (needed,) = [row.needed_bytes for row in every.ranks if row.rank == 4]
-    _, line = result(str(model_folder), ranks=(1, 4, 16), memory_bytes=needed)
-    assert line.startswith("top rank 4 (the largest that fits the memory): ")
-    _, line = result(str(model_folder))
-    assert line.startswith("top rank 16 (the largest default that every matrix supports): ")
-    tokenizer = make_tokenizer()
-    wide_config = LlamaConfig(vocab_size=len(tokenizer), **(SIZES | {"hidden_size": 128, "intermediate_size": 128}))
-    _, line = result(LlamaForCausalLM(wide_config), tokenizer)
-    assert line.startswith("top rank 64 (the default for every data set): ")
 
 
 SMALL_SETTINGS = {

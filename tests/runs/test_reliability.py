@@ -8,58 +8,30 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from rightrank.cli import main
 from rightrank.runs import process as processes
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.journal import Journal
 from rightrank.runs.prepare import LocalExecutor
-from rightrank.schema import events
 from rightrank.schema.errors import TerminatedRun
 from rightrank.schema.events import Listener
-from rightrank.schema.trials import Arm, Trial, TrialFailed, TrialFinished, TrialStarted
+from rightrank.schema.trials import Arm, Trial, TrialFinished, TrialStarted
 from rightrank.training import loop as training_loop
-from rightrank.training import trial as arm_training
 from rightrank.training.optimizer import load_checkpoint
 from rightrank.training.trial import TrialFolders
-from tests.commands import SELECT, read_journal_records, run, start, wait_for_trial
+from tests.commands import SELECT, run, start, wait_for_trial
 from tests.helpers import make_runtime
-from tests.tiny import build_small_settings, make_tokenizer
+from tests.tiny import build_small_settings
 from tests.watch import GENEROUS_SECONDS, Watch, wait_until
 
 pytestmark = pytest.mark.trains
-
-MIB = 2**20
-LIMITED = """
-import resource, sys
-import rightrank.runs.prepare  # loaded before the limit
-from rightrank.cli import main
-size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize:")) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (size + int(sys.argv[1]), resource.RLIM_INFINITY))
-main(sys.argv[2:])
-"""
-
-
-def save_wide_llama(folder: Path) -> Path:
-    """Save a random Llama of one layer whose adapters are large compared with the base."""
-    tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=2048, intermediate_size=4096, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, pad_token_id=1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def make_half_finished_run(small_run: Path, folder: Path) -> Path:
@@ -102,49 +74,6 @@ def require_correct(folder: Path, small_run: Path) -> None:
     assert [row["value"] for row in decision["ranks"]] == pytest.approx(
         [row["value"] for row in expected["ranks"]], rel=1e-3
     )
-
-
-def test_commands_that_read_a_run_keep_its_journal(
-    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(small_run / "run", folder)
-    journal_before = (folder / "journal.jsonl").read_bytes()
-    for command in (["status"], ["report"], ["decide"], ["export", "--to", "vllm"]):
-        status, out, err = run([command[0], str(folder), *command[1:], "--json"], capsys)
-        assert status == 0, err
-        assert json.loads(out)
-    assert (folder / "journal.jsonl").read_bytes() == journal_before
-
-
-class _Backwards(datetime):
-    """A clock that stands a year before the run's start and goes back a minute with every call."""
-
-    calls = 0
-
-    @classmethod
-    def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
-        cls.calls += 1
-        return datetime(2020, 1, 1, tzinfo=UTC) - timedelta(minutes=cls.calls)
-
-
-def test_a_clock_set_back_changes_nothing(
-    work: Path, small_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    start = time.time()
-    calls = iter(range(1, 10**9))
-    monkeypatch.setattr(time, "time", lambda: start - 3600 * next(calls))
-    monkeypatch.setattr(events, "datetime", _Backwards)
-    monkeypatch.setattr(processes, "datetime", _Backwards)
-    journal_before = (work / "journal.jsonl").read_bytes()
-    assert run_selection(capsys, "--set", "checkpoint_seconds=0.001")[0] == 0
-    assert _Backwards.calls > 0
-    assert (work / "journal.jsonl").read_bytes().startswith(journal_before)
-    require_correct(work, small_run)
-    trials = read_journal_records(work, TrialFinished)
-    trained = [trial for trial in trials if trial.arm.is_direct][-1]
-    assert trained.train_seconds > 0
-    assert trained.eval_seconds > 0
 
 
 def test_a_read_only_folder_can_be_inspected_and_resumed_later(
@@ -230,24 +159,6 @@ def test_a_step_longer_than_the_grace_period_is_abandoned(monkeypatch: pytest.Mo
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited as Linux does it")
-def test_out_of_memory_on_a_cpu_is_recorded_and_the_rest_goes_on(completion_file: Path, tmp_path: Path) -> None:
-    """Set a real limit on the process: rank 2,048 takes over 1.1 GB for its factors, their gradients and AdamW's moments."""
-    model = save_wide_llama(tmp_path / "model")
-    arguments = [*SELECT, "--ranks", "1,4,2048", "--max-steps", "2"]
-    arguments[1:3] = [str(model), str(completion_file)]
-    arguments[4] = str(tmp_path / "run")
-    arguments.remove("--quiet")
-    command = [sys.executable, "-c", LIMITED, str(800 * MIB), *arguments]
-    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=3600)
-    assert ended.returncode == 0, ended.stderr
-    records = Journal(tmp_path / "run" / "journal.jsonl").read()
-    failed = [record for record in records if isinstance(record, TrialFailed)]
-    assert [(record.rank, record.error) for record in failed] == [(2048, "out_of_memory")]
-    assert "; the memory plan predicted " in failed[0].reason
-    assert {record.rank for record in records if isinstance(record, TrialFinished)} == {0, 1, 4}
-
-
 @pytest.mark.parametrize(
     ("error", "is_memory"),
     [
@@ -322,32 +233,3 @@ def test_a_process_that_trains_arm_after_arm_does_not_grow(
     assert growth < 400, (
         resident_kib
     )  # The base is 135 KiB; an arm of rank 8 with AdamW's moments is 134 KiB, and its graph is larger.
-
-
-def test_checkpoints_take_a_limited_share_of_the_time(
-    model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Use a clock that advances only by three seconds in a save and by one second between steps."""
-    clock = [1000.0]
-    saved: list[float] = []
-    monkeypatch.setattr(arm_training.time, "perf_counter", lambda: clock[0])
-
-    def save(*_: object) -> None:
-        saved.append(clock[0])
-        clock[0] += 3.0
-
-    monkeypatch.setattr(arm_training, "save_checkpoint", save)
-    settings = build_small_settings(max_steps=500, num_evaluations=1, checkpoint_seconds=10)
-    runtime = make_runtime(model_folder, completion_file, settings, tmp_path / "cache")
-    monkeypatch.setattr(training_loop._TrainingLoop, "_step", lambda _: clock.__setitem__(0, clock[0] + 1.0))
-    stop = Watch(should_stop=lambda: clock[0] > 2000)
-    arm = Arm(rank=1, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=500)
-    folders = TrialFolders(tmp_path / "checkpoint", tmp_path / "adapter")
-    with pytest.raises(Exception, match="stopped at step"):
-        training_loop.run_trial(runtime, Trial(trial_id="a" * 12, arm=arm), 20.0, folders, stop)
-    due = saved[:-1]  # the last checkpoint is written when the run stops
-    assert due[0] - 1000 == pytest.approx(
-        11
-    )  # the first after checkpoint_seconds, later ones by the cost of a checkpoint
-    assert 3.0 / arm_training.MAX_CHECKPOINT_FRACTION < due[1] - due[0] < 3.0 / arm_training.MAX_CHECKPOINT_FRACTION + 6
-    assert 3.0 * len(due) / (due[-1] - due[0]) < 0.02

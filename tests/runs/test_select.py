@@ -15,7 +15,6 @@ from threading import Timer
 from typing import Any
 
 import pytest
-import yaml
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 
 from rightrank.adapters import adapter_writer
@@ -25,7 +24,7 @@ from rightrank.report import html
 from rightrank.runs import finish
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.journal import Journal
-from rightrank.schema.trials import TrialDiverged, TrialFinished, TrialStarted
+from rightrank.schema.trials import TrialFinished, TrialStarted
 from rightrank.training import optimizer
 from rightrank.training.runtime import Runtime
 from tests.commands import (
@@ -49,30 +48,6 @@ def finished_run(model_folder: Path, completion_file: Path, tmp_path_factory: py
         main([*build_select_arguments(model_folder, completion_file, out), "--json", "--quiet"])
     assert ended.value.code == 0
     return out
-
-
-def test_the_run_folder_has_all_files(finished_run: Path) -> None:
-    for name in (
-        "journal.jsonl",
-        "config.yaml",
-        "decision.json",
-        "report.html",
-        "figures/rank_curve.svg",
-    ):
-        assert (finished_run / name).stat().st_size > 0, name
-    assert {path.name for path in (finished_run / "adapter").iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "README.md",
-        "adapters.svg",
-        "base.json",
-        "rank_curve.svg",
-    }
-    assert not (finished_run / "cache").exists()
-    assert not (finished_run / "checkpoints").exists()
-    config = yaml.safe_load((finished_run / "config.yaml").read_text())
-    assert config["ranks"] == [1, 4]
-    assert config["lora_alpha"] == 32.0
 
 
 def test_the_journal_has_all_records(finished_run: Path) -> None:
@@ -124,17 +99,6 @@ def test_the_adapter_loads_as_it_is_and_its_card_holds_the_evidence(finished_run
     assert "library_name: peft" in card
 
 
-def test_json_is_one_object_and_nothing_else(
-    finished_run: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    status, out, _ = run([*build_select_arguments(model_folder, completion_file, finished_run), "--json"], capsys)
-    assert status == 0
-    answer = json.loads(out)
-    assert answer["run"] == str(finished_run)
-    assert Path(answer["adapter"]).is_dir()
-    assert {"rank", "verdict", "flags", "margin", "reference_rank", "staircase", "ranks"} <= answer.keys()
-
-
 def test_running_again_trains_nothing_again(
     finished_run: Path,
     model_folder: Path,
@@ -156,13 +120,6 @@ def test_running_again_trains_nothing_again(
     assert (folder / "decision.json").read_bytes() == (finished_run / "decision.json").read_bytes()
 
 
-def test_the_same_seed_gives_the_same_values(
-    finished_run: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    run(build_select_arguments(model_folder, completion_file, tmp_path / "again"), capsys)
-    assert read_trial_values(tmp_path / "again") == read_trial_values(finished_run)
-
-
 def test_other_settings_are_refused_with_the_difference(
     finished_run: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,19 +128,6 @@ def test_other_settings_are_refused_with_the_difference(
     assert status == 2
     assert "lora_alpha: 32.0 → 16.0" in err
     assert err.count("\n") == 1
-
-
-def test_a_torn_last_line_is_dropped_and_reported(
-    finished_run: Path, model_folder: Path, completion_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(finished_run, folder)
-    content = (folder / "journal.jsonl").read_bytes()
-    (folder / "journal.jsonl").write_bytes(content[:-25])
-    status, _, err = run(build_select_arguments(model_folder, completion_file, folder), capsys)
-    assert status == 0
-    assert "the last line was damaged" in err
-    assert read_trial_values(folder) == read_trial_values(finished_run)
 
 
 def test_a_second_process_is_refused(
@@ -269,19 +213,6 @@ def test_a_run_that_is_stopped_and_killed_gives_the_same_result(
     assert not list((tmp_path / "run").rglob(".*.rightrank-*"))
 
 
-def test_a_diverged_arm_is_recorded_and_the_rest_goes_on(
-    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = build_select_arguments(
-        model_folder, completion_file, tmp_path / "run", "--learning-rates", "1e-2,1e30", "--max-steps", "12"
-    )
-    status, out, _ = run([*arguments, "--json"], capsys)
-    assert status == 0
-    records = Journal(tmp_path / "run" / "journal.jsonl").read()
-    assert {record.learning_rate for record in records if isinstance(record, TrialDiverged)} == {1e30}
-    assert "unstable" in json.loads(out)["flags"]
-
-
 def test_total_failure_is_exit_1(
     model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -310,35 +241,3 @@ def test_classification(
 
     loaded: Any = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "run" / "adapter", num_labels=2)
     assert loaded.peft_config["default"].modules_to_save
-
-
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")  # a warning of PEFT
-def test_an_adapter_on_a_tied_head_is_announced_and_its_card_says_so(
-    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = build_select_arguments(
-        model_folder, completion_file, tmp_path / "run", "--target-modules", "q_proj,lm_head", "--goal", "adapter"
-    )
-    status, _, err = run([*arguments, "--set", "max_steps=2"], capsys)
-    assert status == 0
-    words = "lm_head is trained, and the base uses one weight for its embeddings and its head"
-    assert words in err
-    assert words in (tmp_path / "run" / "adapter" / "README.md").read_text(encoding="utf-8")
-
-
-def test_a_config_file_and_its_misspelt_key(
-    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = tmp_path / "settings.yaml"
-    config.write_text("lora_dropuot: 0.1\n")
-    status, _, err = run(
-        build_select_arguments(model_folder, completion_file, tmp_path / "run", "--config", str(config)), capsys
-    )
-    assert status == 2
-    assert "unknown setting 'lora_dropuot' (did you mean 'lora_dropout'?)" in err
-    config.write_text("lora_dropout: 0.1\nlr_scheduler_type: cosine\n")
-    status, _, _ = run(
-        build_select_arguments(model_folder, completion_file, tmp_path / "run", "--config", str(config)), capsys
-    )
-    assert status == 0
-    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["lora_dropout"] == 0.1

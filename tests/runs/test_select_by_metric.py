@@ -11,7 +11,6 @@ from rightrank.api.runs import decide
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.trials import TrialFinished
 from tests.commands import read_journal_records, run
-from tests.tiny import write_jsonl
 
 SMALL = [
     "--goal", "training-rank", "--strategy", "grid", "--ranks", "1,4", "--learning-rates", "1e-2", "--max-steps", "8", "--batch-size", "4",
@@ -132,24 +131,3 @@ def test_a_function_that_fails_later_loses_nothing(
     status, out, err = select(model_folder, completion_file, tmp_path / "run", capsys, *options)
     assert status == 0, err
     assert len([trial for trial in read_journal_records(tmp_path / "run", TrialFinished) if trial.arm.is_direct]) == 3
-
-
-def test_metrics_of_classes(
-    model_folder: Path, class_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--metric", "macro_f1", "--metrics", "accuracy"]
-    status, out, err = select(model_folder, class_file, tmp_path / "run", capsys, *options)
-    assert status == 0, err
-    answer = json.loads(out)
-    assert (answer["metric"], answer["basis"], answer["margin"]) == ("macro_f1", "examples", 0.005)
-    for trial in read_journal_records(tmp_path / "run", TrialFinished):
-        lines = (tmp_path / "run" / "answers" / f"{trial.trial_id}.jsonl").read_text().splitlines()
-        right = [json.loads(line)["completion"] == json.loads(line)["expected"] for line in lines]
-        assert trial.metrics["accuracy"] == sum(right) / len(right)
-
-
-def test_plain_text_has_no_answers(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = write_jsonl(tmp_path / "texts.jsonl", [{"text": f"the cat sat on mat {n}"} for n in range(80)])
-    status, _, err = select(model_folder, data, tmp_path / "run", capsys, "--metric", "f1")
-    assert status == 2
-    assert "give `prompt` and `completion`" in err

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rightrank import Selected, compare, select_rank
+from rightrank import Selected, select_rank
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import RunStarted
@@ -57,24 +57,6 @@ def test_every_trial_has_the_metrics_of_pairs(selected: Selected, records: list[
     assert base.metrics["reward_accuracy"] == 0.5
     assert min(trial.metrics["loss"] for trial in trials) < 0.6
     assert "kfac" in {trial.truncation for trial in trials}
-
-
-def test_the_test_split_has_the_metrics_of_pairs(selected: Selected, records: list[Any]) -> None:
-    assert selected.decision.margin == 0.02
-    tests = [record for record in records if record.type == "test_evaluated"]
-    assert tests
-    assert all(test.example_metrics.keys() == PAIR_METRICS for test in tests)
-
-
-def test_two_adapters_are_compared_pair_by_pair(selected: Selected, pair_file: Path, model_folder: Path) -> None:
-    settings = build_small_settings(metrics=("reward_accuracy",))
-    comparison = compare(
-        selected.adapter.path, selected.adapter.path, model=str(model_folder), data=pair_file, settings=settings
-    )
-    by_metric = {result.metric: result for result in comparison.comparisons}
-    assert by_metric["loss"].difference == 0
-    assert by_metric["loss"].margin == 0.02
-    assert by_metric["reward_accuracy"].margin == 0.005
 
 
 def test_pairs_without_room_for_a_label_are_counted(model_folder: Path, pair_file: Path, tmp_path: Path) -> None:

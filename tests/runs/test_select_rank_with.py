@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import math
 import random
-import re
-import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
-import rightrank.runs.selection
 from rightrank import TrialResult, TrialTask, decide, select_rank_with
-from rightrank.runs.folder import RunFolder
-from rightrank.runs.selection import Executor
-from rightrank.schema.errors import AllTrialsFailedError, InterruptedRun, RightrankError, RunFolderError, SettingsError
-from rightrank.schema.trials import Arm, Trial, TrialFinished
+from rightrank.schema.errors import AllTrialsFailedError, InterruptedRun, SettingsError
 from rightrank.search.bracket import Grid
 from rightrank.search.history import Requests, Trials
-from rightrank.trainers import custom_trainer
 from tests.adapters.adapters import make_adapter, make_base
 from tests.watch import Watch
 
@@ -71,22 +61,6 @@ def test_the_name_of_a_metric_says_whether_higher_is_better(tmp_path: Path, metr
     assert decision.reference_rank == (16 if higher else 1)
 
 
-@pytest.mark.trains
-def test_a_metric_without_a_known_direction_states_it(tmp_path: Path) -> None:
-    def train(task: TrialTask) -> Mapping[str, float]:
-        return {"colour": 1 / task.rank}
-
-    def select(metric: str) -> bool:
-        selected = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), metric=metric)
-        return selected.decision.higher_is_better
-
-    with pytest.raises(
-        SettingsError, match=r"metric 'colour': its name does not tell .* give metric='max:colour' or 'min:colour'"
-    ):
-        select("colour")
-    assert select("min:colour") is False
-
-
 def test_the_strategy_is_replayed_once_for_each_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     num_replays, script = 0, Grid.script
 
@@ -98,26 +72,6 @@ def test_the_strategy_is_replayed_once_for_each_request(tmp_path: Path, monkeypa
     monkeypatch.setattr(Grid, "script", count_replays)
     select_rank_with(compute_loss, tmp_path / "run", ranks=RANKS, learning_rates=RATES, margin=0.1)
     assert num_replays == 2  # the grid, and the end
-
-
-@pytest.mark.trains
-def test_examples_that_belong_together_widen_the_bounds(tmp_path: Path) -> None:
-    """Count ten copies of each of 40 documents as one."""
-
-    def decide(name: str, groups: list[int] | None) -> tuple[float, str]:
-        def train(task: TrialTask) -> TrialResult:
-            draw = random.Random(task.rank)
-            scores = [1.0 + 0.02 / task.rank + draw.gauss(0, 0.05) for _ in range(40)]
-            scores = [score for score in scores for _ in range(10)]
-            return TrialResult(metrics={"loss": sum(scores) / 400}, example_scores=scores, example_groups=groups)
-
-        selected = select_rank_with(train, tmp_path / name, ranks=RANKS, learning_rates=(1e-3,), margin=0.01).decision
-        return max((row.difference_high or 0.0) - row.difference for row in selected.ranks), selected.basis_note
-
-    alone, grouped = decide("alone", None), decide("grouped", [number // 10 for number in range(400)])
-    assert "independent" in alone[1]
-    assert "independent" not in grouped[1]
-    assert grouped[0] > 2.5 * alone[0] > 0
 
 
 @pytest.mark.trains
@@ -244,15 +198,6 @@ def test_a_wrong_result_ends_the_selection_after_the_first_training(tmp_path: Pa
 
 
 @pytest.mark.trains
-def test_a_wrong_result_after_good_ones_fails_its_trial_alone(tmp_path: Path) -> None:
-    def train(task: TrialTask) -> Any:
-        return None if task.rank == 4 else compute_loss(task)
-
-    selected = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), margin=0.1)
-    assert {row.rank for row in selected.decision.ranks} == {1, 16}
-
-
-@pytest.mark.trains
 def test_a_wrong_evaluation_keeps_the_training(tmp_path: Path) -> None:
     trained: list[int] = []
 
@@ -277,61 +222,6 @@ def test_a_wrong_evaluation_keeps_the_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.trains
-@pytest.mark.parametrize("convert", [float, np.float32, torch.tensor])
-def test_a_function_may_return_the_metric_as_a_plain_number(tmp_path: Path, convert: Any) -> None:
-    decisions = [
-        select_rank_with(train, tmp_path / str(number), ranks=RANKS, learning_rates=(1e-3,)).decision
-        for number, train in enumerate((compute_loss, lambda task: convert(compute_loss(task)["loss"])))
-    ]
-    assert decisions[1].rank == decisions[0].rank
-    assert [row.value for row in decisions[1].ranks] == pytest.approx([row.value for row in decisions[0].ranks])
-
-
-class WinShareFunction:
-    metric, higher_is_better = "win_share", True
-
-    def __call__(self, task: TrialTask) -> Mapping[str, float]:
-        return {"win_share": 0.5 + task.rank / 100}
-
-
-@pytest.mark.trains
-def test_a_function_may_name_its_metric(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    selected = select_rank_with(
-        WinShareFunction(), tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), progress=True
-    ).decision
-    assert (selected.metric, selected.higher_is_better, selected.reference_rank) == ("win_share", True, 16)
-    err = capsys.readouterr().err
-    assert (
-        "trainer tests.runs.test_select_rank_with.WinShareFunction, by win_share (higher is better); the trainer sets the"
-        in err
-    )
-    assert "examples: ;" not in err
-    with pytest.raises(
-        SettingsError, match="'loss': WinShareFunction scores examples by 'win_share'; leave metric out"
-    ):
-        select_rank_with(WinShareFunction(), tmp_path / "other", ranks=RANKS, learning_rates=(1e-3,), metric="loss")
-
-
-@pytest.mark.trains
-@pytest.mark.parametrize(("ranks", "num_calls"), [((1, 2, 4, 8, 16), 3), ((0, 1, 2, 4, 8), 4)])
-def test_a_function_that_is_wrong_is_not_called_for_every_arm(
-    tmp_path: Path, ranks: tuple[int, ...], num_calls: int
-) -> None:
-    """Stop after three trials, although the base may have a value."""
-    calls: list[int] = []
-
-    def train(task: TrialTask) -> Mapping[str, float]:
-        calls.append(task.rank)
-        if task.rank == 0:
-            return {"loss": 1.0}
-        raise TypeError("wrong")
-
-    with pytest.raises(AllTrialsFailedError, match=r"the first 3 trials failed .*TypeError: wrong"):
-        select_rank_with(train, tmp_path / "run", ranks=ranks, learning_rates=(1e-3,))
-    assert len(calls) == num_calls
-
-
-@pytest.mark.trains
 def test_scores_of_other_examples_are_refused(tmp_path: Path) -> None:
     def train(task: TrialTask) -> TrialResult:
         return TrialResult(
@@ -340,32 +230,6 @@ def test_scores_of_other_examples_are_refused(tmp_path: Path) -> None:
 
     report = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,)).report
     assert "but earlier trials returned 2; score the same examples" in report.read_text(encoding="utf-8")
-
-
-@pytest.mark.trains
-def test_several_workers_give_the_same_decision(tmp_path: Path) -> None:
-    arguments: dict[str, Any] = {"ranks": RANKS, "learning_rates": RATES, "metric": "reward", "margin": 0.005}
-    alone = select_rank_with(score_pair, tmp_path / "alone", **arguments).decision
-    several = select_rank_with(score_pair, tmp_path / "several", workers=3, **arguments).decision
-    measured = {"next_run", "next_runs"}  # they contain times of the next run
-    assert several.model_dump(exclude=measured) == alone.model_dump(exclude=measured)
-
-
-@pytest.mark.trains
-def test_a_strategy_with_early_stopping_requests_complete_trainings(tmp_path: Path) -> None:
-    calls: list[TrialTask] = []
-
-    def train(task: TrialTask) -> TrialResult:
-        calls.append(task)
-        return score_pair(task)
-
-    selected = select_rank_with(
-        train, tmp_path / "run", ranks=(1, 2, 4, 8, 16), learning_rates=RATES, metric="reward", margin=0.005,
-        strategy="bracket", max_steps=10,
-    )  # fmt: skip
-    assert selected.decision.rank == 4
-    assert {task.steps for task in calls} == {10}
-    assert len(calls) < 10
 
 
 @pytest.mark.trains
@@ -390,26 +254,6 @@ def test_bad_arguments_start_nothing(tmp_path: Path, changes: dict[str, Any], me
         select_rank_with(**arguments)
     assert message in str(caught.value)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.trains
-def test_another_run_s_folder_is_refused(tmp_path: Path) -> None:
-    select_rank_with(compute_loss, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,))
-    with pytest.raises(RunFolderError, match=r"trainer: .*compute_loss' → .*score_pair'"):
-        select_rank_with(score_pair, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), metric="loss")
-    assert issubclass(RunFolderError, RightrankError)
-
-
-@pytest.mark.trains
-def test_answers_show_a_plot_in_a_notebook_and_convert_to_pandas(tmp_path: Path) -> None:
-    selected = select_rank_with(score_pair, tmp_path / "run", ranks=RANKS, learning_rates=RATES, metric="reward")
-    for html in (selected._repr_html_(), decide(selected.run)._repr_html_()):
-        assert f"Verdict: {selected.decision.verdict}" in html
-        assert "data:image/svg+xml" in html
-        assert "<script" not in html
-    frame = selected.decision.to_pandas()
-    assert list(frame.index) == list(RANKS)
-    assert frame.loc[4, "value"] == pytest.approx(selected.decision.ranks[1].value)
 
 
 def make_adapter_result(rank: int) -> TrialResult:
@@ -480,17 +324,6 @@ def test_the_best_adapter_by_any_metric_is_that_of_twice_the_steps(tmp_path: Pat
     assert (selected.adapter.rank, (selected.adapter.path / "steps.txt").read_text()) == (8, "20")
 
 
-@pytest.mark.parametrize(
-    ("metric", "margin"), [("perplexity", 0.1), ("accuracy", 0.005), ("min:cost", 0.2), ("loss", 0.005)]
-)
-def test_the_strategy_searches_at_the_default_margin_of_the_metric(tmp_path: Path, metric: str, margin: float) -> None:
-    values = {"ranks": (1, 4), "learning_rates": (1e-3,), "seeds": (0,), "margin": None}
-    request = custom_trainer.build_custom_request(compute_loss, None, metric, values, {})
-    space = request.prepare(RunFolder(tmp_path / "run"), []).strategy.space
-    assert space.metric == metric.removeprefix("min:")
-    assert space.get_margin(20.0 if metric != "accuracy" else -0.8) == pytest.approx(margin)
-
-
 @pytest.mark.trains
 def test_an_adapter_that_can_not_be_truncated_leaves_the_trained_one(tmp_path: Path) -> None:
     selected = select_rank_with(
@@ -503,56 +336,6 @@ def test_an_adapter_that_can_not_be_truncated_leaves_the_trained_one(tmp_path: P
     assert selected.adapter is None
     assert selected.exported_adapter is None
     assert selected.decision.reference_rank == 4
-
-
-@pytest.mark.trains
-def test_a_single_value_is_a_list_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    selected = select_rank_with(
-        compute_loss, tmp_path / "run", ranks=(1, 4), learning_rates=1e-3, seeds=0, metric="loss", progress=True
-    )
-    assert "held-out" in capsys.readouterr().err
-    text = str(selected)
-    assert text.count("next:") == 1
-    assert "None" not in text
-
-
-@pytest.mark.trains
-def test_the_base_is_measured_by_default(tmp_path: Path) -> None:
-    """Use a function whose adapters are worse than the base, which a comparison of the ranks alone can't show."""
-
-    def train(task: TrialTask) -> TrialResult:
-        loss = 1.0 if task.rank == 0 else 1.2 - 0.01 * min(task.rank, 4)
-        scores = [loss + 1e-3 * ease for ease in EXAMPLE_SCORES]
-        return TrialResult(metrics={"loss": sum(scores) / len(scores)}, example_scores=scores)
-
-    decision = select_rank_with(train, tmp_path / "run", learning_rates=(1e-3,), margin=0.005).decision
-    assert [evidence.rank for evidence in decision.ranks] == [0, 1, 4, 16, 64]
-    assert decision.verdict == "no_gain"
-    assert "not measured" not in decision.sentence
-
-
-@pytest.mark.trains
-@pytest.mark.trains
-@pytest.mark.parametrize(
-    ("ranks", "wrong", "reason"),
-    [
-        (RANKS, None, "add 0 to the ranks"),
-        ((0, *RANKS), "raises", "train raised ZeroDivisionError: division by zero"),
-        ((0, *RANKS), "returns nothing", "train returned NoneType None; return a number, a mapping such as"),
-    ],
-)
-def test_an_answer_without_the_base_says_so(
-    tmp_path: Path, ranks: tuple[int, ...], wrong: str | None, reason: str
-) -> None:
-    def train(task: TrialTask) -> Any:
-        return None if task.rank == 0 and wrong == "returns nothing" else compute_loss(task)
-
-    decision = select_rank_with(train, tmp_path / "run", ranks=ranks, learning_rates=(1e-3,), margin=0.1).decision
-    assert {evidence.rank for evidence in decision.ranks} == set(RANKS)
-    sentence = f"The base was not measured, so no gain over it is shown ({reason}"
-    assert sentence in decision.sentence
-    assert sentence in decide(tmp_path / "run").decision.sentence
-    assert sentence in (tmp_path / "run" / "report.html").read_text(encoding="utf-8").replace("&#39;", "'")
 
 
 @pytest.mark.trains
@@ -592,44 +375,3 @@ def test_an_adapter_folder_with_other_files_is_moved(tmp_path: Path) -> None:
     assert json.loads((out / "earlier-1" / "adapter" / "adapter_config.json").read_text())["r"] == 4
     assert select(0.01) == 4
     assert not (out / "earlier-2").exists()  # a folder without other files is replaced
-
-
-@pytest.mark.trains
-def test_a_run_whose_function_never_returned_the_metric_does_not_block_its_folder(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-
-    def train(task: TrialTask) -> Mapping[str, float]:
-        return {"accuracy": 0.5 + 0.01 * task.rank}
-
-    def select(metric: str, ranks: tuple[int, ...] = RANKS) -> str:
-        return select_rank_with(train, out, ranks=ranks, learning_rates=(1e-3,), metric=metric).decision.metric
-
-    with pytest.raises(AllTrialsFailedError, match=r"returned no 'acuracy' .* give another metric="):
-        select("max:acuracy")
-    assert select("accuracy") == "accuracy"
-    assert (out / "earlier-1" / "journal.jsonl").is_file()
-    with pytest.raises(RunFolderError, match="made with other settings"):  # the run has results
-        select("max:acuracy")
-
-
-def load_example(of: type, name: str, **names: Any) -> Any:
-    """Return the class `name` in the docstring of a protocol."""
-    code = re.search(rf"^    class {name}.*", inspect.getdoc(of) or "", re.DOTALL | re.MULTILINE)
-    exec(textwrap.dedent(code[0]), names)
-    return names[name]
-
-
-def build_trials() -> list[Trial]:
-    return [
-        Trial(trial_id=f"t{rank}", arm=Arm(rank=rank, learning_rate=1e-3, lora_alpha=32.0, seed=0, steps=2))
-        for rank in (1, 4, 16)
-    ]
-
-
-def test_the_executor_of_the_docstring_yields_one_outcome_per_trial() -> None:
-    executor: Executor = load_example(
-        Executor, "FormulaExecutor", **vars(rightrank.runs.selection) | vars(custom_trainer)
-    )()
-    outcomes = list(executor.run(build_trials(), None))
-    assert [outcome.arm for outcome in outcomes] == [trial.arm for trial in build_trials()]
-    assert all(isinstance(outcome, TrialFinished) for outcome in outcomes)

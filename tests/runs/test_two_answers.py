@@ -10,13 +10,10 @@ from typing import Any
 import pytest
 from peft import AutoPeftModelForCausalLM
 
-from rightrank.api.adapters import resize
 from rightrank.api.folders import export, status, write_report
 from rightrank.api.selecting import select_rank
-from rightrank.cli import main
-from rightrank.report.screen import MAX_LINES
 from rightrank.runs.journal import Journal
-from rightrank.schema.errors import InterruptedRun, SettingsError
+from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.events import AdapterRecorded
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
@@ -70,41 +67,6 @@ def test_goal_adapter_ends_with_the_deployment_rank(answered: Path) -> None:
     assert write_report(answered).read_text(encoding="utf-8") == (answered / "report.html").read_text(encoding="utf-8")
     assert status(answered).state == "done"
     assert export(answered, "vllm").files == ["vllm.sh"]
-
-
-def test_one_rank_is_enough_for_the_adapter_and_is_continued_with_others(
-    model_folder: Path, completion_file: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    alone = select_rank(str(model_folder), completion_file, run, settings=build_settings("adapter", ranks=(4,)))
-    assert alone.exported_adapter.trained_rank == 4
-    with pytest.raises(SettingsError, match="ranks: got 4 only; a comparison needs two or more"):
-        select_rank(str(model_folder), completion_file, run, settings=build_settings("training-rank", ranks=(4,)))
-    trained = read_trial_ids(run)
-    selected = select_rank(str(model_folder), completion_file, run, settings=build_settings("training-rank"))
-    assert selected.decision.reference_rank in (1, 2, 4)
-    assert read_trial_ids(run)[: len(trained)] == trained
-
-
-def test_resize_gives_the_same_answer_from_the_same_adapter_and_data(
-    answered: Path, completion_file: Path, tmp_path: Path
-) -> None:
-    (recorded_answer,) = read_journal_records(answered, AdapterRecorded)
-    answer = recorded_answer.answer
-    settings, trained = build_settings("adapter"), answered / "trials" / answer.trained_id
-    resized = resize(trained, tmp_path / "small", data=completion_file, settings=settings)
-    assert (resized.rank, resized.answer.margin) == (answer.rank, answer.margin)
-    mine = [
-        (candidate.rank, candidate.difference, candidate.difference_high) for candidate in resized.answer.candidates
-    ]
-    assert mine == [
-        (
-            candidate.rank,
-            pytest.approx(candidate.difference, abs=1e-5),
-            pytest.approx(candidate.difference_high, abs=1e-5),
-        )
-        for candidate in answer.candidates
-    ]
 
 
 def test_the_same_folder_goes_on_to_the_training_rank(
@@ -199,36 +161,3 @@ def test_a_run_interrupted_between_the_answers_keeps_the_deployment_rank(
     if last.answer.trial_id == answer.answer.trial_id:  # no training for the training rank was better
         assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == weights
     require_first_answer(run, last)
-
-
-def test_the_command_ends_with_a_short_screen_and_status_has_a_sentence_per_answer(
-    answered: Path, model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(answered, run)
-    small = (
-        "--ranks 1,2,4 --learning-rates 1e-2 --max-steps 20 --batch-size 4 --seq-len 32 --max-eval-examples 12 "
-        f"--set num_evaluations=2 --margin {WIDE} --quiet"
-    ).split()
-
-    def read_output(*arguments: str) -> str:
-        with pytest.raises(SystemExit, match=r"^0$"):
-            main([*arguments])
-        return capsys.readouterr().out
-
-    def show_details(goal: str) -> str:
-        select = ["select", str(model_folder), str(completion_file), "--out", str(run), *small, "--goal", goal]
-        screen = read_output(*select)
-        assert len(screen.splitlines()) <= MAX_LINES
-        assert f"adapter: {run / 'adapter'}\n" in screen
-        return read_output("status", str(run))
-
-    details = show_details("adapter")
-    assert read_journal_records(run, AdapterRecorded)[0].answer.sentence in details
-    assert "It was trained at rank 4 (learning rate 0.01, 20 steps), truncated to rank " in details
-    assert "An estimate, not evidence: " in details
-    details = show_details("training-rank")
-    assert read_journal_records(run, AdapterRecorded)[-1].answer.sentence in details
-    document = json.loads((run / "decision.json").read_text())
-    assert document["sentence"] in details
-    assert "An estimate" not in details

@@ -6,7 +6,6 @@ The adapter is exported, the journal is complete, and one line names the failure
 from __future__ import annotations
 
 import importlib
-import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +13,8 @@ from typing import Any
 
 import pytest
 
-from rightrank import TrialResult, TrialTask, select_rank_with
-from rightrank.runs.hook import Hook, Hooks
 from rightrank.runs.journal import Journal
-from rightrank.schema.errors import RunError
-from rightrank.schema.events import AdapterRecorded, DecisionRecorded, Event
+from rightrank.schema.events import AdapterRecorded, DecisionRecorded
 from tests.commands import run
 
 VIEWS = [
@@ -92,35 +88,3 @@ def test_a_failing_view_keeps_adapter_and_journal(
     status, printed, stderr = run(arguments, capsys)
     assert (status, stderr) == (0, "")
     assert "adapter: " in printed
-
-
-def test_a_failing_view_keeps_the_adapter_of_a_custom_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def train(task: TrialTask) -> TrialResult:
-        (task.folder / "weights.txt").write_text("saved")
-        return TrialResult(metrics={"loss": 1 / task.rank}, example_scores=[1 / task.rank] * 4)
-
-    arguments: dict[str, Any] = {"ranks": (1, 2), "learning_rates": (1e-3,)}
-    for view in ("rightrank.runs.views.build_figures", "rightrank.runs.views.render_report"):
-        with monkeypatch.context() as patched:
-            break_view(patched, view, KeyError("x"))
-            with pytest.raises(RunError, match=r"failed \(KeyError"):
-                select_rank_with(train, tmp_path / view, **arguments)
-        assert (tmp_path / view / "adapter" / "weights.txt").read_text() == "saved"
-        assert select_rank_with(train, tmp_path / view, **arguments).adapter.path == tmp_path / view / "adapter"
-
-
-def test_a_hook_that_raises_is_named_in_one_line_and_its_traceback_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    error = KeyError("mine")
-
-    class Broken(Hook):
-        def on_event(self, event: Event) -> None:
-            raise error
-
-    with (
-        caplog.at_level(logging.DEBUG, "rightrank"),
-        pytest.raises(
-            RunError, match=r"^Broken failed \(KeyError: 'mine'\); finished trials are kept, and the same call resumes$"
-        ),
-    ):
-        Hooks([Broken()]).send_notice("going")
-    assert [record.exc_info and record.exc_info[1] for record in caplog.records] == [error]

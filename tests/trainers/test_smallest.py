@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import logging
@@ -17,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -215,33 +213,6 @@ def test_examples_packed_in_one_row_have_their_own_losses(model_folder: Path, ro
         assert packed.losses == pytest.approx(alone.losses, rel=1e-3)  # the first sees nothing before it
 
 
-def test_rows_that_belong_together_are_compared_by_groups(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    held_out = [row | {"doc": number // 6} for number, row in enumerate(rows[140:])]
-    alone, grouped = (
-        run_training(
-            model_folder, rows, tmp_path / str(group), partial(SmallestAdapter, group=group), held_out=held_out
-        ).result.answer
-        for group in (None, "doc")
-    )
-    assert [candidate.difference for candidate in grouped.candidates] == [
-        candidate.difference for candidate in alone.candidates
-    ]
-    assert grouped.candidates[-1].difference_high != alone.candidates[-1].difference_high
-    assert "Bounds are over 10 groups of 60 examples." in grouped.notes
-
-
-def test_examples_packed_in_rows_belong_to_the_groups_of_these(model_folder: Path, rows: Rows) -> None:
-    model = make_peft_model(model_folder).eval()
-    joined = {
-        key: torch.tensor([[token for row in rows[:3] for token in row[key]]] * 2) for key in ("input_ids", "labels")
-    }
-    joined["position_ids"] = torch.tensor([[index for row in rows[:3] for index in range(len(row["labels"]))]] * 2)
-    assert score_batches(model, [joined | {"group": torch.tensor([7, 4])}]).groups == [7] * 3 + [4] * 3
-    flat = {key: value[:1] for key, value in joined.items()}  # three rows that the collator made one
-    assert score_batches(model, [flat | {"group": torch.tensor([1, 1, 2])}]).groups == [1, 1, 2]
-    assert score_batches(model, [flat]).groups is None
-
-
 class BrokenTracker(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "rightrank/rank" in logs:
@@ -348,22 +319,6 @@ def test_the_best_checkpoint_is_measured_where_the_trainer_loads_it(
     assert callback.result.trained_scores.loss == pytest.approx(value, rel=1e-4)
 
 
-def test_a_search_for_hyperparameters_is_not_measured(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    """Cover trials that end and trials that Optuna prunes, because both end with the same event."""
-    optuna = pytest.importorskip("optuna")
-    trainer = make_trainer(
-        model_folder, rows, tmp_path, SmallestAdapter, max_steps=2, eval_strategy="steps", eval_steps=1
-    )
-    trainer.model_init = lambda _=None: make_peft_model(model_folder)
-    study = {"pruner": optuna.pruners.ThresholdPruner(upper=0.0, n_warmup_steps=1), "direction": "minimize"}
-    with contextlib.suppress(ValueError):  # every trial was pruned, and Optuna has no best one
-        trainer.hyperparameter_search(
-            lambda trial: {"seed": trial.suggest_int("seed", 0, 1)}, n_trials=1, backend="optuna", **study
-        )
-    assert find_callback(trainer).result is None
-    assert not (tmp_path / "rightrank").exists()
-
-
 def test_a_resumed_training_is_measured_as_the_whole_one(
     model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -442,20 +397,6 @@ def test_the_head_sees_few_positions_at_a_time(model_folder: Path, rows: Rows, m
     for number, row in enumerate(rows[:3]):
         full_loss = model(**{key: torch.tensor([value]) for key, value in row.items()}).loss.detach()
         assert scores.losses[number] / scores.tokens[number] == pytest.approx(float(full_loss), rel=1e-5)
-
-
-def test_logits_that_the_model_changes_after_the_head_are_scored_whole(rows: Rows) -> None:
-    config = transformers.Gemma2Config(
-        vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, final_logit_softcapping=0.1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model: Any = get_peft_model(
-        transformers.Gemma2ForCausalLM(config), LoraConfig(r=4, target_modules="all-linear")
-    ).eval()
-    row = {key: torch.tensor([value]) for key, value in rows[0].items()}
-    scores = score_batches(model, [row])
-    assert scores.losses[0] / scores.tokens[0] == pytest.approx(float(model(**row).loss.detach()), rel=1e-4)
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])

@@ -154,13 +154,6 @@ def test_a_base_that_was_changed_in_memory_is_refused(
     assert trainer.callback_handler.callbacks[0].result is not None  # type: ignore[attr-defined]
 
 
-def test_a_collator_that_returns_rows_is_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    """Use the collator of GRPO, which returns the rows."""
-    trainer = make_trainer(model_folder, rows, tmp_path, SmallestAdapter)
-    trainer.data_collator = list
-    refuse(trainer, "collator returns a list and no batch of tensors, as for GRPO, .*evaluate=evaluate")
-
-
 @pytest.mark.parametrize("scaling", ["set_scale", "scale_layer", "config"])
 def test_a_scale_that_peft_does_not_save_is_refused(
     scaling: str, model_folder: Path, rows: Rows, tmp_path: Path
@@ -334,16 +327,6 @@ def test_few_rows_are_held_at_a_time(model_folder: Path, rows: Rows, tmp_path: P
     assert callback.result.num_examples == len(rows) - 140
 
 
-def test_the_search_for_held_out_rows_in_the_training_set_ends_in_time(
-    model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Check that the answer states how many rows were compared."""
-    monkeypatch.setattr("rightrank.trainers.held_out.MAX_COMPARISON_SECONDS", -1.0)
-    result = run_training(model_folder, rows, tmp_path, SmallestAdapter, held_out=RowList(rows[100:])).result
-    assert result.num_examples == len(rows) - 100
-    assert any(note.startswith("0 of 140 training rows (a random sample)") for note in result.answer.notes)
-
-
 def make_images(count: int) -> list[dict[str, Any]]:
     """Make random images that differ only in the middle, which `str` omits. The label says which half is brighter."""
     draw = torch.Generator().manual_seed(0)
@@ -409,21 +392,6 @@ def test_the_scored_rows_are_a_random_sample(
     assert 4 <= sum(count > 35 for count in tokens) <= 16  # beyond this in 1 of 400 random samples
 
 
-def test_the_sample_is_the_same_whatever_the_global_generators_have(
-    model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rightrank.trainers.smallest.MIN_SAMPLE_SIZE", 20)
-    tokens = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
-        callback = partial(SmallestAdapter, max_examples=20)
-        result = run_training(model_folder, rows, tmp_path / str(seed), callback, seed=seed, max_steps=1).result
-        tokens.append(result.trained_scores.tokens)
-    assert tokens[0] == tokens[1]
-
-
 def test_the_tokenizer_lies_beside_the_adapter(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
     run_training(model_folder, rows, tmp_path, partial(SmallestAdapter, margin=1.0))
     loaded = AutoTokenizer.from_pretrained(tmp_path / "rightrank" / "adapter")
@@ -464,16 +432,6 @@ def test_rows_with_one_prompt_belong_together_in_every_format(form: str | None, 
             held_out[-1] |= {"prompt_ids": prompt}
     keys = [find_group_key(row, None) for row in datasets.Dataset.from_list(held_out).with_format(form)]
     assert number_groups(keys, None) == [number % 10 for number in range(40)]
-
-
-def test_long_values_of_a_group_column_are_told_apart() -> None:
-    """Use arrays that `repr` shortens, and integers that a float cannot represent."""
-    for values in (
-        [np.concatenate([np.zeros(900), [number // 4], np.zeros(900)]) for number in range(40)],
-        [2**60 + number // 4 for number in range(40)],
-    ):
-        keys = [find_group_key({"doc": value}, "doc") for value in values]
-        assert number_groups(keys, "doc") == [number // 4 for number in range(40)]
 
 
 IDS = torch.tensor([[1, 2]])

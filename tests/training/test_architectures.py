@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,11 @@ import torch
 import transformers
 
 from rightrank.schema.errors import ModelError
-from rightrank.schema.trials import Arm
-from rightrank.training.pace import find_multi_lora_obstacle
-from tests.tiny import GPT2_SIZES, generate_sentences, make_tokenizer, write_jsonl
+from tests.tiny import GPT2_SIZES, make_tokenizer
 from tests.training.architecture_cases import ARCHITECTURES
 from tests.training.architecture_checks import check_configuration
 from tests.training.architecture_table import MARK, PAGE, RESULTS, format_tables, read_rows
-from tests.training.architectures import SIZES, STEPS, make_model, make_model_runtime, make_runtime, run
+from tests.training.architectures import SIZES, make_model_runtime
 
 pytestmark = pytest.mark.trains
 
@@ -46,19 +43,6 @@ def test_an_architecture_is_planned_trained_loaded_and_truncated_as_by_peft(name
     assert "label rows" not in row.shortcuts or name not in ("bert", "deberta")  # what raises in its proof is not used
 
 
-def test_a_module_that_reads_its_neighbours_runs_at_every_position(tmp_path: Path) -> None:
-    """Check a batch in which nearly every position has a label, as in plain text."""
-    texts = write_jsonl(tmp_path / "d.jsonl", [{"text": text} for text in generate_sentences(80)])
-    tokenizer = make_tokenizer()
-    model = make_model("llama", len(tokenizer))
-    mlp = model.model.layers[-1].mlp
-    alone = mlp.forward
-    mlp.forward = lambda x: alone(x + torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1])
-    assert make_model_runtime(model, tokenizer, texts, tmp_path / "cache").fast_paths.last_block is None
-    mlp.forward = alone
-    assert make_model_runtime(model, tokenizer, texts, tmp_path / "other").fast_paths.last_block is not None
-
-
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_trained_is_refused_in_one_line_before_a_weight_is_read(name: str, tmp_path: Path) -> None:
     row = check_configuration(name, 0, tmp_path)
@@ -70,35 +54,9 @@ def test_the_page_has_the_table_of_what_is_stored() -> None:
     assert PAGE.read_text(encoding="utf-8").partition(MARK)[2].strip() == format_tables(read_rows(RESULTS)).strip()
 
 
-def test_a_layer_that_mixes_arms_is_an_obstacle(completion_file: Path, tmp_path: Path) -> None:
-    """Check an adapted layer that sees a selection of tokens, as an expert of a mixture does."""
-    runtime = make_runtime("llama", completion_file, tmp_path / "cache")
-    mlp = runtime.model.model.layers[0].mlp
-    original_forward = mlp.forward
-
-    def keep_first_tokens(x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        half = len(rows) // 2
-        return torch.cat([original_forward(rows[:half]), rows[half:]]).view_as(x)
-
-    mlp.forward = keep_first_tokens
-    arms = [Arm(rank=rank, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=STEPS) for rank in (2, 4)]
-    obstacle = find_multi_lora_obstacle(runtime, arms)
-    assert obstacle is not None
-    assert re.fullmatch(r"a layer sees \d+ rows that can't be assigned to arms", obstacle)
-    assert run(runtime, arms, tmp_path, 1)[0].adapters_per_pass == 1
-
-
 def made(model: str, config: str, tokenizer: Any, **sizes: Any) -> Any:
     torch.manual_seed(0)
     return getattr(transformers, model)(getattr(transformers, config)(vocab_size=len(tokenizer), **sizes))
-
-
-def test_an_encoder_that_only_a_batch_shows_is_refused(completion_file: Path, tmp_path: Path) -> None:
-    tokenizer = make_tokenizer()
-    model = made("XLNetLMHeadModel", "XLNetConfig", tokenizer, d_model=32, n_layer=2, n_head=4, d_inner=48)
-    with pytest.raises(ModelError, match="it sees the tokens that follow, so a label is visible"):
-        make_model_runtime(model, tokenizer, completion_file, tmp_path)
 
 
 def test_a_classifier_pads_as_its_batches_do(class_file: Path, tmp_path: Path) -> None:

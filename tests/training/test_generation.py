@@ -78,23 +78,6 @@ def test_each_adapter_of_several_generates_its_own_answers(runtime: Runtime) -> 
     assert [answer.completion for answer in generate_answers(runtime, "validation")] == plain
 
 
-def test_out_of_memory_halves_the_batch_of_prompts(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = generate_answers(runtime, "validation")
-    sizes: list[int] = []
-    generate_batch = generation._generate_batch
-
-    def small(runtime: Runtime, token_ids: list[list[int]], config: Any) -> list[str]:
-        sizes.append(len(token_ids))
-        if len(token_ids) > 2:
-            raise torch.OutOfMemoryError("out of memory")
-        return generate_batch(runtime, token_ids, config)
-
-    monkeypatch.setattr(generation, "_generate_batch", small)
-    assert generate_answers(runtime, "validation") == plain
-    assert sizes[:2] == [5, 2]
-    assert set(sizes[1:]) <= {1, 2}
-
-
 def test_a_conversation_is_prompted_for_its_last_answer(model_folder: Path, tmp_path: Path) -> None:
     talks = [
         [

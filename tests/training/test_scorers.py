@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.schema.errors import MetricError, SettingsError
+from rightrank.schema.errors import MetricError
 from rightrank.schema.metrics import parse_metrics
-from rightrank.schema.settings import SelectSettings
 from rightrank.training.generation import ModelAnswer
-from rightrank.training.metrics import MetricScore, require_metric_functions, score_answers
+from rightrank.training.metrics import MetricScore, score_answers
 
 pytestmark = pytest.mark.trains
 
@@ -75,16 +74,3 @@ def test_a_bad_function_is_one_line_and_its_traceback_is_logged(
     assert "\n" not in str(caught.value)
     tracebacks = [record.exc_info[1] for record in caplog.records if record.exc_info]
     assert tracebacks == ([caught.value.__cause__] if "raised" in message or "missing" in message else [])
-
-
-def test_an_invalid_function_is_refused_before_the_start() -> None:
-    Path("mine.py").write_text(FUNCTIONS)
-    Path("broken.py").write_text("import json\n1 / 0\n")
-    for reference, message in (
-        ("mine.py:A_NUMBER", "no function"),
-        ("absent.py:f", "No such file"),
-        ("broken.py:f", "ZeroDivisionError"),
-        ("nowhere_at_all:f", "No module named"),
-    ):
-        with pytest.raises(SettingsError, match=message):
-            require_metric_functions(SelectSettings(metrics=(f"max:{reference}",)))

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
@@ -133,28 +132,8 @@ def test_products_are_in_float32_and_the_table_is_as_before(
     assert torch.allclose(ours, plain, rtol=3e-2)
 
 
-LENGTHS = np.random.default_rng(0).integers(1, 200, 500)
-SIGMAS = 4.5  # of a standard error, about one chance in 150,000
-
-
 def test_every_example_is_seen_once_per_pass() -> None:
     plan = plan_batches(500, 10, 100, seed=1)  # two passes
     for begin in (0, 50):
         indices = [index for batch in plan[begin : begin + 50] for index in batch]
         assert sorted(indices) == list(range(500))
-
-
-def collect_lengths(seeds: int, steps: int) -> np.ndarray:
-    """Return the lengths of the examples as [seeds, steps, 8]."""
-    return np.array([LENGTHS[plan_batches(500, 8, steps, seed)] for seed in range(seeds)])
-
-
-def test_length_does_not_decide_the_other_examples_of_a_batch() -> None:
-    """Check that batches do not group examples by length.
-
-    A step's loss is a mean over its labels. With batches of similar length, a label of a short example would weigh more
-    than with batches drawn at random.
-    """
-    means = collect_lengths(60, 62).mean(axis=2).reshape(-1)
-    expected = LENGTHS.var(ddof=1) / 8 * (1 - 8 / 500)  # of a sample without replacement
-    assert abs(means.var() / expected - 1) < SIGMAS * np.sqrt(2 / len(means))

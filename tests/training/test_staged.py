@@ -46,22 +46,6 @@ def test_stages_end_as_the_whole_does(runtime: object, tmp_path: Path) -> None:
     assert first.value != pytest.approx(full_training.value, rel=1e-4)
 
 
-def test_looks_score_the_first_examples_and_the_end_scores_all(
-    runtime: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rightrank.training.trial.EVAL_SUBSET_SIZE", 5)
-    full_training = run(runtime, "whole", ARM, tmp_path)
-    assert len(full_training.example_losses) == 12
-    assert full_training.value == pytest.approx(sum(full_training.example_losses) / sum(full_training.example_tokens))
-    first = sum(full_training.example_losses[:5]) / sum(full_training.example_tokens[:5])
-    assert full_training.points[-1].value == pytest.approx(
-        first
-    )  # the last point is of the same examples as those before
-    look = run(runtime, "look", ARM.model_copy(update={"stop_at": 4}), tmp_path)
-    assert look.example_tokens == full_training.example_tokens[:5]
-    assert look.value == pytest.approx(full_training.points[1].value, rel=1e-6)
-
-
 def test_a_stopped_training_also_scores_the_mean_of_its_factors(runtime: object, tmp_path: Path) -> None:
     stopped = {
         step: run(runtime, f"to{step}", ARM.model_copy(update={"stop_at": step}), tmp_path) for step in (4, 5, 6)
