@@ -118,22 +118,6 @@ def format_margins() -> str:
     return format_table(["margin", "median rank", "minus rank 16 tuned", "of which the truncation"], lines)
 
 
-def format_averages() -> str:
-    """Format what the average of two seeds, and twice the steps, gain over the two seeds at the same rank."""
-    stored = read_stored("learning_rate/averages.json")
-    ranks, lines = (64, 16, 4), []
-    for row in stored["rows"]:
-        cells = [f"{row['grid']}, {row['base']}"]
-        for adapter in ("average", "twice the steps"):
-            values = [row["differences"][f"{adapter}, {rank}"] for rank in ranks]
-            cells.append(", ".join(f"{mean:.3f}±{high - mean:.3f}" for mean, _, high in values))
-        lines.append(cells)
-    for rank in ranks:
-        means = [stored["mean"][f"{adapter}, {rank}"] for adapter in ("average", "twice the steps")]
-        lines.append([f"mean, rank {rank}", *map(_format_interval, means)])
-    return format_table(["grid, base", "average: ranks 64, 16, 4", "twice the steps: ranks 64, 16, 4"], lines)
-
-
 def _format_interval(interval: dict[str, Any]) -> str:
     return f"{interval['mean']:.3f} ({interval['low']:.3f} to {interval['high']:.3f})"
 
@@ -248,7 +232,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "judged": format_judged,
     "policies": format_policies,
     "margins": format_margins,
-    "averages": format_averages,
     "published": format_published,
     "coverage": format_coverage,
     "rerankers": format_rerankers,

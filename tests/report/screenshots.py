@@ -20,7 +20,7 @@ WIDTHS = {"phone": 390, "desktop": 1280}
 HEIGHT = {"phone": 844, "desktop": 1120}
 SCHEMES = ("light", "dark")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-DOCS = {"report-desktop": ("desktop", "light"), "report-dark": ("desktop", "dark"), "report-phone": ("phone", "light")}
+DOCS = {"report-desktop": ("desktop", "light")}
 
 
 @contextmanager
