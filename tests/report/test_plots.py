@@ -94,8 +94,6 @@ def test_the_rank_curve_is_the_decision() -> None:
     (ring,) = (line for line in ax.lines if line.get_markerfacecolor() == "none")
     assert ring.get_zorder() < ax.containers[0].lines[0].get_zorder()  # it hides no point
     assert ax.get_xlabel() == "LoRA rank"
-    refused = [e.model_copy(update={"non_inferior": False}) if e.rank == decision.rank else e for e in decision.ranks]
-    assert list_ring_ranks(draw(build_rank_figure(decision.model_copy(update={"ranks": refused}))), "chosen") == []
 
 
 def test_adapters_are_drawn_by_method_with_their_paired_bounds() -> None:
