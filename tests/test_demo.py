@@ -13,27 +13,13 @@ import gguf
 import pytest
 
 from rightrank import demo, select_rank
-from rightrank.schema.errors import MissingExtraError, RunFolderError
+from rightrank.schema.errors import MissingExtraError
 
 pytestmark = pytest.mark.trains
 
 SHORT = demo.DEMO_SETTINGS.model_copy(
     update={"ranks": (1, 8), "learning_rates": (5e-3,), "max_steps": 6, "seq_len": 48, "max_eval_examples": 12}
 )
-
-
-def test_functions_and_their_docstrings(tmp_path: Path) -> None:
-    source = tmp_path / "module.py"
-    source.write_text(
-        'def add(a, b):\n    """Return the sum of a and b, whatever they are."""\n    return a + b\n\n'
-        "def bare(a):\n    return a\n\n"
-        'def short(a):\n    """Too short."""\n    return a\n'
-    )
-    (row,) = demo.find_documented_functions(source)
-    assert row["completion"] == "Return the sum of a and b, whatever they are."
-    assert "sum of a" not in row["prompt"]
-    assert "return a + b" in row["prompt"]
-    assert row["group"] == "module"
 
 
 def test_a_missing_model_package_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -73,11 +59,3 @@ def test_the_demo_in_short(shortened: None, tmp_path: Path) -> None:
     assert model.peft_config["default"].layers_to_transform == [28, 29]
     config = json.loads((tmp_path / "base_model" / "config.json").read_text())
     assert "quantization_config" not in config
-
-
-def test_a_folder_with_other_files_in_the_models_place_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "base_model").mkdir()
-    (tmp_path / "base_model" / "mine.bin").write_text("mine")
-    with pytest.raises(RunFolderError, match="holds files but no model; give another --out"):
-        demo.prepare_model_folder(tmp_path / "base_model", print)
-    assert [path.name for path in (tmp_path / "base_model").iterdir()] == ["mine.bin"]

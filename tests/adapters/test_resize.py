@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from rightrank import resize, select_rank
+from rightrank import resize
 from rightrank.adapters.adapter_reader import AdapterFolder, open_adapter
 from rightrank.adapters.resize import resize_adapter
 from rightrank.adapters.resizing import cap_ranks
 from rightrank.adapters.truncation import Moments, allocate_ranks, decompose_update
 from rightrank.cli import main
-from rightrank.data.splits import load_data
 from rightrank.decision.adapter_comparison import SEARCH_OPTION
 from rightrank.runs.resize_by_data import load_evaluation_data
 from rightrank.schema.errors import DataError
@@ -32,13 +31,12 @@ from rightrank.training.runtime import attach_adapter
 from rightrank.training.trial import TrialFolders
 from tests.adapters.adapters import (
     compute_deltas,
-    edit_config,
     load_strictly,
     load_tensors,
     make_adapter,
     make_base,
 )
-from tests.commands import COMMANDS, run
+from tests.commands import COMMANDS
 from tests.helpers import make_runtime
 from tests.tiny import build_small_settings, make_tokenizer, write_completions
 
@@ -152,35 +150,6 @@ def test_training_examples_are_left_out_of_the_scores(trained: Path, completion_
         )
 
 
-def test_a_run_folder_tells_what_its_adapter_was_trained_on(
-    model_folder: Path, completion_file: Path, tmp_path: Path
-) -> None:
-    settings = build_small_settings(max_steps=2, goal="adapter")
-    run = select_rank(str(model_folder), completion_file, tmp_path / "run", settings=settings).run
-    trained_on = {example.example_id for example in load_data(completion_file, settings).examples["train"]}
-    evaluation_data = load_evaluation_data(
-        open_adapter(run / "adapter"), completion_file, None, SelectSettings(seq_len=32)
-    )
-    scored = {example.example_id for example in evaluation_data.splits.examples["validation"]}
-    assert scored
-    assert not scored & trained_on
-    assert not evaluation_data.scores_training_examples
-
-
-def test_a_module_to_save_is_restored(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
-    settings = build_small_settings(max_steps=2, modules_to_save=("norm",))
-    runtime = make_runtime(model_folder, completion_file, settings, tmp_path / "cache")
-    initial = {name: value.clone() for name, value in runtime.model.state_dict().items()}
-    arm = Arm(rank=2, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=2)
-    folders = TrialFolders(tmp_path / "checkpoint", tmp_path / "adapter")
-    run_trial(runtime, Trial(trial_id="t", arm=arm), None, folders, Listener())
-    with attach_adapter(runtime, tmp_path / "adapter"):
-        assert not torch.equal(runtime.model.model.norm.weight, initial["model.norm.weight"])
-    restored = runtime.model.state_dict()
-    assert restored.keys() == initial.keys()
-    assert all(torch.equal(restored[name], initial[name]) for name in initial)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("base"))
@@ -203,20 +172,6 @@ def has_equal_scales(base: Path, folder: Path) -> bool:
     model = load_strictly(base, folder)
     scales = [module.scaling["default"] for module in model.modules() if hasattr(module, "get_delta_weight")]
     return scales == pytest.approx([scale] * len(scales), rel=1e-12)
-
-
-@pytest.mark.parametrize("kind", ["plain", "rslora", "rank_pattern", "alpha_pattern", "dora"])
-@pytest.mark.parametrize("rule", [{"rank": 3}, {"energy": 0.8}, {"rank": 14}])
-def test_every_module_has_one_scale(base: Path, tmp_path: Path, kind: str, rule: dict[str, Any]) -> None:
-    adapter = make_adapter(base, tmp_path / "adapter", kind)
-    resize(adapter, tmp_path / "out", **rule)
-    assert has_equal_scales(base, tmp_path / "out")
-    if rule == {"rank": 14}:  # the function is the same
-        deltas, new_deltas = (
-            compute_deltas(load_strictly(base, adapter)),
-            compute_deltas(load_strictly(base, tmp_path / "out")),
-        )
-        assert all(torch.allclose(deltas[name], new_deltas[name], atol=1e-5) for name in deltas)
 
 
 @pytest.mark.parametrize("kind", ["plain", "rslora"])
@@ -245,7 +200,6 @@ def test_peft_loads_the_pattern_and_gives_the_truncation(base: Path, tmp_path: P
     assert num_parameters == resized.parameters_after
 
 
-SMALL = ["--set", "seq_len=32", "--set", "device=cpu"]
 SHORT_SETTINGS = {"seq_len": 32, "device": "cpu"}
 
 
@@ -272,18 +226,3 @@ def test_advice_is_a_command_that_select_takes(base_with_tokenizer: Path, data: 
     options = {option for parameter in COMMANDS["select"].params for option in parameter.opts}
     assert {word for word in words if word.startswith("--")} <= options
     assert words[words.index("--ranks") + 1] == "1,2,4"
-
-
-def test_a_base_that_is_not_found_from_here_is_one_line(
-    base_with_tokenizer: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    adapter = make_adapter(base_with_tokenizer, tmp_path / "adapter", rank=4)
-    edit_config(adapter, base_model_name_or_path="models/base")
-    capsys.readouterr()
-    status, out, err = run(["resize", str(adapter), str(tmp_path / "out"), "--data", str(data), *SMALL], capsys)
-    assert (status, out) == (2, "")
-    assert f"names the base 'models/base', which cannot be found from {Path.cwd()}; give it with --base MODEL" in err
-    arguments = ["--data", str(data), "--margin", "9", "--base", str(base_with_tokenizer), "--json", *SMALL]
-    assert (
-        run(["resize", str(adapter), str(tmp_path / "out"), *arguments], capsys)[0] == 0
-    )  # the last part is that of the name

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from itertools import pairwise
 
-import pytest
-
 from rightrank.atlas.counts import ATLAS_FILE, FAMILIES, Sweep, load_atlas
-from tests.atlas.readings import READS
 
 
 def make_sweep(**changes: object) -> Sweep:
@@ -23,7 +19,7 @@ TRIED = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 REFUSED = "vukrosic/qwen-lora-rank-selection"  # its licence grants nothing
 
 
-def test_the_packaged_atlas_is_small_and_has_what_a_reader_checks() -> None:
+def test_the_packaged_atlas_is_small_and_names_its_sources() -> None:
     assert ATLAS_FILE.stat().st_size <= 200_000
     atlas = load_atlas()
     assert len(atlas.sweeps) >= 250
@@ -34,9 +30,6 @@ def test_the_packaged_atlas_is_small_and_has_what_a_reader_checks() -> None:
         assert source["licence"], name
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", source["read"]), name
         assert REFUSED not in source["address"]
-    for row in json.loads(ATLAS_FILE.read_text(encoding="utf-8"))["sweeps"]:
-        read = row.get("read", {}).keys()
-        assert READS & read or atlas.sources[row["source"]]["kind"] == "paper", f"{row['id']}: no program reads it"
 
 
 def test_no_two_rows_are_the_same_sweep() -> None:
@@ -46,9 +39,8 @@ def test_no_two_rows_are_the_same_sweep() -> None:
     assert [key for key, times in printed.items() if times > 1] == []
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_each_family_has_sweeps(family: str) -> None:
-    assert any(row.family == family for row in load_atlas().sweeps)
+def test_each_family_has_sweeps() -> None:
+    assert {row.family for row in load_atlas().sweeps} == set(FAMILIES)
 
 
 def test_the_smallest_enough_rank_falls_as_the_margin_grows() -> None:

@@ -15,10 +15,9 @@ from rightrank.decision.evidence import Evidence
 from rightrank.decision.rule import decide_table
 from rightrank.decision.table import Cell, ScoreTable, build_table
 from rightrank.schema.decision import Decision
-from rightrank.schema.trials import Arm, TrialDiverged, TrialFinished
+from rightrank.schema.trials import Arm
 from rightrank.search import STRATEGIES
 from tests.decision.tables import build_example_table, build_value_table
-from tests.report.runs import make_run
 from tests.search import worlds
 from tests.search.worlds import make_space, run_all
 
@@ -69,32 +68,6 @@ def test_two_seeds_give_a_decision_with_a_confidence() -> None:
     assert (evidence.difference or 0.0) < evidence.difference_high
 
 
-def drop_cells(table: ScoreTable, *cells: tuple[int, int]) -> ScoreTable:
-    remaining_cells = {key: cell for key, cell in table.cells.items() if (key[0], key[2]) not in cells}
-    return ScoreTable(table.metric, table.higher_is_better, remaining_cells, table.missing, table.kind)
-
-
-def test_ranks_that_do_not_affect_the_answer_may_have_one_seed() -> None:
-    table = build_example_table(SATURATED, seeds=(0, 1), noise=0.001)
-    assert decide_table(drop_cells(table, (1, 1)), 0.01).confidence == 0.95
-    for rank in (4, 16, 64):  # the next lower rank, the answer, the reference
-        decision = decide_table(drop_cells(table, (rank, 1)), 0.01)
-        assert (decision.rank, decision.confidence) == (16, None)
-        assert "one_seed" in decision.flags
-
-
-def test_one_number_per_rank_claims_no_confidence_level() -> None:
-    decision = decide_table(build_value_table(SATURATED), 0.005)
-    assert (decision.rank, decision.confidence) == (16, None)
-    assert "underpowered" in decision.flags
-    assert {evidence.non_inferior for evidence in decision.ranks if evidence.rank < 64} == {None}
-    assert "95%" not in decision.sentence + decision.basis_note
-    assert decide_table(build_value_table(SATURATED, std=0.0003), 0.005).confidence == 0.95
-    two = decide_table(build_value_table({4: 2.1, 16: 2.0}), 0.005)
-    assert "noise of a training is unknown" in two.basis_note
-    assert two.ranks[0].difference_high is None
-
-
 def build_measured_table(
     differences: dict[int, list[float]], spread: dict[int, float], examples: int = 300
 ) -> ScoreTable:
@@ -141,56 +114,11 @@ def test_a_best_learning_rate_is_chosen_on_shared_seeds() -> None:
     assert (decision.rank, decision.confidence) == (16, 0.95)
 
 
-def test_the_reference_is_chosen_on_shared_seeds() -> None:
-    """Choose rank 16, which is better on the seed that both have.
-
-    Seed 1 is worse for all ranks, so rank 4 without it has the lower mean.
-    """
-    losses = {(4, 0): 2.0, (16, 0): 1.99, (16, 1): 2.19}
-    cells = {
-        (rank, 1e-3, seed): Cell(f"{rank} {seed}", loss, np.array([loss]), np.ones(1))
-        for (rank, seed), loss in losses.items()
-    }
-    assert Evidence(ScoreTable("loss", False, cells)).reference.rank == 16
-
-
-def make_stopped_trial(trial: TrialFinished, learning_rate: float) -> TrialFinished:
-    return trial.model_copy(
-        update={"trial_id": f"{trial.rank} {learning_rate}", "learning_rate": learning_rate, "stop_at": 5}
-    )
-
-
 class FlatWorld(worlds.World):
     """A world in which the smallest rank is the best."""
 
     def loss(self, arm: Arm) -> float:
         return super().loss(arm.model_copy(update={"rank": 1})) + 1e-5 * arm.rank if arm.rank else super().loss(arm)
-
-
-def test_learning_rates_that_were_stopped_early_count_as_tried() -> None:
-    records = make_run((4, 64), (1e-3,))
-    complete_trials = [outcome for outcome in records.list_finished() if outcome.rank]
-    top = complete_trials[-1]
-    around = [make_stopped_trial(top, 3e-4), make_stopped_trial(top, 3e-3)]
-    assert (
-        "lr_edge" not in decide_table(build_table(complete_trials, "loss", False, partial_outcomes=around), 0.02).flags
-    )
-    below = decide_table(
-        build_table(complete_trials, "loss", False, partial_outcomes=[make_stopped_trial(top, 3e-4)]), 0.02
-    )
-    assert "lr_edge" in below.flags  # the best rate is the highest that was tried
-    run = next(run for run in below.next_runs if run.action == "rates")
-    assert run.learning_rates == [pytest.approx(3e-3)]
-    diverged = TrialDiverged(
-        trial_id="x", **top.arm.model_copy(update={"learning_rate": 3e-3}).model_dump(), step=3, reason="NaN"
-    )
-    assert (
-        "lr_edge"
-        not in decide_table(
-            build_table([*complete_trials, diverged], "loss", False, partial_outcomes=[make_stopped_trial(top, 3e-4)]),
-            0.02,
-        ).flags
-    )
 
 
 @pytest.mark.parametrize(
@@ -219,20 +147,6 @@ def test_one_learning_rate_at_each_rank_has_no_edge() -> None:
     values = {(4, 3e-3): 2.05, (16, 1e-3): 2.001, (64, 3e-4): 2.0}
     cells = {(rank, lr, 0): Cell(f"{rank}", v, np.array([v]), np.ones(1)) for (rank, lr), v in values.items()}
     assert "lr_edge" not in decide_table(ScoreTable("loss", False, cells), 0.02).flags
-
-
-def test_means_alone_do_not_show_that_the_curve_rises() -> None:
-    """Call a rise probable: the mean of rank 1 is worse by .07, but its bounds reach from below 0 to .15."""
-    table = build_measured_table({1: [0.03, 0.11], 4: [0.2, 0.21], 16: [0.1, 0.11]}, {1: 0.3, 4: 0.02, 16: 0.02})
-    decision = decide_table(table, 0.02)
-    uncertain_rank = next(evidence for evidence in decision.ranks if evidence.rank == 1)
-    assert uncertain_rank.non_inferior is None
-    assert (uncertain_rank.difference or 0.0) > 0.02
-    assert decision.verdict == "rising"
-    assert "is probably better than every smaller one" in decision.sentence
-    assert decision.next_runs[0].ranks == [128]  # a larger rank is still worth a training
-    steady = decide_table(build_measured_table({1: [0.3, 0.31], 16: [0.1, 0.11]}, {1: 0.02, 16: 0.02}), 0.02)
-    assert steady.sentence.startswith("Still rising: rank 64, the largest tried, is better")
 
 
 def test_trainings_of_unequal_length_are_flagged() -> None:

@@ -25,7 +25,7 @@ from rightrank.decision.rule import decide_table
 from rightrank.decision.table import ScoreTable, build_table
 from rightrank.schema.decision import Decision, NextRun
 from rightrank.schema.events import RunKind, RunStarted
-from tests.decision.tables import build_example_table, build_value_table, make_trial
+from tests.decision.tables import build_example_table, make_trial
 from tests.report.runs import make_run
 
 
@@ -70,14 +70,6 @@ def format_command(
     return commands[0]
 
 
-def test_a_command_that_adds_a_learning_rate_has_those_that_the_search_added() -> None:
-    added = NextRun(action="rates", ranks=[4], learning_rates=[0.1], sentence="x")
-    seeds = NextRun(action="seeds", ranks=[4], seeds=3, sentence="x")
-    commands = build_next_commands(make_run_start(), [added, seeds], "out", tried_rates={3e-3, 1e-2, 0.0333333333})
-    assert commands[0] == "rightrank select --out out --learning-rates 0.001,0.003,0.01,0.0333333333,0.1"
-    assert commands[1] == "rightrank select --out out --seeds 0,1,2"
-
-
 @pytest.mark.parametrize(
     ("next_run_fields", "options"),
     [
@@ -117,18 +109,6 @@ def test_more_examples_are_another_run(next_run_fields: dict[str, object], optio
     assert command.startswith(f"rightrank select {started.model_name} {started.data_name} --out out-more-examples --")
     assert "--learning-rates 0.001,0.003" in command
     assert all(option in command for option in options)
-
-
-def test_the_command_is_quoted_and_repeats_a_given_margin() -> None:
-    assert format_command({"action": "seeds", "seeds": 3}, "a run") == "rightrank select --out 'a run' --seeds 0,1,2"
-    assert format_command({"action": "rank", "ranks": [8]}, margin=0.0125) == (
-        "rightrank select --out out --ranks 1,4,8 --margin 0.0125"
-    )
-    assert format_command({"action": "test"}, margin=0.01) is None
-
-
-def test_a_custom_trainer_has_no_commands() -> None:
-    assert format_command({"action": "seeds", "seeds": 3}, is_custom_trainer=True) is None
 
 
 def test_trainings_of_unequal_length_are_to_be_made_equal() -> None:
@@ -253,17 +233,6 @@ def test_a_best_rate_at_the_edge_extends_the_rates_by_one_step(
     assert (run.ranks, run.trials) == (ranks, len(ranks))
     assert run.learning_rates == [pytest.approx(rate)]
     assert f" at {rate:.2g} too" in run.sentence
-
-
-def test_a_larger_rank_starts_from_the_stated_learning_rates() -> None:
-    losses = {(1, 1e-3): 2.2, (4, 1e-3): 2.1, (16, 1e-3): 2.0}
-    rates = decide_table(build_rate_table(losses), 0.01).next_runs[0]
-    assert (rates.action, rates.ranks, rates.trials) == ("rank", [32], 2)
-    assert rates.learning_rates == [pytest.approx(3e-4), 1e-3]  # larger ranks often need a lower rate
-    assert rates.sentence.startswith("Train rank 32 at learning rates 0.0003 and 0.001 (2 trainings)")
-    none = decide_table(build_value_table({1: 2.2, 4: 2.1, 16: 2.0}), 0.01).next_runs[0]
-    assert (none.action, none.ranks, none.learning_rates, none.trials) == ("rank", [32], [], 1)
-    assert none.sentence.startswith("Train rank 32 (1 training)")
 
 
 def compute_smallest_margin(planned: Estimate) -> float:

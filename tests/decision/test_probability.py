@@ -9,12 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from scipy.stats import t as student
 
-from rightrank.cli import cli
 from rightrank.decision.ranks import DEFAULT_CONFIDENCE
-from rightrank.decision.records import decide_run
 from rightrank.decision.rule import decide_table
 from rightrank.decision.seeds import LOSS_NOISE, NOISE, NOISE_DEGREES, NoiseComponents, get_noise
 from rightrank.decision.sentences import format_probability
@@ -22,7 +19,6 @@ from rightrank.decision.table import Cell, ScoreTable
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError
 from tests.decision.tables import build_example_table, build_value_table
-from tests.report import runs
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 LOSSES = {1: 2.3, 4: 2.012, 16: 2.002, 64: 2.0}
@@ -63,17 +59,6 @@ def test_a_wider_margin_makes_every_rank_likelier_and_the_best_is_not_certain() 
     assert (at_large_margin[1] or 0) < 0.01 < (at_large_margin[4] or 0)
 
 
-def test_the_sentence_gives_the_probability_and_a_larger_rank() -> None:
-    decision = decide_table(build_one_seed_table(noise=0.005), 0.02)
-    probabilities = {
-        rank: format_probability(likely) for rank, likely in get_probabilities(decision).items() if likely is not None
-    }
-    assert decision.rank == 4
-    assert f"Rank 4 looks enough ({probabilities[4]} likely" in decision.sentence
-    assert probabilities[1] == "under 10%"
-    assert decision.probability_note.startswith("The probability of a rank is that of being within the margin")
-
-
 def test_several_seeds_are_decided_like_one_and_can_be_sure() -> None:
     table = build_example_table(LOSSES, seeds=(0, 1), num_examples=100, noise=0.03)
     decision = decide_table(table, 0.02)
@@ -85,23 +70,6 @@ def test_several_seeds_are_decided_like_one_and_can_be_sure() -> None:
     assert decision_of_seeds.sentence.startswith("Rank 4 is enough (")
     for table in (build_one_seed_table(noise=0.005), build_value_table(LOSSES)):  # these show no noise over seeds
         assert decide_table(table, 0.02).sentence.startswith("Rank 4 looks enough")
-
-
-def test_the_sentence_says_what_to_do_if_no_rank_is_likely_enough() -> None:
-    decision = decide_table(build_example_table({0: 2.4, **LOSSES}, seeds=(0, 1), num_examples=100, noise=0.03), 0.002)
-    assert (decision.rank, decision.verdict) == (None, "undecided")
-    assert (decision.indistinguishable_ranks, decision.recommended_rank) == ([4, 16, 64], 64)
-    assert decision.sentence.startswith("Ranks 4, 16 and 64 cannot be distinguished (±0.0")
-    for words in (
-        "the margin is 0.002 nats",
-        "Rank 1 is probably worse.",
-        "Take rank 64: it is 60% likely to be within 0.00",
-    ):
-        assert words in decision.sentence
-    more_examples, more_seeds = decision.next_runs
-    assert (more_examples.action, more_examples.examples, more_seeds.action) == ("examples", 500, "seeds")
-    precise_table = build_example_table({0: 2.4, **LOSSES}, seeds=(0, 1), num_examples=20_000, noise=0.03)
-    assert decide_table(precise_table, 0.002).verdict != "undecided"
 
 
 def test_noisy_seeds_of_the_run_lower_the_probability() -> None:
@@ -185,19 +153,6 @@ def test_rising_and_flat_curves_keep_their_verdicts() -> None:
     ]
 
 
-def test_an_undecided_base_is_reported() -> None:
-    decision = decide_table(build_example_table({0: 2.022, **LOSSES}, num_examples=100, seeds=(0,), noise=0.06), 0.02)
-    likely = get_probabilities(decision)[0]
-    assert likely is not None
-    assert decision.sentence.endswith(
-        f"The base model itself is {format_probability(likely)} likely to be within the margin."
-    )
-    surely = decide_table(
-        build_example_table({0: 2.001, 4: 2.0, 64: 2.0}, num_examples=400, seeds=(0, 1), noise=0.01), 0.02
-    )
-    assert (surely.verdict, surely.rank) == ("no_gain", None)
-
-
 def test_no_rank_at_the_confidence_is_undecided() -> None:
     decision = decide_table(build_one_seed_table(noise=0.1), 0.005, confidence=0.99)
     assert (decision.rank, decision.verdict, decision.requested_confidence) == (None, "undecided", 0.99)
@@ -208,38 +163,6 @@ def test_no_rank_at_the_confidence_is_undecided() -> None:
 def test_an_invalid_confidence_is_refused(confidence: float) -> None:
     with pytest.raises(ResultsError, match=r"give a probability from 0\.5 to below 1"):
         decide_table(build_one_seed_table(), 0.01, confidence=confidence)
-
-
-def test_the_command_prints_the_probability(tmp_path: Path) -> None:
-    generator = np.random.default_rng(3)
-    level = generator.normal(size=100)
-    rows = [
-        f"{rank},0,{example},{loss + level[example] + 0.005 * generator.normal():.6f}"
-        for rank, loss in LOSSES.items()
-        for example in range(100)
-    ]
-    file = tmp_path / "runs.csv"
-    file.write_text("\n".join(["rank,seed,item,eval_loss", *rows]))
-    result = CliRunner().invoke(cli, ["decide", str(file), "--margin", "0.02", "--confidence", "0.9", "--json"])
-    assert result.exit_code == 0, result.output
-    decision = json.loads(result.output)
-    assert decision["rank"] == 4
-    assert next(evidence for evidence in decision["ranks"] if evidence["rank"] == 4)["probability"] >= 0.9
-
-
-def test_a_run_is_decided_at_its_own_confidence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "ITEMS", 200)
-    records = runs.make_run()
-    probabilities = get_probabilities(decide_run(records))
-    likely = {rank: probability for rank, probability in probabilities.items() if probability is not None}
-    assert set(likely) >= {1, 4, 16, 64}
-    confidence = min(0.99, max(0.5, likely[16]))
-    settings = records.started.settings | {"confidence": confidence}
-    decision = decide_run(replace(records, started=records.started.model_copy(update={"settings": settings})))
-    assert decision.rank == min((rank for rank in likely if rank and likely[rank] >= confidence), default=None)
-    assert decide_run(records).rank == min(
-        (rank for rank in likely if rank and likely[rank] >= DEFAULT_CONFIDENCE), default=None
-    )
 
 
 def test_the_constants_agree_with_the_studies() -> None:

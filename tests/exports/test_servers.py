@@ -21,11 +21,10 @@ import torch
 from rightrank import export
 from rightrank.adapters.adapter_reader import open_adapter
 from rightrank.adapters.resize import resize_adapter
-from rightrank.api.folders import status
 from rightrank.decision.records import read_records
 from rightrank.exports.servers import SERVERS
 from rightrank.runs.folder import RunFolder
-from rightrank.schema.errors import ModelError, ResultsError, RightrankError, RunError, RunFolderError, SettingsError
+from rightrank.schema.errors import ModelError, ResultsError, RightrankError, RunFolderError, SettingsError
 from tests.adapters.adapters import (
     compute_deltas,
     edit_config,
@@ -210,30 +209,6 @@ def test_a_run_is_exported_into_its_folder_at_the_rank_that_is_asked_for(
     shutil.rmtree(run / "adapter")
     with pytest.raises(RunFolderError, match="no adapter yet"):
         export(run, "vllm")
-
-
-@pytest.mark.trains
-def test_an_export_with_own_files_is_moved_aside_and_one_that_fails_leaves_the_earlier_one(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = export(run, "vllm")
-    assert export(run, "vllm") == first
-    assert not (run / "earlier-1").exists()  # one with nothing of one's own is replaced
-    with monkeypatch.context() as patch:
-        patch.setattr("rightrank.exports.servers.replace_folder", _raise_disk_error)
-        with pytest.raises(RunError, match="make room"):
-            export(run, "vllm")
-    assert sorted(path.name for path in first.folder.iterdir()) == first.files
-    (first.folder / "outputs").mkdir()
-    again = export(run, "vllm")
-    assert again.files == first.files
-    assert "contained files that this one does not write (outputs)" in again.notes[-1]
-    assert (run / "earlier-1" / "vllm" / "outputs").is_dir()
-    assert status(run).state == "done"
-
-
-def _raise_disk_error(*_: Any) -> None:
-    raise OSError(28, "No space left on device")
 
 
 @pytest.mark.trains

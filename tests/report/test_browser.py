@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,36 +94,6 @@ def test_no_error_no_request_no_overflow_and_no_barrier(
     assert serious == []
     assert events.complaints == []
     assert [url for url in events.requests if not url.startswith(("file:", "data:"))] == []
-
-
-@pytest.mark.parametrize("count", RUNS)
-def test_without_scripts_the_drawings_are_there(browser: Any, files: dict[int, Path], count: int) -> None:
-    page = open_page(browser, files[count], java_script_enabled=False).page
-    stills = page.locator(".drawing img")
-    for index in range(stills.count()):
-        assert stills.nth(index).is_visible()
-    assert (stills.count() > 0) == (count > 1)
-    assert not page.locator("#margin").count() or not page.locator("#margin").is_visible()
-
-
-A4_WIDTH = 703  # CSS pixels between margins of 12 mm
-OVERFLOWING = """() => [...document.querySelectorAll("main, section, pre, table, .scroll, figure, svg")]
-    .filter((e) => e.getClientRects().length && getComputedStyle(e).position !== "absolute")
-    .filter((e) => e.getBoundingClientRect().right > innerWidth + 1
-        || (getComputedStyle(e).overflow !== "visible" && !(e instanceof SVGElement) && e.scrollHeight > e.clientHeight + 1))
-    .map((e) => e.tagName + "." + e.className + "#" + e.id)"""
-
-
-@pytest.mark.parametrize("count", [9, 201])
-def test_it_prints_whole(browser: Any, files: dict[int, Path], count: int, tmp_path: Path) -> None:
-    page = open_page(browser, files[count], viewport={"width": A4_WIDTH, "height": 1000}).page
-    page.emulate_media(media="print")
-    assert page.evaluate(OVERFLOWING) == []
-    for section in ("rank_curve", "learning_curves"):
-        assert page.locator(f"#figure-{section}").is_visible()
-    assert page.locator("#untested").is_visible()
-    page.pdf(path=tmp_path / "report.pdf", prefer_css_page_size=True)
-    assert len(re.findall(rb"/Type\s*/Page\b", (tmp_path / "report.pdf").read_bytes())) <= 4
 
 
 COVERED = """() => {

@@ -96,20 +96,6 @@ def test_the_time_left_is_the_time_left(adapters_per_pass: int) -> None:
     assert progress.estimate_remaining_seconds() == pytest.approx(0)
 
 
-def test_the_start_of_a_shared_pass_is_not_the_time_of_one_arm_times_all() -> None:
-    """Eight adapters per pass, a quarter of the way: three quarters are left, not eight times that and not nothing."""
-    progress = make_progress(8)
-    for seconds_left, event in simulate_events(make_trials(8), 8):
-        progress.record_event(event)
-        if isinstance(event, StepDone) and event.step == 5 and event.trial_id == "t7":
-            assert progress.estimate_remaining_seconds() == pytest.approx(seconds_left, abs=8 * EVAL_SECONDS)
-            assert "2.0 of about 8.0 trainings · ranks 1, 2, 4, 8, 16, 32, 64, 128 · step 5/20" in (
-                progress.format_progress()
-            )
-            return
-    pytest.fail("never there")
-
-
 def test_a_resumed_run_counts_what_is_done(tmp_path: object) -> None:
     trials = make_trials(6)
     progress = make_progress(6, [finish_trial(trial) for trial in trials[:4]], ranks=[1, 8])

@@ -42,17 +42,6 @@ def test_status_reports_the_run_and_changes_nothing(tmp_path: Path) -> None:
     assert [path.name for path in run.iterdir() if path.name != ".lock"] == ["journal.jsonl"]
 
 
-def test_status_on_the_command_line(tmp_path: Path) -> None:
-    run = write_journal(tmp_path / "run")
-    shown = CliRunner().invoke(cli, ["status", str(run)])
-    assert shown.exit_code == 0
-    assert shown.output.startswith(f"{run}: stopped\nTrain at rank ")
-    assert "8 trainings so far." in shown.output
-    assert f"resume:  rightrank select --out {run}" in shown.output
-    answer = json.loads(CliRunner().invoke(cli, ["status", str(run), "--json"]).stdout)
-    assert answer["trials_ended"] == 9
-
-
 @pytest.mark.parametrize("command", ["status", "report"])
 def test_a_folder_without_a_run_is_one_line(tmp_path: Path, command: str) -> None:
     completed = subprocess.run(

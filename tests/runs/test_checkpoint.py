@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from rightrank.api.runs import decide
 from rightrank.api.selecting import Selected, select_rank
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import InterruptedRun
@@ -154,26 +152,3 @@ def test_an_interrupted_training_keeps_the_same_checkpoint(
         uninterrupted.checkpoint_step,
         uninterrupted.example_losses,
     )
-
-
-def test_the_training_rank_is_decided_at_the_kept_checkpoint(
-    runs: dict[Checkpoint, Path], model_folder: Path, overfitted: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(runs["best"], run)
-    selected = select(model_folder, overfitted, run, "best", goal="training-rank")
-    trials = {
-        trial.rank: trial for trial in read_journal_records(run, TrialFinished) if trial.rank and trial.arm.is_direct
-    }
-    assert selected.decision.checkpoint.checkpoint == "best"
-    for evidence in selected.decision.ranks:
-        if evidence.rank:
-            points = trials[evidence.rank].points
-            values = [value for point in points for value in (point.value, point.mean_value) if value is not None]
-            assert evidence.value == pytest.approx(min(values), abs=1e-5)
-    assert decide(run).decision == selected.decision
-    at_last = decide(run, checkpoint="last").decision
-    assert (at_last.checkpoint.checkpoint, at_last.checkpoint.best) == ("last", selected.decision.checkpoint.best)
-    for evidence in at_last.ranks:
-        if evidence.rank:
-            assert evidence.value == pytest.approx(trials[evidence.rank].points[-1].value, abs=1e-6)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,9 @@ from rightrank.api.folders import status
 from rightrank.decision.records import Records
 from rightrank.runs.journal import Journal
 from rightrank.schema.events import RunStarted
-from rightrank.schema.trials import TrialDiverged, TrialEvaluated, TrialFailed, TrialFinished, TrialStarted
-from tests.watch import GENEROUS_SECONDS, Watch
+from rightrank.schema.trials import TrialDiverged, TrialFailed, TrialFinished
 
 pytestmark = pytest.mark.trains
-
-VALUES = {0: 0.2, 10: 0.5, 20: 0.6}
-
-
-def make_reporting_trainer(task: TrialTask) -> TrialResult:
-    for step, value in VALUES.items():
-        task.report(step, value + task.rank / 1000, [value, value + task.rank / 500])
-    return build_result(task)
 
 
 def build_result(task: TrialTask) -> TrialResult:
@@ -46,27 +36,6 @@ def read_run_records(out: Path) -> Records:
     return Records.from_journal(journal[0], journal)
 
 
-def collect_points(records: Records) -> dict[int, list[EvalPoint]]:
-    return {trial.rank: trial.points for trial in records.list_finished()}
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Records:
-    return run(make_reporting_trainer, tmp_path_factory.mktemp("here") / "run")
-
-
-def test_reports_are_the_same_with_several_workers(local: Records, tmp_path: Path) -> None:
-    events: list[Any] = []
-    remote = run(make_reporting_trainer, tmp_path / "run", workers=2, callbacks=[Watch(on_event=events.append)])
-    assert collect_points(remote) == collect_points(local)
-    assert remote.evaluations == local.evaluations
-    assert [point.step for point in next(iter(local.evaluations.values()))] == [0, 10, 20]
-    assert [type(event) for event in events].count(TrialEvaluated) == 6
-    first = next(index for index, event in enumerate(events) if isinstance(event, TrialEvaluated))
-    assert isinstance(events[2], TrialStarted)  # after RunStarted and SelectionPlanned
-    assert first < next(index for index, event in enumerate(events) if isinstance(event, TrialFinished))
-
-
 def test_an_evaluation_is_in_the_journal_and_the_status_before_the_trial_ends(tmp_path: Path) -> None:
     journal_types: list[list[str]] = []
     status_lines: list[str | None] = []
@@ -81,29 +50,6 @@ def test_an_evaluation_is_in_the_journal_and_the_status_before_the_trial_ends(tm
     run(train, tmp_path / "run")
     assert journal_types[0] == ["run_started", "trial_started", "trial_evaluated"]
     assert status_lines[0] == "r=4 lr=0.001 seed=0, step 5: held-out 0.5"
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_threads_call_the_function_concurrently(tmp_path: Path, workers: int) -> None:
-    active, max_parallel, lock = set[int](), [0], threading.Lock()
-    full = threading.Event()
-
-    def train(task: TrialTask) -> TrialResult:
-        with lock:
-            active.add(task.rank)
-            max_parallel[0] = max(max_parallel[0], len(active))
-            if len(active) == 3:
-                full.set()
-        if workers == 3:
-            assert full.wait(timeout=GENEROUS_SECONDS)
-        with lock:
-            active.remove(task.rank)
-        return build_result(task)
-
-    select_rank_with(
-        train, tmp_path / "run", ranks=(1, 4, 16), learning_rates=(1e-3,), metric="reward", workers=workers
-    )  # fmt: skip
-    assert max_parallel[0] == workers
 
 
 def report_bad_values(task: TrialTask) -> TrialResult:

@@ -10,14 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import BertConfig, BertForMaskedLM
 
-from rightrank import compare, resize, select_rank
-from rightrank.runs.compare import read_labels
+from rightrank import select_rank
 from rightrank.runs.values import Selected
-from rightrank.schema.errors import DataError, ModelError
-from rightrank.schema.settings import SelectSettings
-from tests.tiny import build_small_settings, save_tiny_llama, write_jsonl
+from tests.tiny import build_small_settings, write_jsonl
 
 LABELS = ["news", "art", "sport", "law"]  # not in the order of the alphabet
 WORDS = {"news": "the cat sat", "art": "red house", "sport": "run far", "law": "blue sea"}
@@ -80,30 +76,3 @@ def test_the_card_s_lines_load_the_classifier_in_a_fresh_python(selected: Select
     assert process.returncode == 0, process.stderr
     assert float(process.stdout) == pytest.approx(_read_accuracy(selected), abs=1e-9)
     assert "0 art, 1 law, 2 news, 3 sport" in (folder / "README.md").read_text(encoding="utf-8")
-
-
-def test_rows_with_some_of_the_classes_are_compared_by_the_adapter_s(selected: Selected, tmp_path: Path) -> None:
-    rows = [row for row in _make_rows(60, 5) if row["label"] in ("sport", "news")]
-    some = write_jsonl(tmp_path / "some.jsonl", rows)
-    adapter, by_accuracy = selected.adapter.path, SelectSettings(metric="accuracy", metrics=("macro_f1",))
-    model = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    comparison = compare(adapter, adapter, model=model, data=some, settings=by_accuracy)
-    assert [result.metric for result in comparison.comparisons] == ["accuracy", "macro_f1"]  # neither is refused
-    assert comparison.comparisons[1].difference_high > 0  # the examples agree: no bound of zero width
-    assert comparison.examples == len({row["text"] for row in rows})
-    smaller = resize(adapter, tmp_path / "smaller", rank=1)
-    assert smaller.rank == 1
-    assert read_labels(str(tmp_path / "smaller")) == sorted(LABELS)
-    alone = write_jsonl(tmp_path / "new.jsonl", [*rows, {"text": "the sea", "label": "weather"}])
-    with pytest.raises(DataError, match="'weather' is not one of the classifier's 4"):
-        compare(adapter, adapter, model=model, data=alone, settings=by_accuracy)
-
-
-def test_an_encoder_is_refused_for_text_with_the_columns_of_a_classifier(tmp_path: Path) -> None:
-
-    folder = save_tiny_llama(tmp_path / "model")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    BertForMaskedLM(BertConfig(vocab_size=400, max_position_embeddings=64, **sizes)).save_pretrained(folder)
-    rows = [{"id": number, "text": f"some text {number}", "sentiment": number % 3} for number in range(120)]
-    with pytest.raises(ModelError, match="or `text` and `label` to train a classifier"):
-        select_rank(str(folder), rows, tmp_path / "run", settings=build_small_settings())

@@ -15,10 +15,9 @@ from threading import Timer
 from typing import Any
 
 import pytest
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from peft import AutoPeftModelForCausalLM
 
 from rightrank.adapters import adapter_writer
-from rightrank.api.runs import decide
 from rightrank.cli import main
 from rightrank.report import html
 from rightrank.runs import finish
@@ -37,7 +36,6 @@ from tests.commands import (
     start,
     wait_for_trial,
 )
-from tests.tiny import write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -48,45 +46,6 @@ def finished_run(model_folder: Path, completion_file: Path, tmp_path_factory: py
         main([*build_select_arguments(model_folder, completion_file, out), "--json", "--quiet"])
     assert ended.value.code == 0
     return out
-
-
-def test_the_journal_has_all_records(finished_run: Path) -> None:
-    lines = [json.loads(line) for line in (finished_run / "journal.jsonl").read_text().splitlines()]
-    assert lines[0]["type"] == "run_started"
-    finished = [line for line in lines if line["type"] == "trial_finished"]
-    assert sorted(line["rank"] for line in finished if not line["truncate_from"]) == [0, 1, 4]
-    assert {line["rank"] for line in finished if line["truncate_from"]} == {1, 2}  # for the deployment rank
-    for line in finished:
-        assert len(line["example_losses"]) == len(line["example_tokens"]) == len(lines[0]["evaluation_examples"])
-        assert line["value"] == pytest.approx(sum(line["example_losses"]) / sum(line["example_tokens"]))
-    assert all(line["points"] for line in finished if line["rank"] and line["steps"])
-
-
-def test_groups_of_rows_are_in_the_journal_the_answers_and_the_report(
-    model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = [json.loads(line) | {"doc": at % 50} for at, line in enumerate(completion_file.read_text().splitlines())]
-    data, folder = write_jsonl(tmp_path / "grouped.jsonl", rows), tmp_path / "run"
-    held_out = ("--set", "validation_fraction=0.3", "--set", "test_fraction=0.2")
-    status, _, _ = run(build_select_arguments(model_folder, data, folder, "--columns", "group=doc", *held_out), capsys)
-    assert status == 0
-    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
-    groups = lines[0]["data"]["groups"]
-    assert lines[0]["data"]["grouped_by"] == "doc"
-    for line in lines:
-        if line["type"] in ("trial_finished", "test_evaluated"):
-            assert len(line["example_groups"]) == len(line["example_losses"])
-            assert max(line["example_groups"]) + 1 == len(set(line["example_groups"]))
-    examples = len(lines[0]["evaluation_examples"])
-    assert 2 < groups < examples
-    decided = decide(folder).decision
-    assert f"Bounds are over {groups} groups of {examples} examples." in decided.basis_note
-    answer = json.loads((folder / "decision.json").read_text())["adapter_answer"]
-    assert f"Bounds are over {groups} groups of {examples} examples." in answer["notes"]
-    assert f"paired over {examples} held-out examples in {groups} groups" in (folder / "report.html").read_text()
-    status, _, err = run(["decide", str(folder), "--columns", "group=doc"], capsys)
-    assert status == 2
-    assert "a run folder has its own columns and groups in its journal" in err
 
 
 def test_the_adapter_loads_as_it_is_and_its_card_holds_the_evidence(finished_run: Path) -> None:
@@ -223,21 +182,3 @@ def test_total_failure_is_exit_1(
     assert status == 1
     assert "none of 2 trials ended with a result" in err
     assert out == ""
-
-
-def test_classification(
-    model_folder: Path, class_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = build_select_arguments(
-        model_folder, class_file, tmp_path / "run", "--metric", "accuracy", "--max-steps", "60"
-    )
-    status, out, _ = run([*arguments, "--json"], capsys)
-    assert status == 0
-    answer = json.loads(out)
-    assert answer["higher_is_better"] is True
-    base = next(entry["value"] for entry in answer["ranks"] if entry["rank"] == 0)
-    best = max(entry["value"] for entry in answer["ranks"])
-    assert best > base
-
-    loaded: Any = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "run" / "adapter", num_labels=2)
-    assert loaded.peft_config["default"].modules_to_save

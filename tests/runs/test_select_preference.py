@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,8 @@ import pytest
 
 from rightrank import Selected, select_rank
 from rightrank.runs.folder import RunFolder
-from rightrank.schema.errors import DataError
-from rightrank.schema.events import RunStarted
 from rightrank.schema.trials import TrialFinished
-from tests.tiny import build_small_settings, write_jsonl, write_pairs
+from tests.tiny import build_small_settings, write_pairs
 
 pytestmark = pytest.mark.trains
 PAIR_METRICS = {"reward_accuracy", "reward_margin", "chosen_log_ratio"}
@@ -57,28 +54,3 @@ def test_every_trial_has_the_metrics_of_pairs(selected: Selected, records: list[
     assert base.metrics["reward_accuracy"] == 0.5
     assert min(trial.metrics["loss"] for trial in trials) < 0.6
     assert "kfac" in {trial.truncation for trial in trials}
-
-
-def test_pairs_without_room_for_a_label_are_counted(model_folder: Path, pair_file: Path, tmp_path: Path) -> None:
-    rows = [json.loads(line) for line in pair_file.read_text().splitlines()]
-    long = [row | {"prompt": f"{number} " * 40} for number, row in enumerate(rows[:60])]
-    same = [
-        {"prompt": f"{number} :", "chosen": "the " * 60, "rejected": "the " * 60 + "end"}
-        for number in range(1000, 1030)
-    ]
-    settings = build_small_settings(max_steps=1, ranks=(1, 2), num_evaluations=1)
-    selected = select_rank(
-        str(model_folder),
-        write_jsonl(tmp_path / "pairs.jsonl", [*rows, *long, *same]),
-        tmp_path / "run",
-        settings=settings,
-    )
-    started = next(record for record in RunFolder(selected.run).journal.read() if isinstance(record, RunStarted))
-    splits = started.data.splits.values()
-    assert sum(split.dropped for split in splits) >= 40
-    assert sum(split.equal for split in splits) >= 15
-    with pytest.raises(DataError, match=r"without a label within 32 tokens, the first at .*long\.jsonl:\d+\)"):
-        select_rank(
-            str(model_folder), write_jsonl(tmp_path / "long.jsonl", long), tmp_path / "other", settings=settings
-        )
-    assert not (tmp_path / "other").exists()

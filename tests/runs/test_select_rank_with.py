@@ -14,8 +14,6 @@ import pytest
 
 from rightrank import TrialResult, TrialTask, decide, select_rank_with
 from rightrank.schema.errors import AllTrialsFailedError, InterruptedRun, SettingsError
-from rightrank.search.bracket import Grid
-from rightrank.search.history import Requests, Trials
 from tests.adapters.adapters import make_adapter, make_base
 from tests.watch import Watch
 
@@ -59,19 +57,6 @@ def test_the_name_of_a_metric_says_whether_higher_is_better(tmp_path: Path, metr
     decision = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), metric=metric).decision
     assert decision.higher_is_better is higher
     assert decision.reference_rank == (16 if higher else 1)
-
-
-def test_the_strategy_is_replayed_once_for_each_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    num_replays, script = 0, Grid.script
-
-    def count_replays(strategy: Grid, trials: Trials) -> Requests:
-        nonlocal num_replays
-        num_replays += 1
-        return script(strategy, trials)
-
-    monkeypatch.setattr(Grid, "script", count_replays)
-    select_rank_with(compute_loss, tmp_path / "run", ranks=RANKS, learning_rates=RATES, margin=0.1)
-    assert num_replays == 2  # the grid, and the end
 
 
 @pytest.mark.trains
@@ -198,30 +183,6 @@ def test_a_wrong_result_ends_the_selection_after_the_first_training(tmp_path: Pa
 
 
 @pytest.mark.trains
-def test_a_wrong_evaluation_keeps_the_training(tmp_path: Path) -> None:
-    trained: list[int] = []
-
-    def train(task: TrialTask) -> TrialResult:
-        trained.append(task.rank)
-        make_adapter(make_base(tmp_path / "base"), task.folder, rank=task.rank)
-        return TrialResult(metrics={"loss": 1.0}, example_scores=[1.0, 1.0])
-
-    arguments: dict[str, Any] = {
-        "ranks": (1, 2, 4),
-        "learning_rates": (1e-3,),
-        "goal": "adapter",
-        "strategy": "bracket",
-    }
-    with pytest.raises(AllTrialsFailedError, match=r"evaluate returned str .*; .* finished trials are kept"):
-        select_rank_with(train, tmp_path / "run", evaluate=lambda folder, task: "1.0", **arguments)  # type: ignore[arg-type, return-value]
-    assert set(trained) == {4}
-    trained.clear()
-    right = TrialResult(metrics={"loss": 1.0}, example_scores=[1.0, 1.0])
-    select_rank_with(train, tmp_path / "run", evaluate=lambda folder, task: right, **arguments)
-    assert trained == []
-
-
-@pytest.mark.trains
 def test_scores_of_other_examples_are_refused(tmp_path: Path) -> None:
     def train(task: TrialTask) -> TrialResult:
         return TrialResult(
@@ -336,42 +297,3 @@ def test_an_adapter_that_can_not_be_truncated_leaves_the_trained_one(tmp_path: P
     assert selected.adapter is None
     assert selected.exported_adapter is None
     assert selected.decision.reference_rank == 4
-
-
-@pytest.mark.trains
-def test_files_of_a_custom_trainer_are_kept(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-
-    def train(task: TrialTask) -> Mapping[str, float]:
-        for name in ("checkpoints", "cache", "logs"):
-            (out / name).mkdir(exist_ok=True)
-            (out / name / f"{task.rank}.bin").write_text("mine")
-        return compute_loss(task)
-
-    select_rank_with(train, out, ranks=RANKS, learning_rates=(1e-3,), margin=0.1)
-    for name in ("checkpoints", "cache", "logs"):
-        assert sorted(path.name for path in (out / name).iterdir()) == ["1.bin", "16.bin", "4.bin"]
-
-
-@pytest.mark.trains
-def test_an_adapter_folder_with_other_files_is_moved(tmp_path: Path) -> None:
-    train, out = make_adapter_trainer(tmp_path / "base"), tmp_path / "run"
-
-    def select(margin: float) -> int:
-        select_rank_with(
-            train, out, evaluate=lambda _folder, task: make_adapter_result(task.rank), goal="adapter", ranks=(1, 8), learning_rates=(1e-3,),
-            margin=margin, strategy="bracket",
-        )  # fmt: skip
-        rank: int = json.loads((out / "adapter" / "adapter_config.json").read_text())["r"]
-        return rank
-
-    assert select(0.01) == 4
-    (out / "adapter" / "converted.gguf").write_text("mine")
-    assert select(0.01) == 4  # the same answer keeps the folder
-    assert (out / "adapter" / "converted.gguf").read_text() == "mine"
-    assert select(0.2) == 1
-    assert not (out / "adapter" / "converted.gguf").exists()
-    assert (out / "earlier-1" / "adapter" / "converted.gguf").read_text() == "mine"
-    assert json.loads((out / "earlier-1" / "adapter" / "adapter_config.json").read_text())["r"] == 4
-    assert select(0.01) == 4
-    assert not (out / "earlier-2").exists()  # a folder without other files is replaced

@@ -16,8 +16,7 @@ from rightrank.runs import trackers as registry
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import SelectionStart
 from rightrank.runs.journal import Journal
-from rightrank.runs.trackers import Trackers, resolve_trackers
-from rightrank.schema.errors import MissingExtraError, SettingsError
+from rightrank.runs.trackers import Trackers
 from rightrank.schema.events import DecisionRecorded
 from rightrank.schema.trials import TrialFinished
 from tests.report.runs import write_journal
@@ -95,29 +94,3 @@ def test_each_trial_is_a_run_with_its_numbers_by_step(
         {"rank": t.rank, "lr": t.learning_rate, "seed": t.seed, "value": t.value} for t in list_trained_trials(records)
     ]
     assert decide(rows).decision.reference_rank == decide(values, higher_is_better=False).decision.reference_rank
-
-
-def test_a_longer_training_is_no_point_of_the_curve_and_a_failing_tracker_ends_nothing(
-    records: Records, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A training that is longer than the others has its own names. After an error, nothing more is written."""
-    library = MagicMock()
-    monkeypatch.setitem(sys.modules, "trackio", library)
-    monkeypatch.setattr(registry, "find_spec", lambda _name: object())
-    trial = list_trained_trials(records)[0]
-    records.outcomes.insert(0, trial.model_copy(update={"trial_id": "longer", "steps": 2 * trial.steps}))
-    library.init.side_effect = [MagicMock(), ConnectionError("no\nroute")]
-    assert log_all(records, "trackio", trial.steps) == ["trackio: logging stopped (ConnectionError: no route)"]
-    longer, _ = library.init.call_args_list
-    assert longer.kwargs["name"].endswith("/stage-longer")
-    assert longer.kwargs["config"]["stage_rank"] == trial.rank
-
-
-def test_unknown_and_missing_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SettingsError, match="did you mean 'wandb'"):
-        resolve_trackers(["wanb"])
-    monkeypatch.setattr(registry, "find_spec", lambda _name: None)
-    with pytest.raises(MissingExtraError, match=r"rightrank\[mlflow\]"):
-        resolve_trackers(["mlflow"])
-    assert resolve_trackers(["none"]) == ()
-    assert resolve_trackers(["all"]) == ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from rightrank.training import prefix
 from rightrank.training.covariances import gather_moments
 from rightrank.training.runtime import Runtime
 from tests.helpers import make_runtime
@@ -72,33 +70,6 @@ def test_they_are_the_whole_covariances_seen_by_the_factors(runtime: Runtime) ->
     assert gathered.tokens == sum(runtime.data.splits["train"][index].length for index in EXAMPLES)
     assert set(gathered.moments) == {m for m, _ in runtime.model.named_modules() if m.endswith(("q_proj", "down_proj"))}
     assert gathered.notices == ()
-
-
-def test_frozen_layers_are_computed_in_groups_and_change_nothing(
-    model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Check this also for examples that no training requests."""
-    sizes: list[int] = []
-    output_of = prefix.capture_output
-
-    def counted(model: Any, blocks: Sequence[Any], inputs: Mapping[str, torch.Tensor]) -> Any:
-        sizes.append(len(inputs["input_ids"]))
-        return output_of(model, blocks, inputs)
-
-    monkeypatch.setattr(prefix, "capture_output", counted)
-    results = []
-    for caching in (True, False):
-        settings = build_small_settings(
-            batch_size=4, eval_batch_size=4, max_steps=1, layers_to_transform=(2,), cache_prefix=caching
-        )
-        runtime = make_runtime(model_folder, completion_file, settings, tmp_path / str(caching))
-        sizes.clear()
-        results.append(gather_moments(runtime, add_adapter(runtime, layers_to_transform=[2]), EXAMPLES).moments)
-        assert sum(sizes) >= len(EXAMPLES) - 4 if caching else not sizes
-        assert sizes.count(1) <= 3
-    for name, plain in results[1].items():
-        assert np.allclose(results[0][name].inputs, plain.inputs, rtol=1e-3)
-        assert np.allclose(results[0][name].gradients, plain.gradients, rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("cause", ["DoRA", "memory", "infinite gradient"])

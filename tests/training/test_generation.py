@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from rightrank.schema.trials import Arm
-from rightrank.training import generation
-from rightrank.training.generation import build_prompts, generate_answers
+from rightrank.training.generation import generate_answers
 from rightrank.training.multi_lora import MultiLora
 from rightrank.training.runtime import Runtime
 from rightrank.training.tokens import Chat
 from tests.helpers import make_runtime
-from tests.tiny import build_small_settings, generate_sentences, make_tokenizer, write_jsonl
+from tests.tiny import build_small_settings, make_tokenizer
 from tests.training.chat_templates import PLAIN, REWRITING
 
 NEW = 12
@@ -76,33 +75,6 @@ def test_each_adapter_of_several_generates_its_own_answers(runtime: Runtime) -> 
             with multi_lora.route_alone("only"):
                 assert [answer.completion for answer in generate_answers(runtime, "validation")] == batched[number]
     assert [answer.completion for answer in generate_answers(runtime, "validation")] == plain
-
-
-def test_a_conversation_is_prompted_for_its_last_answer(model_folder: Path, tmp_path: Path) -> None:
-    talks = [
-        [
-            {"role": "user", "content": text},
-            {"role": "assistant", "content": "one"},
-            {"role": "user", "content": "and"},
-            {"role": "assistant", "content": f"two {number}"},
-        ]
-        for number, text in enumerate(generate_sentences(80))
-    ]
-    talks += [[{"role": "assistant", "content": f"first {number}"}] for number in range(40)]
-    data = write_jsonl(tmp_path / "talks.jsonl", [{"messages": talk} for talk in talks])
-    settings = build_small_settings(metric="f1", seq_len=120, max_new_tokens=2)
-    runtime = make_runtime(model_folder, data, settings, tmp_path / "cache")
-    assert build_prompts(runtime, "validation")
-    for prompt in build_prompts(runtime, "validation"):
-        if prompt.expected.startswith("first "):  # no turn precedes it
-            assert prompt.text == "<|im_start|>assistant\n"
-            continue
-        assert prompt.expected.startswith("two ")
-        assert prompt.text.endswith("<|im_start|>user\nand<|im_end|>\n<|im_start|>assistant\n")
-        assert prompt.end == "<|im_end|>\n"
-    config = generation._make_generation_config(runtime, build_prompts(runtime, "validation"))
-    assert runtime.loaded.tokenizer.convert_tokens_to_ids("<|im_end|>") in config.eos_token_id
-    assert all(answer.expected.startswith(("two ", "first ")) for answer in generate_answers(runtime, "validation"))
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rightrank.schema.trials import Arm
-from rightrank.training.batches import FUSED_ATTENTION, plan_batches, use_float32_attention
+from rightrank.training.batches import plan_batches
 from rightrank.training.multi_lora import ArmBatch, MultiLora
 from rightrank.training.runtime import Runtime
 from tests.helpers import make_runtime
@@ -100,36 +99,6 @@ def test_a_model_whose_attention_window_is_shorter_than_its_examples_is_padded(
     tokenizer = make_tokenizer()
     model = MistralForCausalLM(MistralConfig(vocab_size=len(tokenizer), sliding_window=window, **SIZES))
     assert make_model_runtime(model, tokenizer, completion_file, tmp_path).fast_paths.sequence_packing is joins
-
-
-def test_products_are_in_float32_and_the_table_is_as_before(
-    model_folder: Path, completion_file: Path, tmp_path: Path
-) -> None:
-    original = ALL_ATTENTION_FUNCTIONS[FUSED_ATTENTION]
-    runtime = make_runtime(model_folder, completion_file, build_small_settings(dtype="bfloat16"), tmp_path)
-    assert runtime.fast_paths.float32_attention
-    batch = runtime.make_batch("validation", range(6))
-    dtypes: list[torch.dtype] = []
-    real = torch.nn.functional.scaled_dot_product_attention
-
-    def noting(query: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
-        dtypes.append(query.dtype)
-        return real(query, *args, **options)  # type: ignore[arg-type]
-
-    torch.nn.functional.scaled_dot_product_attention = noting
-    try:
-        with torch.no_grad():
-            ours = runtime.compute_losses("validation", batch, 1.0).example_losses
-    finally:
-        torch.nn.functional.scaled_dot_product_attention = real
-    assert set(dtypes) == {torch.float32}
-    assert ALL_ATTENTION_FUNCTIONS[FUSED_ATTENTION] is original
-    with torch.no_grad():
-        plain = runtime.objective(runtime.model, batch, 1.0).example_losses
-        with use_float32_attention():
-            widened = runtime.objective(runtime.model, batch, 1.0).example_losses
-    assert torch.equal(ours, widened)
-    assert torch.allclose(ours, plain, rtol=3e-2)
 
 
 def test_every_example_is_seen_once_per_pass() -> None:

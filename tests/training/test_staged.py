@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from rightrank.adapters.adapter_reader import open_adapter
 from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.training.loop import run_trial
 from rightrank.training.optimizer import load_checkpoint, save_checkpoint
-from rightrank.training.runtime import attach_adapter
 from rightrank.training.trial import TrialFolders
 from tests.helpers import make_runtime
 from tests.tiny import build_small_settings
@@ -89,24 +86,3 @@ def test_a_truncation_that_keeps_all_keeps_the_loss(runtime: object, tmp_path: P
     assert cut[4].value == pytest.approx(full_training.value, abs=1e-5)
     assert cut[1].value != pytest.approx(full_training.value, abs=1e-5)
     assert cut[1].trainable_parameters < cut[4].trainable_parameters
-
-
-def test_a_low_rank_is_shared_out_over_the_modules(runtime: object, tmp_path: Path) -> None:
-    """Check ranks per module up to the rank that a server reserves, with no more parameters; PEFT reads them."""
-    arm = ARM.model_copy(update={"rank": 16, "learning_rate": 3e-2})
-    run(runtime, "whole", arm, tmp_path)
-    parents = {"truncate_from": tmp_path / "whole", "moments": tmp_path / "whole.moments.safetensors"}
-    lower = arm.model_copy(update={"rank": 2, "steps": 0, "truncate_from": "whole"})
-    shared = run(runtime, "shared", lower, tmp_path, **parents)
-    uniform = run(runtime, "uniform", lower, tmp_path, truncate_from=tmp_path / "whole")
-    assert shared.trainable_parameters <= uniform.trainable_parameters
-    config = json.loads((tmp_path / "shared" / "adapter_config.json").read_text())
-    assert config["r"] == 2
-    assert 2 < max(config["rank_pattern"].values()) <= 8
-    assert not json.loads((tmp_path / "uniform" / "adapter_config.json").read_text())["rank_pattern"]
-    modules = open_adapter(tmp_path / "shared").modules
-    assert len({module.rank for module in modules}) > 1
-    assert [module.scaling for module in modules] == pytest.approx([config["lora_alpha"] / 2] * len(modules), rel=1e-12)
-    with attach_adapter(runtime, tmp_path / "shared"):  # type: ignore[arg-type]
-        scores = runtime.evaluate("validation")  # type: ignore[attr-defined]
-    assert scores.losses == pytest.approx(shared.example_losses, rel=1e-4)

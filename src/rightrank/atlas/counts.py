@@ -1,7 +1,7 @@
 """Public rank sweeps: find those that are similar to a question, and count in how many of them each rank was enough.
 
-`atlas.json` holds only facts: figures, their address, the licence that the source states, and how a program reads each row again
-(`tests/atlas/readings.py`). A row is one sweep: the value of every rank at its best learning rate, averaged over seeds.
+`atlas.json` holds only facts: figures, their address, the licence that the source states, and where each row is found in it.
+A row is one sweep: the value of every rank at its best learning rate, averaged over seeds.
 
 A sweep is similar if it agrees with every property in the question. If no sweep does, properties are dropped one by one. On sources
 that were held out, similarity did not predict which rank is enough: a count reports what others found and is not an estimate.
