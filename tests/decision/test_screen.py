@@ -26,7 +26,7 @@ def draw_random_worlds() -> dict[str, World]:
 
 def require_consistent_screen(decision: Decision) -> None:
     """Require each sentence and figure of the screen to agree with the column `enough` and with the differences."""
-    enough_column = {int(row[0]): row[5] for row in build_evidence_table(decision)[1:] if row[0] != "base"}
+    enough_column = {int(row[0]): row[4] for row in build_evidence_table(decision)[1:] if row[0] != "base"}
     by_rank = {evidence.rank: evidence for evidence in decision.ranks if evidence.rank > 0}
     _require_consistent_bounds(decision, enough_column, by_rank)
     _require_consistent_sentence(decision, enough_column, by_rank)

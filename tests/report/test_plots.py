@@ -94,6 +94,10 @@ def test_the_rank_curve_is_the_decision() -> None:
     (ring,) = (line for line in ax.lines if line.get_markerfacecolor() == "none")
     assert ring.get_zorder() < ax.containers[0].lines[0].get_zorder()  # it hides no point
     assert ax.get_xlabel() == "LoRA rank"
+    base = next(e.value for e in decision.ranks if e.rank == 0)
+    (shares,) = ax.child_axes  # 100% at the reference, 0% at the base
+    to_share = shares._functions[0]
+    assert [to_share(reference), to_share(base)] == pytest.approx([100, 0])
 
 
 def test_adapters_are_drawn_by_method_with_their_paired_bounds() -> None:

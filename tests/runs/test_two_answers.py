@@ -91,7 +91,7 @@ def test_the_same_folder_goes_on_to_the_training_rank(
     again = select_rank(str(model_folder), completion_file, run, settings=build_settings("adapter"))
     assert again.decision_or_none is None
     assert read_trial_ids(run) == trained
-    assert "not requested (--goal adapter)" in write_report(run).read_text(encoding="utf-8")
+    assert "not measured." in write_report(run).read_text(encoding="utf-8")
 
 
 def test_the_best_adapter_continues_the_folder_with_twice_the_steps(

@@ -13,6 +13,7 @@ from rightrank.report.figure import (
     draw_band,
     draw_points,
     draw_ring,
+    draw_share_axis,
     is_matplotlib_installed,
     set_log_ticks,
 )
@@ -60,12 +61,19 @@ def get_whisker_ends(
 
 
 def plot_adapters(
-    answer: AdapterAnswer, adapters: Sequence[AdapterCandidate], metric: str, higher_is_better: bool
+    answer: AdapterAnswer,
+    adapters: Sequence[AdapterCandidate],
+    metric: str,
+    higher_is_better: bool,
+    base: float | None = None,
 ) -> Figure:
     """Plot held-out values by rank of trained and truncated adapters.
 
     A whisker spans the 95% bounds of the paired difference, starting from the reference's value. An adapter is good enough if its
     whisker ends inside the band.
+
+    Args:
+        base: the value of the base; None: not measured. With it, the axis on the right has the share of the gain.
     """
     sign = -1 if higher_is_better else 1
     reference = next(adapter.value - sign * adapter.difference for adapter in adapters)
@@ -85,6 +93,7 @@ def plot_adapters(
                 draw_points(ax, series, label, f"C{number}", "-" if method == "trained" else "--")
         set_log_ticks(ax, "x", [adapter.rank for adapter in adapters])
         ax.set_ylim(*compute_limits([reference, edge, *(v for a in visible for v in points[a.trial_id][1:])]))
+        draw_share_axis(ax, base, reference)
 
     return Figure(
         name="adapters",

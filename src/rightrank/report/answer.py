@@ -198,8 +198,7 @@ def _escape_html(value: str) -> str:
 def build_evidence_table(decision: Decision) -> list[list[str]]:
     """Return the evidence as rows of text, heading first, then one row for each rank."""
     with_learning_rate = any(evidence.learning_rate for evidence in decision.ranks)
-    interval, bounds = format_interval_label(decision, "interval"), format_interval_label(decision, "bounds")
-    heading = ["rank", decision.metric, interval, "worse by", bounds, "enough"]
+    heading = ["rank", decision.metric, "worse by", format_interval_label(decision, "bounds"), "enough"]
     heading += ["likely"] * _has_probabilities(decision)
     heading += ["learning rate"] * with_learning_rate + ["seeds"]
     return [heading, *(_build_evidence_row(evidence, decision, with_learning_rate) for evidence in decision.ranks)]
@@ -215,7 +214,6 @@ def _build_evidence_row(evidence: RankEvidence, decision: Decision, with_learnin
     row = [
         str(evidence.rank) if evidence.rank else "base",
         f"{evidence.value:.5g}",
-        f"{evidence.low:.5g} to {evidence.high:.5g}" if evidence.low < evidence.high else "unknown",
         "best" if is_reference else format_brief(evidence.difference),
         "" if low is None or is_reference else f"{format_brief(low)} to {format_brief(high)}",
         _format_enough(evidence, decision),
@@ -269,10 +267,8 @@ def get_metric_unit(metric: str) -> str:
 
 
 def format_interval_label(decision: Decision, noun: str) -> str:
-    """Return `95% interval`, `interval over examples` for one seed, or `interval` if the table states no confidence level."""
-    if decision.confidence is not None:
-        return f"{decision.confidence:.0%} {noun}"
-    return f"{noun} over examples" if decision.basis.startswith("examples") else noun
+    """Return `95% bound`, or `bound` without a confidence level: one seed, or one number a rank."""
+    return noun if decision.confidence is None else f"{decision.confidence:.0%} {noun}"
 
 
 def format_table(rows: Sequence[Sequence[str]], left_columns: Collection[int] = ()) -> list[str]:

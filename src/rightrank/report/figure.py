@@ -207,6 +207,15 @@ def draw_ring(ax: Axes, x: float, y: float, label: str) -> None:
     ax.plot([x], [y], "o", color="C5", label=escape_label(label), **style)
 
 
+def draw_share_axis(ax: Axes, base: float | None, reference: float) -> None:
+    """Draw the share of the gain on the right: 0% at the base's value, 100% at the reference's; nothing without a gain."""
+    if base is None or base == reference:
+        return
+    slope = 100 / (reference - base)
+    axis = ax.secondary_yaxis("right", functions=(lambda y: (y - base) * slope, lambda share: base + share / slope))
+    axis.set_ylabel("share of the gain, %")
+
+
 def set_log_ticks(ax: Axes, dimension: str, values: Collection[float]) -> None:
     """Make an axis logarithmic, with a tick at each value. A value whose label would touch the previous one has no tick."""
     ticks: list[float] = []

@@ -15,7 +15,16 @@ from rightrank.decision.records import (
 )
 from rightrank.report.adapter_page import get_whisker_ends, plot_adapters
 from rightrank.report.answer import format_interval_label
-from rightrank.report.figure import RANK, Figure, compute_limits, draw_band, draw_points, draw_ring, set_log_ticks
+from rightrank.report.figure import (
+    RANK,
+    Figure,
+    compute_limits,
+    draw_band,
+    draw_points,
+    draw_ring,
+    draw_share_axis,
+    set_log_ticks,
+)
 from rightrank.report.format import format_metric_label
 from rightrank.schema.decision import Decision
 from rightrank.schema.trials import TrialFinished
@@ -72,6 +81,7 @@ def build_rank_figure(decision: Decision) -> Figure:
             ax.axhline(visible_value, color="0.5", linestyle=":", label=label)
         set_log_ticks(ax, "x", [e.rank for e in trained])
         ax.set_ylim(*limits)
+        draw_share_axis(ax, base, reference)
 
     return Figure(
         name="rank_curve",
@@ -231,7 +241,8 @@ def build_adapter_figure(records: Records) -> Figure | None:
     if len(adapters) < 2:
         return None
     started = records.started
-    return plot_adapters(records.adapters[-1].answer, adapters, started.metric, started.higher_is_better)
+    base = next((trial.metrics.get(started.metric) for trial in records.list_finished() if trial.rank == 0), None)
+    return plot_adapters(records.adapters[-1].answer, adapters, started.metric, started.higher_is_better, base)
 
 
 def build_spectrum_figure(inspection: Inspection) -> Figure | None:
