@@ -102,22 +102,6 @@ def format_policies() -> str:
     return format_table(["policy", "median rank", "trainings", "regret of the adapter"], lines)
 
 
-def format_margins() -> str:
-    """Format what the default goal loses at each margin, on the locked grids."""
-    lines = []
-    for row in read_stored("learning_rate/table_new.json")["margins"]:
-        tuned, truncation = row["minus rank 16 tuned"], row["lost by the truncation"]
-        lines.append(
-            [
-                f"{row['margin']:g}",
-                f"{row['median rank']:g}",
-                f"{tuned['mean']:+.3f} ({tuned['low']:+.3f} to {tuned['high']:+.3f})",
-                f"{truncation['mean']:.4f}",
-            ]
-        )
-    return format_table(["margin", "median rank", "minus rank 16 tuned", "of which the truncation"], lines)
-
-
 def _format_interval(interval: dict[str, Any]) -> str:
     return f"{interval['mean']:.3f} ({interval['low']:.3f} to {interval['high']:.3f})"
 
@@ -231,7 +215,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "adapters": format_adapters,
     "judged": format_judged,
     "policies": format_policies,
-    "margins": format_margins,
     "published": format_published,
     "coverage": format_coverage,
     "rerankers": format_rerankers,
