@@ -201,7 +201,7 @@ def _decide(results: Path | None, example: bool, report: Path | None, as_json: b
     if result.adapter_sentence is not None:
         click.echo(f"adapter: {make_visible(result.adapter_sentence)}")
     if example:
-        click.echo(f"\nexample: {EXAMPLE_FILE}\n         24 trainings of SmolLM2-135M-Instruct. {EXAMPLE_ADVICE}")
+        click.echo(f"\nexample:    {EXAMPLE_FILE}\n            24 trainings of SmolLM2-135M-Instruct. {EXAMPLE_ADVICE}")
 
 
 def _format_command(results: Path, arguments: Mapping[str, Any]) -> str:

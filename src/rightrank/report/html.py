@@ -32,12 +32,12 @@ from rightrank.report.answer import (
     get_metric_unit,
 )
 from rightrank.report.figure import INSTALL_HINT, Figure, is_matplotlib_installed
-from rightrank.report.figures import build_figures
+from rightrank.report.figures import build_rank_figure
 from rightrank.report.format import format_bytes, format_quantity
 from rightrank.report.pages import load_templates, read_asset
 from rightrank.schema.command import build_reproduce_command
 from rightrank.schema.decision import Decision
-from rightrank.schema.events import DataSummary, RunKind, RunStarted, TestEvaluated
+from rightrank.schema.events import RunStarted, TestEvaluated
 from rightrank.schema.trials import TrialFinished, TrialOutcome
 
 # A trial table with more rows than the first is collapsed, and only the newest rows up to the second are listed.
@@ -52,7 +52,6 @@ def render_report(
     *,
     run: str = "RUN",
     exports: Sequence[str] = (),
-    command: str | None = None,
 ) -> str:
     """Render the report as one HTML document.
 
@@ -61,11 +60,9 @@ def render_report(
         figures: the figures to show.
         run: the run folder as commands name it.
         exports: names of the folders in `exports/` next to the report.
-        command: the command that repeats the run; None to derive it from the settings.
     """
     adapter, decision, started = answers.adapter, answers.decision, records.started
     plots = {figure.name: figure for figure in figures}
-    script = read_asset("page.js")
     return (
         load_templates()
         .get_template("report.html")
@@ -78,53 +75,70 @@ def render_report(
             export_command=shlex.join(["rightrank", "export", run, "--to", "vllm"]),
             exports=exports,
             settings=[(name, json.dumps(value, ensure_ascii=False)) for name, value in started.settings.items()],
-            decision=decision,
+            **(
+                {"decision": None, "figure_hint": "" if is_matplotlib_installed() else INSTALL_HINT}
+                if decision is None
+                else _list_decision_values(decision)
+            ),
             view=build_answer_view(answers),
             adapter=adapter,
             candidates=build_candidate_table(adapter.answer, started.metric) if adapter else [],
             confidence=_format_confidence(records, decision) if decision else "",
             cost=format_cost(records),
-            evidence=build_evidence_table(decision) if decision else [],
-            certainty=build_certainty_rows(decision) if decision else [],
-            margin=f"{decision.margin:.4g} {get_metric_unit(decision.metric)}" if decision else "",
             plots=plots,
-            figure_hint="" if is_matplotlib_installed() else INSTALL_HINT,
             extra_plots=[figure for name, figure in plots.items() if name not in SECTION_FIGURES],
-            margin_steps=build_margin_steps(decision) if decision else [],
-            rows=[_build_trial_row(outcome) for outcome in records.outcomes[-MAX_ROWS:]],
-            trials=len(records.outcomes),
-            fold_rows=len(records.outcomes) > MAX_VISIBLE_ROWS,
+            **_list_trial_values(records.outcomes),
             tests=_build_test_rows(records),
             limits=_describe_limits(records, decision),
-            has_files=command is None,
-            command=command or build_reproduce_command(started.model_name, started.data_name, records.settings),
-            script=script,
-            script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
+            has_files=True,
+            command=build_reproduce_command(started.model_name, started.data_name, records.settings),
         )
     )
 
 
 def render_table_report(trainings: Sequence[TrialOutcome], decision: Decision, source: str, command: str) -> str:
-    """Render the decision on a table of results as the page of a run without an adapter.
+    """Render the page of a decision on a table of results.
 
     Args:
         trainings: the trainings of the table.
         source: the table's name, as shown on the page.
         command: the command that decides on the table; empty for none.
     """
-    started = RunStarted.build(
-        RunKind.TABLE,
-        {"trainer": source, "version": "", "margin": decision.margin}
-        | decision.model_dump(include={"metric", "higher_is_better"}),
-        environment={},
-        data=DataSummary(form="custom", splits={}, splits_given=False, duplicates_across_splits=0),
-        evaluation_examples=[],
-        metric=decision.metric,
-        higher_is_better=decision.higher_is_better,
-        started_at="",
+    template = load_templates().get_template("table.html")
+    headline = build_answer_view(Answers(decision)).headline
+    return template.render(
+        headline=headline,
+        source=source,
+        command=command,
+        has_files=False,
+        **_list_decision_values(decision),
+        **_list_trial_values(trainings),
     )
-    records = Records(started, list(trainings))
-    return render_report(records, Answers(decision), build_figures(records, decision), command=command)
+
+
+def _list_decision_values(decision: Decision) -> dict[str, Any]:
+    """Return what the templates of a decision show."""
+    return {
+        "decision": decision,
+        "rank_curve": build_rank_figure(decision),
+        "evidence": build_evidence_table(decision),
+        "certainty": build_certainty_rows(decision),
+        "margin": f"{decision.margin:.4g} {get_metric_unit(decision.metric)}",
+        "margin_steps": build_margin_steps(decision),
+        "figure_hint": "" if is_matplotlib_installed() else INSTALL_HINT,
+    }
+
+
+def _list_trial_values(outcomes: Sequence[TrialOutcome]) -> dict[str, Any]:
+    """Return what the template of the trials shows, with the script that sorts them."""
+    script = read_asset("page.js")
+    return {
+        "rows": [_build_trial_row(outcome) for outcome in outcomes[-MAX_ROWS:]],
+        "trials": len(outcomes),
+        "fold_rows": len(outcomes) > MAX_VISIBLE_ROWS,
+        "script": script,
+        "script_hash": f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
+    }
 
 
 def _build_trial_row(outcome: TrialOutcome) -> dict[str, Any]:
@@ -181,7 +195,7 @@ def _is_hub_name(model: str) -> bool:
 def _format_subject(started: RunStarted) -> str:
     """Describe model and data in one line, with the number of examples."""
     if started.model_name is None or started.data_name is None:
-        return started.model_name or (started.trainer if started.kind is RunKind.TABLE else None) or "a custom trainer"
+        return started.model_name or "a custom trainer"
     names = started.model_name, started.data_name
     model, data = (PurePath(name).name if name.startswith((".", "/", "~")) else name for name in names)
     counts = ", ".join(f"{split.examples:,} {name}" for name, split in started.data.splits.items())
@@ -247,6 +261,6 @@ def _describe_limits(records: Records, decision: Decision | None) -> list[str]:
         limits.append(
             f"{format_quantity(missing, 'training')} without a result; these do not count for or against a rank."
         )
-    if not records.tests and records.started.kind is not RunKind.TABLE:
+    if not records.tests:
         limits.append("The test split. It is evaluated at the end of the run.")
     return limits

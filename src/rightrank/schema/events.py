@@ -80,7 +80,6 @@ class RunKind(StrEnum):
 
     SELECTION = "selection"  # the built-in trainer
     CUSTOM_TRAINER = "custom_trainer"  # a function that trains
-    TABLE = "table"  # a table of results; nothing else is known about the trainings
 
 
 class RunStarted(Record):
