@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.learning_rate.judge import BINS, resample_cases
 from benchmarks.machine import describe_machine
 from benchmarks.selection.tables import GridCurve, read_grids
 from rightrank.decision.evidence import Evidence
@@ -42,6 +41,7 @@ GRIDS = HERE.parent / "selection"
 FILES = ("grids/*.json.xz", "locked/*.json.xz", "seeded_grids.json.xz", "wide/*.json.xz")
 RESULT, PICTURE = HERE / "probability.json", HERE / "probability.svg"
 MARGINS = (0.005, 0.02, 0.05)
+BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 SEEDS = (1, 2, 3)
 FITTED_SEEDS = (1, 2)  # three are left out of only five grids
 COMPONENTS = (0.0, 0.002, 0.004, 0.006, 0.008, 0.01, 0.012, 0.014, 0.016, 0.018, 0.02, 0.025, 0.03, 0.04)
@@ -71,6 +71,21 @@ class Case:
     def list_events(self, component: int) -> list[tuple[float, bool]]:
         """List each rank's stated probability, and whether it came true."""
         return [(likely[component], self.excess[rank] <= self.margin) for rank, likely in self.stated.items()]
+
+
+def resample_cases(outcomes: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return the share of all cases, with a 95% interval that resamples grids; with few grids it contains Wilson's interval of as many cases as grids."""
+    sums = np.array([[sum(values), len(values)] for values in outcomes.values()])
+    picks = np.random.default_rng(0).integers(len(sums), size=(10_000, len(sums)))
+    low, high = np.quantile(sums[picks, 0].sum(1) / sums[picks, 1].sum(1), (0.025, 0.975))
+    share, count, z = float(sums[:, 0].sum() / sums[:, 1].sum()), len(sums), 1.96
+    centre, half = (
+        (share + z**2 / (2 * count)) / (1 + z**2 / count),
+        z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count),
+    )
+    if count < 5:
+        low, high = min(low, centre - half), max(high, centre + half)
+    return {"true": round(share, 3), "low": round(float(low), 3), "high": round(float(high), 3)}
 
 
 def read_test_means(curve: GridCurve, path: Path) -> Values:
