@@ -24,18 +24,6 @@ METHODS = (
     "Optuna TPE + median",
     "ASHA (Optuna)",
 )
-POLICIES = {  # of benchmarks/learning_rate, as the page names them
-    "64 at 0.001": "rank 64 at .001",
-    "16, rate tuned by whole trainings": "rank 16, learning rate tuned by whole trainings",
-    "64, rate tuned by whole trainings, truncated": "rank 64, the same, truncated",
-    "Optuna TPE, median pruning, at the cost of best-adapter": "Optuna TPE + median",
-    "ASHA at the cost of best-adapter": "ASHA (Optuna)",
-    "adapter": "`--goal adapter`",
-    "adapter, a second seed": "the better of two seeds",
-    "adapter, average of two seeds": "the average of two seeds",
-    "best-adapter": "the better of ranks 64 and 16",
-    "twice the steps, truncated": "twice the steps",
-}
 OMITTED = (  # grids without early evaluations, those that rules were tuned on, and linear models
     "real, short, no early looks",
     "planted, first half",
@@ -91,57 +79,62 @@ def format_adapters() -> str:
     return format_table(head, lines)
 
 
-def format_policies() -> str:
-    """Format what each policy loses against the best trained adapter of its seed, on the locked grids."""
-    rows = {row["policy"]: row for row in read_stored("learning_rate/table_new.json")["rows"]}
-    lines = [
-        [name, f"{row['median rank']:g}", f"{row['trainings']:.3g}", _format_interval(row["regret of the adapter"])]
-        for key, name in POLICIES.items()
-        for row in [rows[key]]
-    ]
-    return format_table(["policy", "median rank", "trainings", "regret of the adapter"], lines)
-
-
-def _format_interval(interval: dict[str, Any]) -> str:
-    return f"{interval['mean']:.3f} ({interval['low']:.3f} to {interval['high']:.3f})"
-
-
-def format_judged() -> str:
-    """Format the primary endpoints of the learning-rate judgement."""
-    judged = read_stored("learning_rate/judged.json")
+def format_endpoints() -> str:
+    """Format the endpoints of the judgement of the learning-rate rule, in nats on the test split."""
+    judged = read_stored("early_rates/judged.json")
+    holds, summary = judged["holds"], judged["summary"]
     lines = []
-    for key, text in (
-        ("a: adapter minus 16 tuned", "`--goal adapter`"),
-        ("b: best-adapter minus 16 tuned", "the better of ranks 64 and 16"),
-    ):
-        result = judged[key]
+    for key, text, endpoint in (
+        ("a: adapter minus 16 tuned, both hand over their best evaluation", "`--goal adapter`, 1.75 trainings, minus rank 16 tuned by four", "a"),
+        ("a, the last evaluations: rank 64 minus 16 tuned", "the same, if both handed over their last evaluation, before truncation", ""),
+        ("b: regret of the rate at rank 64", "the chosen rate minus the best of the four, at rank 64", "b"),
+        ("c: the rule minus the rule of before, repeated rows", "minus the rule of before, where rows repeat", "c"),
+        ("the rule minus the rule of before, rank 64", "minus the rule of before, all grids", ""),
+        ("d: the same at an eighth minus 16 tuned", "rates compared at an eighth (1.375 trainings), minus rank 16 tuned", ""),
+        ("16 tuned: best minus last evaluation", "rank 16 tuned: best evaluation minus the last", ""),
+    ):  # fmt: skip
+        row = summary[key]
+        result = "" if not endpoint else "holds" if holds[endpoint] else "fails"
+        lines.append([text, _format_signed(row), f"{row['worst']:+.3f}", str(row["grids"]), result])
+    return format_table(["test loss", "mean (95% interval)", "worst grid", "grids", "endpoint"], lines)
+
+
+def format_families() -> str:
+    """Format the first endpoint, and the regret of the rate, by family of grids."""
+    families = read_stored("early_rates/judged.json")["families"]
+    lines = []
+    for name, rows in families.items():
+        adapter = rows["a: adapter minus 16 tuned, both hand over their best evaluation"]
+        regret = rows["b: regret of the rate at rank 64"]
         lines.append(
-            [
-                f"{text}, minus rank 16 tuned",
-                f"{result['mean']:+.3f} ({result['low']:+.3f} to {result['high']:+.3f})",
-                "holds" if judged["holds"][key[0]] else "fails",
-            ]
+            [name, str(adapter["grids"]), _format_signed(adapter), f"{regret['mean']:.4f}, {regret['worst']:.3f}"]
         )
-    more = read_stored("learning_rate/halving.json")["new"]["quarter minus 16 tuned"]
-    interval = f"{more['mean']:+.3f} ({more['low']:+.3f} to {more['high']:+.3f})"
-    lines.insert(1, [f"the same on {more['grids']} grids that were locked later", interval, "fails"])
-    truncated = judged["c: truncations beyond the margin"]
-    lines.append(
-        [
-            "truncated adapters that exceed the margin on the test split",
-            f"{truncated['share']:.0%} of {truncated['truncated']}",
-            "holds" if judged["holds"]["c"] else "fails",
-        ]
+    return format_table(["grids", "number", "adapter minus rank 16 tuned", "regret of the rate: mean, worst"], lines)
+
+
+def format_shares() -> str:
+    """Format what truncations within a share of the gain lost on the test split."""
+    judged = read_stored("early_rates/judged.json")
+    lines = []
+    for share, exceeded in judged["margin exceeded on the test split"].items():
+        lost, rank = judged["summary"][f"share of the gain lost at {share}"], judged["summary"][f"rank at {share}"]
+        lines.append([share, f"{rank['median']:g}", f"{lost['mean']:.2%}", f"{lost['worst']:.2%}", exceeded])
+    return format_table(["margin", "median rank", "lost of the gain, mean", "largest", "exceeded"], lines)
+
+
+def format_searches() -> str:
+    """Format what ways to spend trainings hand over, in test loss minus that of rank 16 tuned by four whole trainings."""
+    rows = read_stored("early_rates/searches.json")["rows"]
+    names = {"default", "default, rates at an eighth", "64, tuned", "rank 16 at 0.001", "rank 16 at 0.003"}
+    rows = [row for row in rows if row["search"] in names or row["trainings"] in (2, 4, 8)]
+    return format_table(
+        ["search", "trainings", "minus rank 16 tuned", "worst grid"],
+        [[row["search"], f"{row['trainings']:g}", _format_signed(row), f"{row['worst']:+.3f}"] for row in rows],
     )
-    bins = judged["d: stated probabilities"]["bins"]
-    lines.append(
-        [
-            "stated probabilities, and how often they came true",
-            ", ".join(f"{row['stated']:.2f}: {row['true']:.2f}" for row in bins),
-            "holds" if judged["holds"]["d"] else "fails",
-        ]
-    )
-    return format_table(["endpoint", "measured", "result"], lines)
+
+
+def _format_signed(interval: dict[str, Any]) -> str:
+    return f"{interval['mean']:+.3f} ({interval['low']:+.3f} to {interval['high']:+.3f})"
 
 
 def format_published() -> str:
@@ -213,8 +206,10 @@ def format_memory() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "strategies": format_strategies,
     "adapters": format_adapters,
-    "judged": format_judged,
-    "policies": format_policies,
+    "endpoints": format_endpoints,
+    "families": format_families,
+    "shares": format_shares,
+    "searches": format_searches,
     "published": format_published,
     "coverage": format_coverage,
     "rerankers": format_rerankers,

@@ -10,8 +10,7 @@ grids of at least 400 steps, separately for losses and accuracies.
 
 A case is a choice of one to three seeds of a grid, and a margin. The decision states a probability for each rank from the validation split. It
 comes true if the rank, at the learning rate that the decision names, is within the margin of the best rank and learning rate in the mean of the
-other seeds on the test split. This is the event of `benchmarks/learning_rate`, whose grids are not read here. Every grid is judged by
-the component that is fitted to the other grids.
+other seeds on the test split. Every grid is judged by the component that is fitted to the other grids.
 """
 
 from __future__ import annotations
@@ -46,6 +45,7 @@ SEEDS = (1, 2, 3)
 FITTED_SEEDS = (1, 2)  # three are left out of only five grids
 COMPONENTS = (0.0, 0.002, 0.004, 0.006, 0.008, 0.01, 0.012, 0.014, 0.016, 0.018, 0.02, 0.025, 0.03, 0.04)
 CONFIDENCES = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
+BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of stated probabilities
 ANSWERED = 0.8  # the share of two-seed cases that the confidence must answer; the largest such confidence is chosen
 MIXTURES = tuple(np.round(np.arange(0.0, 0.6, 0.02), 2).tolist())
 

@@ -1,13 +1,23 @@
-"""Check that code, rule and grids of `benchmarks/early_rates` are as they were locked."""
+"""Check that the grids, the rule and the judgement of `benchmarks/early_rates` are as they were locked, and that the tool states its result."""
 
 from __future__ import annotations
 
-from benchmarks.early_rates import lock
+import json
+
+from benchmarks.early_rates import judge, lock
 from benchmarks.learning_rate.lock import hash_file
+
+from rightrank.decision.learning_rate import JUDGED_GRIDS, NEAR_BEST_GRIDS
 
 
 def test_what_is_committed_agrees_with_its_locks() -> None:
     locks = lock.read_lock()
-    files = {lock.HERE / name: sha for key in ("code", "rule") for name, sha in locks[key].items()}
-    files |= {lock.GRIDS / name: entry["sha256"] for name, entry in locks["grids"].items()}
-    assert [path.name for path, sha in files.items() if hash_file(path) != sha] == []
+    for key, names in (("code", lock.CODE), ("rule", lock.RULE)):
+        assert locks[key] == {name: hash_file(lock.HERE / name) for name in names}
+    for name, entry in locks["grids"].items():
+        assert hash_file(lock.GRIDS / name) == entry["sha256"], name
+
+
+def test_the_tool_states_the_judged_share_of_good_learning_rates() -> None:
+    judged = json.loads(judge.JUDGED_FILE.read_text())
+    assert judged["rate within .005 of the best"] == f"{NEAR_BEST_GRIDS} of {JUDGED_GRIDS}"

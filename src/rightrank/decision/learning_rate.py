@@ -12,6 +12,8 @@ from rightrank.schema.decision import LearningRateAnswer, LearningRateCandidate
 from rightrank.schema.metrics import compute_default_margin
 from rightrank.schema.trials import TrialDiverged, TrialFinished, TrialOutcome
 
+# From benchmarks/early_rates/judged.json: at rank 64, a rate that was chosen at a quarter ended within .005 nats of the best of four.
+NEAR_BEST_GRIDS, JUDGED_GRIDS = 20, 31
 EDGE_FACTOR = 3  # the factor beyond the best learning rate if no other rate suggests one
 
 
@@ -139,6 +141,10 @@ def _format_sentence(answer: LearningRateAnswer) -> str:
     if equal_rates:
         verb = "was" if len(equal_rates) == 1 else "were"
         sentences.append(f"{' and '.join(equal_rates)} {verb} within the margin of {answer.margin:.2g}.")
+    if is_mean:
+        sentences.append(
+            f"Chosen like this, the rate was within .005 nats of the best of four in {NEAR_BEST_GRIDS} of {JUDGED_GRIDS} judged grids."
+        )
     return " ".join([*sentences, "This is one seed, and another seed may favor another learning rate."])
 
 
