@@ -53,43 +53,6 @@ def test_missing_files_are_named_before_torch_is_imported(files: Path, arguments
     assert not (files / "run").exists()
 
 
-WITHOUT_TORCH = """\
-import sys, json
-from rightrank.cli import main
-sys.modules["torch"] = None  # an import then raises ModuleNotFoundError
-for command in json.loads(sys.argv[1]):
-    try:
-        main(command)
-    except SystemExit as ended:
-        print(ended.code)
-"""
-
-
-def test_a_package_that_is_not_installed_is_one_line(files: Path) -> None:
-    (files / "adapter").mkdir()
-    (files / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
-    (files / "adapter" / "adapter_model.safetensors").touch()
-    commands = [
-        ["select", "model", "train.jsonl", "--out", "run", "--quiet"],
-        ["select", "model", "train.jsonl", "--dry-run"],
-        ["plan", "model"],
-        ["compare", "base", "base", "--model", "model", "--data", "train.jsonl"],
-        ["inspect", "adapter"],
-        ["resize", "adapter", "run", "--rank", "1"],
-        ["export", "adapter", "--to", "merged", "--base", "model", "--out", "run"],
-    ]
-    process = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, json.dumps(commands)], capture_output=True, text=True, cwd=files
-    )
-    assert process.stdout.split() == ["2"] * len(commands), process.stderr
-    lines = [line for line in process.stderr.splitlines() if not line.endswith("…")]
-    assert len(lines) == len(commands), lines
-    for line in lines:
-        assert line.startswith("rightrank: torch can't be imported")
-        assert line.endswith("pip install 'rightrank[train]'")
-    assert not (files / "run").exists()
-
-
 def test_a_terminal_shows_a_line_before_anything_is_loaded(files: Path) -> None:
     ours, theirs = os.openpty()
     arguments = json.dumps(["select", "./modle", "train.jsonl", "--out", "run"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ from rightrank.planning.estimate import Estimator
 from rightrank.planning.planner import build_step_settings, plan_selection
 from rightrank.runs.journal import Journal
 from rightrank.schema.trials import TrialFinished
-from tests.adapters.adapters import make_base
-from tests.commands import build_select_arguments, run
-from tests.tiny import build_small_settings, build_tiny_llama_config, make_tokenizer
+from tests.tiny import build_small_settings, build_tiny_llama_config
 
 pytestmark = pytest.mark.trains
 
@@ -101,19 +98,6 @@ def test_the_plan_gives_the_adapters_that_fit_in_a_pass() -> None:
         needs[arms] = changed.estimate(8).needed_bytes
     between = settings.model_copy(update={"memory_bytes": (needs[4] + needs[6]) // 2})
     assert plan_selection(config, between, 32, "cpu").max_adapters_per_pass == 4
-
-
-def test_adapters_whose_pass_cannot_be_planned_train_alone(
-    completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Several adapters of the head: the plan falls back to one a pass, as its page says, and refuses nothing."""
-    base = make_base(tmp_path / "base", "embedding")  # its head is not tied
-    make_tokenizer().save_pretrained(base)
-    arguments = ["--memory", "8GiB", "--target-modules", "lm_head", "--set", "adapters_per_pass=2", "--json"]
-    status, out, err = run(build_select_arguments(base, completion_file, tmp_path / "run", *arguments), capsys)
-    assert status == 0, err
-    assert "continuing with 1" in err
-    assert json.loads(out)["handed_over"]["rank"] in (1, 2, 4)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

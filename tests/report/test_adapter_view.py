@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,13 +11,9 @@ from huggingface_hub import ModelCard
 from rightrank import Selected
 from rightrank.api.folders import status, write_report
 from rightrank.cli import cli
-from rightrank.decision.adapter import build_provenance
-from rightrank.decision.records import Records, build_answers, compare_run_adapters, decide_if_possible, decide_run
+from rightrank.decision.records import Records, build_answers, decide_run
 from rightrank.report.adapter_page import build_candidate_table
-from rightrank.report.figure import write_figures
-from rightrank.report.figures import build_figures
 from rightrank.report.html import render_model_card, render_report
-from rightrank.report.status import format_cost
 from rightrank.runs.journal import Journal
 from rightrank.schema.events import RunContinued
 from tests.report.elements import Elements
@@ -37,42 +31,6 @@ def test_the_table_has_each_candidate_with_its_bound() -> None:
         "yes" if candidate.is_within_margin else "no" for candidate in answer.candidates
     ]
     assert [row[3] for row in table[1:]].count("reference") == 1
-
-
-def test_how_the_adapter_was_made() -> None:
-    records = make_answered_run()
-    trial = next(t for t in records.list_finished() if t.trial_id == records.adapters[-1].answer.trial_id)
-    assert build_provenance(trial, records.list_finished()).format_sentence() == (
-        "trained at rank 64 (learning rate 0.003, 40 steps), truncated to rank 8 by K-FAC"
-    )
-    top = next(t for t in records.list_finished() if t.rank == 64)
-    assert (
-        build_provenance(top, records.list_finished()).format_sentence()
-        == "trained at rank 64 (learning rate 0.003, 40 steps)"
-    )
-
-
-def test_a_truncation_costs_no_training() -> None:
-    assert format_cost(make_answered_run()).startswith("1 training, 4 truncations, ")
-
-
-def test_between_the_answers_the_report_has_the_first() -> None:
-    records = make_answered_run()
-    text = Elements(render_report(records, build_answers(records, None, "training-rank"))).text
-    assert "Adapter: rank 8 · Training rank: not available yet" in text
-    assert records.adapters[-1].answer.sentence in text
-    assert "Training rank: 1 training so far. A comparison needs two ranks with a result." in text
-    assert "It was trained at rank 64" in text
-    assert "On the test split, it differs from the reference by +0.0012 (95% upper bound +0.0031)." in text
-
-
-def test_both_answers_have_a_sentence_each() -> None:
-    records = make_answered_run(direct=(4, 16))
-    decision = decide_run(records)
-    text = Elements(render_report(records, build_answers(records, decision, "training-rank"))).text
-    assert f"Adapter: {records.adapters[-1].answer.sentence}" in text
-    assert f"Training rank: {decision.sentence}" in text
-    assert f"Adapter: rank 8 · Training rank: {decision.rank}" in text
 
 
 def test_with_goal_adapter_the_training_rank_is_one_line() -> None:
@@ -145,55 +103,6 @@ def test_the_report_of_the_folder_alone_knows_the_goal(tmp_path: Path) -> None:
     assert (run / "figures" / "adapters.svg").exists()
     Journal(run / "journal.jsonl").append(RunContinued(settings={"goal": "training-rank"}))
     assert "not asked" not in write_report(run).read_text(encoding="utf-8")
-
-
-def test_status_has_both_answers(tmp_path: Path) -> None:
-    run_status = status(write_answered_run(tmp_path / "first"))
-    assert (run_status.state, run_status.rank, run_status.trainings) == ("stopped", None, 1.0)
-    assert run_status.answer == "Adapter: rank 8 · Training rank: not available yet"
-    assert run_status.truncated_curve == sorted(run_status.truncated_curve)
-    assert [rank for rank, _ in run_status.curve] == [64]
-    assert status(write_answered_run(tmp_path / "adapter", "adapter")).state == "done"
-    shown = CliRunner().invoke(cli, ["status", str(tmp_path / "adapter")])
-    assert ": done\nRank 8 is enough: " in shown.output
-    assert "it took 1 training." in shown.output
-    assert "● trained, ○ truncated" in shown.output
-
-
-def test_decide_adds_the_adapter_of_a_run(tmp_path: Path) -> None:
-    run = write_answered_run(tmp_path / "run", direct=(4, 16))
-    sentence = make_answered_run(direct=(4, 16)).adapters[-1].answer.sentence
-    shown = CliRunner().invoke(cli, ["decide", str(run)])
-    assert f"adapter: {sentence}" in shown.output
-    assert json.loads(CliRunner().invoke(cli, ["decide", str(run), "--json"]).stdout)["adapter_sentence"] == sentence
-    alone = CliRunner().invoke(cli, ["decide", str(write_answered_run(tmp_path / "one", "adapter"))])
-    assert alone.exit_code == 2 or "one rank was trained" in str(alone.exception)
-
-
-def test_a_notebook_shows_both(tmp_path: Path) -> None:
-    records = make_answered_run(direct=(4, 16))
-    decision = decide_if_possible(records)
-    answers = build_answers(records, decision, "training-rank")
-    selected = Selected(tmp_path, None, None, tmp_path, answers, adapters=compare_run_adapters(records))
-    write_figures(tmp_path / "figures", build_figures(records, decision))
-    html = selected._repr_html_()
-    assert "<strong>Adapter: rank 8</strong>" in html
-    assert "<strong>Training rank: " in html
-    assert html.count("<img") == 2
-    alone = replace(selected, answers=replace(answers, decision=None))._repr_html_()
-    assert "Training rank" not in alone
-    assert alone.count("<img") == 1
-
-
-def test_modules_of_unequal_rank_are_stated_in_the_report_and_the_model_card() -> None:
-    records = make_answered_run()
-    record = records.adapters[-1]
-    exported = record.handed_over.model_copy(update={"min_module_rank": 1, "max_module_rank": 4 * record.answer.rank})
-    records.adapters[-1] = record.model_copy(update={"handed_over": exported})
-    rank_text = f"{record.answer.rank} (modules from 1 to {4 * record.answer.rank})"
-    assert f"# LoRA adapter of rank {rank_text}" in render_model_card(records, None)
-    assert "adapters.svg" in render_model_card(records, None)
-    assert "adapters.svg" not in render_model_card(records, None, images=[])
 
 
 def test_the_card_names_a_base_of_the_hub_and_no_folder() -> None:

@@ -61,19 +61,6 @@ def test_the_policy_names_exactly_the_scripts_of_the_file() -> None:
     assert len(page.encode()) < 300_000
 
 
-def test_the_header_names_model_and_data_and_a_box_says_how_to_use_the_adapter() -> None:
-    records = make_answered_run()
-    elements = Elements(render_page(records))
-    assert "models/small on data.jsonl: 30 train examples" in elements.text
-    assert "To train again: r=64, lora_alpha=32, learning_rate=0.003, target_modules='all-linear'" in elements.text
-    assert "model = AutoPeftModelForCausalLM.from_pretrained('adapter')" in elements.text
-    assert "tokenizer = AutoTokenizer.from_pretrained('models/small')" in elements.text
-    links = [attributes.get("href") for tag, attributes in elements.tags if tag == "a"]
-    assert "adapter/" in links
-    assert "figures/adapters.csv" in links
-    assert not [link for link in links if link and ":" in link]  # nothing but files beside the report
-
-
 def test_the_box_is_code_whatever_the_model_s_name_is() -> None:
     records = make_answered_run()
     settings = records.started.settings | {"model": NASTY}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import re
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Sequence
-from io import StringIO
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,7 +22,7 @@ from rightrank.cli import cli
 from rightrank.decision.comparison import compute_bounds
 from rightrank.decision.records import Records, build_answers, compare_run_adapters, decide_run
 from rightrank.decision.table import build_table, estimate_pairs
-from rightrank.report.figure import Figure, write_figures
+from rightrank.report.figure import Figure
 from rightrank.report.figures import build_figures, build_rank_figure
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import MissingExtraError, ResultsError, SettingsError
@@ -150,23 +148,6 @@ def test_learning_rates_are_compared_early_and_at_the_end() -> None:
     assert ax.get_title() == "Learning rates at rank 16 (no result: 0.03)"
 
 
-def test_learning_curves_have_every_stage_of_a_training_and_its_training_loss() -> None:
-    records = make_run((4,), (1e-3,))
-    ax = draw_run("learning_curves", records)
-    assert [list(line.get_xdata()) for line in ax.lines] == [[0, 10, 20, 40], [10, 20, 40]]
-    assert [line.get_linestyle() for line in ax.lines] == ["-", "--"]
-    assert ax.get_title() == "Learning curves (training dashed)"
-    trial = records.list_finished()[-1]
-    first = trial.model_copy(update={"trial_id": "first", "stop_at": 3, "metrics": {"loss": 4.0}, "points": []})
-    second = first.model_copy(
-        update={"trial_id": "second", "stop_at": 5, "continue_from": "first", "metrics": {"loss": 3.9}}
-    )
-    records.outcomes[-1:] = [first, second, trial.model_copy(update={"continue_from": "second"})]
-    points = find_series(draw_run("learning_curves", records), "rank 4")
-    assert [*points] == [0, 3, 5, 10, 20, 40]
-    assert [points[step][0] for step in (3, 5)] == [4.0, 3.9]
-
-
 def make_inspection() -> Inspection:
     modules = [
         ModuleSpectrum.model_construct(singular_values=values) for values in ([4.0, 1.0], [2.0, 0.5, 0.1], [0.0])
@@ -216,25 +197,6 @@ def test_names_from_outside_cannot_break_a_drawing() -> None:
     shown = "".join(element.text or "" for element in ET.fromstring(text).iter())
     assert "<script" not in text
     assert "a$b$ <script>␇ & 'c' 字" in shown
-
-
-def test_every_figure_is_written_the_same_in_every_format(tmp_path: Path) -> None:
-    run = write_answered_run(tmp_path / "run")
-    write_report(run, ["pdf", "png"])
-    first = {path.name: path.read_bytes() for path in (run / "figures").iterdir()}
-    assert len(first) == 4 * len({path.stem for path in (run / "figures").iterdir()})
-    begins = {".svg": b"<?xml", ".pdf": b"%PDF-", ".png": b"\x89PNG"}
-    assert all(content.startswith(begins.get(Path(name).suffix, b"")) for name, content in first.items())
-    write_report(run, ["pdf", "png"])
-    assert {path.name: path.read_bytes() for path in (run / "figures").iterdir()} == first
-    with pytest.raises(SettingsError, match=r"not a supported figure format; give pdf, png or both"):
-        write_report(run, ["gif"])
-    figures = build_figures(make_run(), None)
-    write_figures(tmp_path / "other", figures)
-    for figure in figures:
-        rows = list(csv.reader(StringIO((tmp_path / "other" / f"{figure.name}.csv").read_text())))
-        assert rows[0] == list(figure.columns)
-        assert len(rows) == len(figure.rows) + 1
 
 
 def test_without_matplotlib_the_report_has_its_tables_and_one_line(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 import subprocess
 import sys
@@ -17,9 +16,8 @@ from rich.console import Console
 from rightrank.api.folders import status
 from rightrank.cli import cli
 from rightrank.report.terminal_curve import CURVE_LINES, draw_terminal_curve
-from rightrank.runs.process import JsonLog
 from rightrank.runs.terminal_view import LiveView, View
-from rightrank.schema.events import Notice, SelectionPlanned, StepDone
+from rightrank.schema.events import SelectionPlanned, StepDone
 from tests.commands import COMMANDS
 from tests.report.elements import Elements
 from tests.report.runs import STARTED, make_run, write_answered_run, write_journal
@@ -51,25 +49,6 @@ def test_a_folder_without_a_run_is_one_line(tmp_path: Path, command: str) -> Non
     assert completed.stdout == ""
     assert completed.stderr.startswith("rightrank: ")
     assert completed.stderr.count("\n") == 1
-
-
-def test_the_log_is_one_json_object_a_line() -> None:
-    stream = io.StringIO()
-    records = make_run()
-    log = JsonLog(stream)
-    log.on_event(PLANNED)
-    log.on_event(STARTED)
-    for step in range(1, 41):
-        log.on_event(StepDone(trial_id="x", step=step, steps=40, loss=3.0, seconds=1.0))
-    log.on_event(records.outcomes[1])
-    log.on_event(Notice(text="a\nb"))
-    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
-    names = [line["event"] for line in lines]
-    assert names[:4] == ["plan", "cost", "cost_limit", "trial_started"]
-    assert names[-2:] == ["trial_finished", "notice"]
-    assert names.count("step_done") < 40
-    assert [line["step"] for line in lines if line["event"] == "step_done"][-1] == 40
-    assert all("at" in line and "example_losses" not in line for line in lines)
 
 
 @pytest.mark.parametrize("quiet", [True, False])

@@ -10,17 +10,15 @@ import torch
 
 from rightrank.api.selecting import preflight, select_rank
 from rightrank.report.format import format_duration
-from rightrank.report.progress import Progress
 from rightrank.report.terminal import format_preflight, format_time_estimate
 from rightrank.runs import preflight as planned
 from rightrank.runs.values import Selected
-from rightrank.schema.events import DurationEstimated, Event, Notice, SelectionPlanned
+from rightrank.schema.events import DurationEstimated, Event, Notice
 from rightrank.schema.trials import Arm, TrialFinished, TrialStarted
 from rightrank.training.pace import TIMED_STEPS, Pace, measure_pace
 from rightrank.training.runtime import Runtime
 from tests.commands import read_journal_records
 from tests.helpers import make_runtime
-from tests.report.runs import make_run
 from tests.tiny import build_small_settings
 from tests.watch import Watch
 
@@ -154,14 +152,3 @@ def test_the_scratch_adapter_is_removed_and_memory_may_run_out(
 )
 def test_a_budget_of_time_bounds_the_time(hours: float | None, message: str) -> None:
     assert format_time_estimate(1200.0, 3600.0, hours) == message
-
-
-def test_progress_counts_down_from_the_start() -> None:
-    progress = Progress()
-    started = make_run().started
-    cost = {"expected_trainings": 4.0, "trainings_at_most": 8.0}
-    progress.record_event(SelectionPlanned(started=started, expected_trials=9, steps=100, **cost))
-    assert "left" not in progress.format_progress()
-    progress.record_event(DurationEstimated(expected_seconds=1200.0))
-    assert progress.estimate_remaining_seconds() == pytest.approx(1200.0)
-    assert "about 20 min left" in progress.format_progress()

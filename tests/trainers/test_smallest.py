@@ -32,10 +32,9 @@ from rightrank.adapters.adapter_reader import open_adapter
 from rightrank.adapters.resizing import list_candidate_ranks
 from rightrank.decision.comparison import INDEPENDENCE_NOTE
 from rightrank.runs.resize_by_data import measure_truncations
-from rightrank.schema.errors import ModelError, SettingsError
+from rightrank.schema.errors import SettingsError
 from rightrank.schema.trials import SplitName
 from rightrank.trainers.batch_scores import HeldOutBatches, compute_batch_loss
-from rightrank.trainers.in_memory import find_trained_adapter
 from rightrank.training.covariances import gather_unseen_moments
 from rightrank.training.evaluation import Scores
 from rightrank.training.runtime import attach_adapter
@@ -333,70 +332,6 @@ def test_a_resumed_training_is_measured_as_the_whole_one(
     assert resumed.trained_scores.loss == pytest.approx(value, rel=1e-4)
     values = [[candidate.value for candidate in result.answer.candidates] for result in (whole.result, resumed)]
     assert values[0] == pytest.approx(values[1], rel=1e-5)  # the same examples and the same second moments
-
-
-def test_of_several_adapters_the_trained_one_is_measured(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    model = make_peft_model(model_folder)
-    batches = make_batches(rows[:40])
-    alone = measure(model, batches, [], tmp_path / "alone")
-    model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
-    assert find_trained_adapter(model) == "default"
-    with_second_adapter = measure(model, batches, [], tmp_path / "beside")
-    assert with_second_adapter.answer.candidates == alone.answer.candidates
-    model.set_adapter("other")
-    assert find_trained_adapter(model) == "other"
-    with_other_active = measure(model, batches, [], tmp_path / "active")
-    assert with_other_active.answer.candidates == alone.answer.candidates
-    assert model.active_adapter == "other"
-    model.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ModelError, match="only one adapter can be truncated"):
-        find_trained_adapter(model)
-    model.base_model.set_adapter("default")
-    model.merge_adapter()
-    with pytest.raises(ModelError, match="is merged into the base"):
-        find_trained_adapter(model)
-
-
-def test_modules_that_fused_kernels_pass_by_are_truncated_by_singular_values(
-    model_folder: Path, rows: Rows, tmp_path: Path
-) -> None:
-    """Use a fused kernel, which reads the factors and never calls PEFT's module."""
-    model = make_peft_model(model_folder)
-    mlp = model.base_model.model.model.layers[0].mlp
-
-    def fused(hidden: torch.Tensor) -> torch.Tensor:
-        def linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
-            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            return x @ layer.base_layer.weight.T + layer.scaling["default"] * (x @ a.T) @ b.T
-
-        return linear(mlp.down_proj, mlp.act_fn(linear(mlp.gate_proj, hidden)) * linear(mlp.up_proj, hidden))
-
-    batches = make_batches(rows[:40])
-    mlp.forward = fused
-    result = measure(model, batches[20:], batches[:20], tmp_path)
-    note = (
-        "3 of 21 modules (model.layers.0.mlp.gate_proj, …) are truncated by singular values: the model computes their layers without "
-        "calling PEFT's modules (fused kernels), or does not use them"
-    )
-    assert note in result.answer.notes
-    assert result.answer.rank == 1
-
-
-def test_the_head_sees_few_positions_at_a_time(model_folder: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check that labels never reach the model, that no logits exceed a chunk's positions, and that the losses are the model's own."""
-    model = make_peft_model(model_folder).eval()
-    monkeypatch.setattr("rightrank.training.loss.MAX_CHUNK_LOGITS", 8 * model.config.vocab_size)
-    head = model.get_base_model().get_output_embeddings()
-    position_counts: list[int] = []
-    head.forward = lambda hidden: (
-        position_counts.append(hidden.shape[:-1].numel()) or torch.nn.functional.linear(hidden, head.weight)
-    )
-    scores = score_batches(model, make_batches(rows[:3]))
-    assert max(position_counts) <= 8
-    del head.forward
-    for number, row in enumerate(rows[:3]):
-        full_loss = model(**{key: torch.tensor([value]) for key, value in row.items()}).loss.detach()
-        assert scores.losses[number] / scores.tokens[number] == pytest.approx(float(full_loss), rel=1e-5)
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
-import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,13 +18,11 @@ from transformers import (
     AutoTokenizer,
     DataCollatorForSeq2Seq,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 
 from rightrank import SmallestAdapter
 from rightrank.schema.errors import DataError, InputError, ModelError, SettingsError
-from rightrank.trainers.trainer_rows import find_group_key, number_groups
 from tests.trainers.trainings import OneTimeRows, RowList, Rows, make_peft_model, make_trainer, run_training
 
 pytestmark = pytest.mark.trains
@@ -287,46 +284,6 @@ def test_a_stream_of_held_out_rows_is_refused(model_folder: Path, rows: Rows, tm
     assert len(list(held_out.left)) == len(rows[140:])
 
 
-class CountedRow(dict[str, list[int]]):
-    """A row that is counted while it is in memory."""
-
-    alive: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
-    max_alive: ClassVar[int] = 0
-
-    __hash__ = object.__hash__  # type: ignore[assignment]
-
-    def __init__(self, row: dict[str, list[int]]) -> None:
-        super().__init__(row)
-        CountedRow.alive.add(self)
-        CountedRow.max_alive = max(CountedRow.max_alive, len(CountedRow.alive))
-
-
-class GeneratedRows(RowList):
-    """Rows that are created when they are read."""
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return CountedRow(self.rows[index])
-
-
-class StepRecorder(TrainerCallback):
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 0:
-            self.max_alive = CountedRow.max_alive
-
-
-def test_few_rows_are_held_at_a_time(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    """Count rows before the first step and at the end. No rows are in memory during the training."""
-    CountedRow.max_alive = 0
-    begun = StepRecorder()
-    callback = run_training(
-        model_folder, rows, tmp_path, SmallestAdapter, lambda _: begun,
-        train=GeneratedRows(rows[:140]), held_out=GeneratedRows(rows[140:]),
-    )  # fmt: skip
-    assert begun.max_alive <= 32  # beside the trainer's own, which reads a batch ahead
-    assert CountedRow.max_alive <= 32
-    assert callback.result.num_examples == len(rows) - 140
-
-
 def make_images(count: int) -> list[dict[str, Any]]:
     """Make random images that differ only in the middle, which `str` omits. The label says which half is brighter."""
     draw = torch.Generator().manual_seed(0)
@@ -414,24 +371,6 @@ def test_a_column_that_groups_nothing_is_refused(
 ) -> None:
     held_out = [row | ({"doc": at % documents} if documents else {}) for at, row in enumerate(rows[140:180])]
     refuse(make_trainer(model_folder, rows, tmp_path, partial(SmallestAdapter, group="doc"), held_out=held_out), words)
-
-
-@pytest.mark.filterwarnings("ignore:Creating a tensor from a list")
-@pytest.mark.parametrize("form", ["torch", "numpy", None])
-@pytest.mark.parametrize("marks", ["labels", "completion_mask", "prompt_ids"])
-def test_rows_with_one_prompt_belong_together_in_every_format(form: str | None, marks: str, rows: Rows) -> None:
-    """Cover lists, tensors and arrays from `datasets`."""
-    datasets = pytest.importorskip("datasets")
-    held_out = []
-    for number, row in enumerate(rows[140:180]):
-        prompt, answer = [number % 10 + 5] * 3, row["input_ids"][3:]
-        held_out.append({"input_ids": prompt + answer, "labels": [-100] * 3 + answer})
-        if marks == "completion_mask":
-            held_out[-1] |= {"completion_mask": [0] * 3 + [1] * len(answer)}
-        elif marks == "prompt_ids":
-            held_out[-1] |= {"prompt_ids": prompt}
-    keys = [find_group_key(row, None) for row in datasets.Dataset.from_list(held_out).with_format(form)]
-    assert number_groups(keys, None) == [number % 10 for number in range(40)]
 
 
 IDS = torch.tensor([[1, 2]])

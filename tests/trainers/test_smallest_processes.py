@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 import torch.multiprocessing as multiprocessing
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -93,57 +91,6 @@ def train_sharded(model: Any, arguments: TrainingArguments, loader: Any, callbac
         optimizer.zero_grad()
         state.global_step += 1
     callback.on_train_end(arguments, state, control, **kwargs)
-
-
-def run_zero3(number: int, port: int, model: Path, rows: list[Any], out: Path) -> None:
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "true"}
-    torch.set_num_threads(1)
-    deepspeed = import_module("deepspeed")
-    deepspeed.init_distributed(dist_backend="gloo")
-    config = {
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-        "train_micro_batch_size_per_gpu": 4,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    arguments = TrainingArguments(
-        output_dir=str(out), max_steps=12, learning_rate=1e-2, per_device_train_batch_size=4, save_strategy="no", report_to=[],
-        disable_tqdm=True, dataloader_pin_memory=False, deepspeed=config,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)  # each process holds a part of it
-    peft_model: Any = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-    collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(model), padding=True)
-    trainer = Trainer(peft_model, arguments, collator, rows[:140], rows[140:])  # type: ignore[arg-type]
-    trainer.add_callback(SmallestAdapter(trainer, margin=0.1))
-    trainer.train()
-    weights = {name: parameter for name, parameter in peft_model.named_parameters() if "lora_" in name}
-    assert all(parameter.numel() == 0 for parameter in weights.values())
-    with deepspeed.zero.GatheredParameters(list(weights.values())):
-        trained_parameters = {
-            name.replace(".default.", "."): parameter.detach().clone() for name, parameter in weights.items()
-        }
-    if number == 0:
-        torch.save(trained_parameters, out / "after.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.filterwarnings("ignore")  # DeepSpeed's
-def test_the_adapter_of_zero3_is_saved_for_resize(
-    model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Gather the empty parameters. The saved adapter is the trained one."""
-    pytest.importorskip("deepspeed")
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    multiprocessing.spawn(
-        run_zero3, args=(find_free_port(), model_folder, read_rows(model_folder, completion_file), tmp_path), nprocs=2
-    )
-    saved_parameters = load_file(tmp_path / "rightrank" / "trained" / "adapter_model.safetensors")
-    trained_parameters = torch.load(tmp_path / "after.pt", weights_only=True)
-    assert saved_parameters.keys() == trained_parameters.keys()
-    assert all(torch.equal(value, trained_parameters[name]) for name, value in saved_parameters.items())
-    assert any(value.abs().max() > 0 for name, value in saved_parameters.items() if "lora_B" in name)
 
 
 def find_free_port() -> int:

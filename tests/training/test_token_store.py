@@ -10,7 +10,6 @@ import pyarrow
 import pytest
 
 from rightrank.data.token_store import EncodedExample, TokenStore
-from rightrank.training.batches import batch_by_length
 
 
 def some_items(count: int, longest: int = 40) -> Iterator[EncodedExample]:
@@ -37,11 +36,6 @@ def test_examples_are_read_as_they_were_written(store: TokenStore) -> None:
         store[3000]
 
 
-def test_the_longest_sequence_of_a_pair_is_that_of_its_longer_half(tmp_path: Path) -> None:
-    items = [EncodedExample("pair", [1] * 7, [1] * 7, 2), EncodedExample("one", [1] * 3, [1] * 3)]
-    assert TokenStore(items, tmp_path).longest_sequences.tolist() == [5, 3]
-
-
 def test_nothing_is_left_in_the_folder_and_nothing_held(tmp_path: Path) -> None:
     original_bytes = pyarrow.total_allocated_bytes()
     stored = TokenStore(some_items(2000, longest=400), tmp_path)
@@ -54,9 +48,3 @@ def test_an_empty_split_is_empty(tmp_path: Path) -> None:
     stored = TokenStore([], tmp_path)
     assert len(stored) == 0
     assert list(stored) == []
-
-
-def test_batches_are_of_like_length(store: TokenStore) -> None:
-    items = list(some_items(3000))
-    order = sorted(range(3000), key=lambda index: items[index].length)
-    assert batch_by_length(store, 16) == [order[start : start + 16] for start in range(0, 3000, 16)]
