@@ -20,7 +20,7 @@ from rightrank.decision.comparison import (
     estimate_file_difference,
     estimate_mean,
 )
-from rightrank.decision.seeds import estimate_selection_bias, split_seed_variance
+from rightrank.decision.seeds import split_seed_variance
 from rightrank.decision.table import Cell, compute_paired_difference
 from rightrank.schema.metrics import MetricKind
 
@@ -162,13 +162,6 @@ def test_intervals_cover(seeds: int, num_examples: int, heavy: bool) -> None:
         estimated = estimate_mean(example_effects[None, :] + seed[:, None] + residuals, np.ones(num_examples))
         covered += estimated.compute_bound(0.025) <= 0 <= estimated.compute_bound(0.975)
     assert 0.925 <= covered / tables <= 0.985
-
-
-def test_the_best_of_equal_candidates_is_optimistic_by_the_expected_minimum() -> None:
-    assert estimate_selection_bias(np.zeros(2), np.eye(2)) == pytest.approx(np.pi**-0.5, rel=0.05)
-    assert estimate_selection_bias(np.zeros(3), np.eye(3)) == pytest.approx(0.846, rel=0.05)
-    assert estimate_selection_bias(np.array([0.0, 100.0]), np.eye(2)) == pytest.approx(0.0, abs=0.06)
-    assert estimate_selection_bias(np.zeros(1), np.eye(1)) == 0.0
 
 
 def test_the_difference_of_two_cells_is_paired_by_example() -> None:

@@ -110,7 +110,10 @@ def test_a_probability_covers_all_other_ranks_jointly() -> None:
         dict(zip(joint.ranks, rows, strict=True)) for rows in (joint.means, joint.compute_losses_to_best())
     )
     each = [
-        student.cdf((0.02 - means[4] + means[rank]) / joint.get_standard_error(4, rank), joint.degrees)
+        student.cdf(
+            (0.02 - means[4] + means[rank]) / float(joint.errors[joint.ranks.index(4), joint.ranks.index(rank)]),
+            joint.degrees,
+        )
         for rank in (16, 64)
     ]
     assert (

@@ -103,7 +103,6 @@ def test_there_is_a_probability_unless_each_rank_has_only_one_number() -> None:
         assert (decision.rank, decision.requested_confidence) == (4, DEFAULT_CONFIDENCE)
         assert None not in get_probabilities(decision).values()
     decision = decide_table(build_value_table(LOSSES), 0.01, confidence=0.9)
-    assert decision.probability_note.startswith("No probability: there is one number per rank")
     assert set(get_probabilities(decision).values()) == {None}
     assert decision.requested_confidence is None
 

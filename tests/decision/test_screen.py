@@ -61,8 +61,6 @@ def _require_consistent_sentence(
         assert enough_column[int(match[1])] in {"yes", "perhaps", "best so far"} | likely
     if lower := re.search(r"the next lower rank \((\d+)\) is \S+ worse", sentence):
         assert enough_column[int(lower[1])] in ("no", "unlikely")
-    if "hardly matters" in sentence:
-        assert all(abs(evidence.difference or 0.0) <= decision.margin * (1 + 1e-7) for evidence in by_rank.values())
     if sentence.startswith("Still rising"):
         likely = {"inconclusive"} if "is probably better" in sentence else set()
         assert {word for rank, word in enough_column.items() if rank != decision.rank} <= {"no", "unlikely"} | likely

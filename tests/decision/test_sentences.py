@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from rightrank.decision.comparison import INDEPENDENCE_NOTE
 from rightrank.decision.rule import decide_table
 from rightrank.decision.sentences import format_number, format_probability
 from rightrank.decision.table import build_table
@@ -36,44 +35,9 @@ def test_a_larger_rank_is_named_where_it_is_likelier(losses: dict[int, float], e
 def test_no_rank_at_the_confidence_names_what_cannot_be_distinguished_and_what_to_take() -> None:
     decision = decide_losses({4: 2.0, 64: 2.003}, 0.005, 0.95, num_examples=100, seeds=(0,), noise=0.05)
     assert decision.sentence == (
-        "Ranks 4 and 64 cannot be distinguished (±0.038; the margin is 0.005 nats). Take rank 4: it is 95% likely to be within 0.02 of "
-        "the best, and 82% likely to be within the margin."
+        "Ranks 4 and 64 cannot be distinguished. Take rank 4: it is 82% likely to be within 0.005 nats of the best, and 95% likely to be "
+        "within 0.02."
     )
-
-
-def test_the_note_says_how_seed_noise_was_measured() -> None:
-    table = build_example_table({4: 2.01, 16: 2.0, 64: 2.03}, seeds=(0, 1, 2))
-
-    def get_basis_note(dropped: set[tuple[int, int]]) -> str:
-        cells = {
-            (rank, lr, seed): cell for (rank, lr, seed), cell in table.cells.items() if (rank, seed) not in dropped
-        }
-        note = decide_table(type(table)(table.metric, False, cells, {}, table.kind), 0.02).basis_note
-        assert note.endswith(f" {INDEPENDENCE_NOTE}")
-        return note.removesuffix(f" {INDEPENDENCE_NOTE}")
-
-    moderated = "moderated by the noise expected from the variation between examples."
-    start = "Intervals cover the variation over held-out examples and over seeds. "
-    assert (
-        get_basis_note(set())
-        == f"{start}The noise over seeds is measured on each rank's paired difference over 3 seeds and {moderated}"
-    )
-    adjusted = f"{moderated} Ranks with other seeds are adjusted to the seeds of all ranks."
-    assert get_basis_note({(4, 2)}).endswith(f" over 2 to 3 seeds and {adjusted}")
-    assert get_basis_note({(4, 2), (64, 1)}).endswith(f" over 2 seeds and {adjusted}")
-    alone = {(4, 2), (16, 0), (16, 1), (64, 0), (64, 1)}
-    assert (
-        get_basis_note(alone)
-        == f"{start}No two ranks share two seeds, so the noise over seeds is measured only within single ranks."
-    )
-
-
-def test_counts_of_seeds_are_a_range() -> None:
-    table = build_example_table({4: 2.01, 8: 2.02, 16: 2.0, 64: 2.03}, seeds=(0, 1, 2, 3))
-    dropped = {(4, 2), (4, 3), (8, 3)}
-    cells = {(rank, lr, seed): cell for (rank, lr, seed), cell in table.cells.items() if (rank, seed) not in dropped}
-    note = decide_table(type(table)(table.metric, False, cells, {}, table.kind), 0.02).basis_note
-    assert " over 2 to 4 seeds and moderated" in note
 
 
 def test_the_next_lower_rank_has_its_probability_where_it_is_not_shown_to_be_worse() -> None:

@@ -6,7 +6,7 @@ The data decide which variation an interval covers (`Evidence.basis`):
     examples            one seed: the examples are measured, and the noise over seeds is unknown
     seeds               one number a training, two or more trainings at a rank
     std                 one number a rank with a stated standard deviation
-    values              one number a rank and no deviation: scatter about the curve
+    values              one number a rank and no deviation: no interval
 
 Ranks and learning rates are compared on the seeds that they share: the value of a rank is the one that it would have with the seeds of
 all ranks, so values, differences and bounds agree. A single seed gives an indication: its intervals exclude
@@ -27,13 +27,13 @@ from rightrank.decision.comparison import (
     CONFIDENCE,
     MAX_DEGREES,
     Estimate,
-    compute_t_quantile,
     estimate_mean,
     is_within,
     walk_down,
 )
 from rightrank.decision.seeds import (
     BARE_WITHIN_DEGREES,
+    BOOTSTRAP_DRAWS,
     BOUND_DEGREES,
     NOISE,
     NOISE_DEGREES,
@@ -43,11 +43,11 @@ from rightrank.decision.seeds import (
     PairNoise,
     Prior,
     compute_mean_noise,
-    estimate_selection_bias,
     get_noise,
     measure_pair_noise,
     pool_prior,
     sample_joint_means,
+    sample_multivariate_noise,
     split_seed_variance,
 )
 from rightrank.decision.table import (
@@ -66,9 +66,6 @@ from rightrank.schema.decision import Basis
 from rightrank.schema.metrics import compute_default_margin
 from rightrank.schema.trials import Floats
 
-MIN_CURVE_RANKS = 4  # one more than the power law has parameters
-# The power law's exponent: 61 candidates, with a prior twice as wide as that of 26 published curves (median .57, quartiles .38 and .64).
-EXPONENTS, TYPICAL_EXPONENT, EXPONENT_WIDTH = np.geomspace(0.1, 2.0, 61), 0.57, 0.8
 MAX_EQUAL_ERRORS = 2.0  # A rank within so many standard errors of the best is treated as equally good.
 
 
@@ -148,11 +145,6 @@ class Evidence:
     def has_examples(self) -> bool:
         return self.basis in ("examples and seeds", "examples")
 
-    @cached_property
-    def scatter(self) -> float:
-        """Return the variance of a training about the fitted curve if there is only one number a rank, else 0."""
-        return _estimate_curve_scatter(list(self.contenders.values())) ** 2 if self.basis == "values" else 0.0
-
     def estimate_noise(self, rank: int) -> _SeedNoise:
         """Estimate the seed noise of the rank's mean, pooled over the ranks that are at least as good.
 
@@ -160,7 +152,7 @@ class Evidence:
         """
         if self.basis in ("examples and seeds", "seeds"):
             return measure_noise(self._list_better_ranks(rank, lambda contender: len(contender.cells) > 1))
-        return _SeedNoise(0.0, 0.0, self.scatter, 0.0)
+        return _SeedNoise(0.0, 0.0, 0.0, 0.0)
 
     @cached_property
     def _ordered(self) -> list[Contender]:
@@ -211,7 +203,7 @@ class Evidence:
 
     @cached_property
     def selection_bias(self) -> float:
-        """Estimate how much too good the reference looks as the best of all ranks, so that differences from it look too large.
+        """Estimate how much too good the reference looks as the best of all ranks (Smith and Winkler 2006, "The Optimizer's Curse").
 
         The test of "enough" is conservative by this amount. It is subtracted from lower bounds. Measured means have a
         larger spread than the true ones, so the bias at them is too small: ranks within `MAX_EQUAL_ERRORS` standard errors of the best are
@@ -228,9 +220,11 @@ class Evidence:
             if contender.loss - self.reference.loss <= MAX_EQUAL_ERRORS * error:
                 rivals.append(error**2)
                 degrees.append(difference.degrees)
-        return estimate_selection_bias(
-            np.zeros(len(rivals)), compute_covariance_to_best(rivals), float(np.median(degrees[1:] or degrees))
-        )
+        # Two differences share the noise of the best rank: half of the smaller variance.
+        covariance: Floats = np.minimum.outer(rivals, rivals) / 2
+        np.fill_diagonal(covariance, rivals)
+        noise = sample_multivariate_noise(covariance, float(np.median(degrees[1:] or degrees)), BOOTSTRAP_DRAWS)
+        return max(0.0, -float(noise.min(axis=0).mean()))
 
     def is_at_edge(self, rank: int) -> bool:
         """Return whether the rank's best learning rate is the lowest or the highest of several that were tried."""
@@ -272,7 +266,7 @@ class Evidence:
                 len(pairs)
             )
         elif self.lacks_uncertainty:
-            variance, degrees = 2 * self.scatter, 0.0
+            variance, degrees = 0.0, 0.0
         else:
             variance, degrees = _estimate_seed_variance(pairs, self.build_prior(contender.rank))
         return paired.replace_seed_variance(max(variance, paired.interaction_variance), degrees)
@@ -330,14 +324,6 @@ class Evidence:
         The confidence is at least `CONFIDENCE`.
         """
         return self.joint.find_indistinguishable_ranks(max(CONFIDENCE, confidence))
-
-    def compute_half_width(self, confidence: float) -> float:
-        """Compute the half-width of the interval for the differences of the indistinguishable ranks from the best; 0 for one rank."""
-        errors = [
-            self.joint.get_standard_error(rank, self.reference.rank)
-            for rank in self.find_indistinguishable_ranks(confidence)
-        ]
-        return max(errors) * compute_t_quantile(self.joint.degrees, (1 + confidence) / 2)
 
     @cached_property
     def joint(self) -> JointMeans:
@@ -400,21 +386,6 @@ def measure_noise(contenders: list[Contender]) -> _SeedNoise:
     return _SeedNoise(0.0, 0.0, squares / degrees, degrees)
 
 
-def _estimate_curve_scatter(contenders: list[Contender]) -> float:
-    """Estimate the standard deviation of values about the power law a + b·r^-c, b ≥ 0; 0 below `MIN_CURVE_RANKS` ranks."""
-    if len(contenders) < MIN_CURVE_RANKS:
-        return 0.0
-    losses = np.array([contender.loss for contender in contenders])
-    shapes = np.array([float(contender.rank) for contender in contenders]) ** -EXPONENTS[:, None]  # [exponents, ranks]
-    centred = shapes - shapes.mean(axis=1, keepdims=True)
-    slopes = np.maximum(centred @ losses / (centred**2).sum(axis=1), 0.0)
-    squares = ((losses - losses.mean() - slopes[:, None] * centred) ** 2).sum(axis=1)
-    deviation = max(float(np.ptp(losses)) * 1e-3, 1e-12)
-    penalty = (np.log(EXPONENTS / TYPICAL_EXPONENT) / EXPONENT_WIDTH) ** 2
-    best = int(np.argmin(squares / deviation**2 + penalty))
-    return float(np.sqrt(squares[best] / (len(losses) - 3)))
-
-
 def _measure_pair_noise(pairs: list[Pair]) -> PairNoise:
     return measure_pair_noise(compute_differences(pairs), pairs[0][0].weights, pairs[0][0].groups)
 
@@ -426,17 +397,3 @@ def _estimate_seed_variance(pairs: list[Pair], prior: Prior | None) -> tuple[flo
         return noise.variance / len(pairs), noise.degrees
     variance, degrees = prior.moderate(noise)
     return variance / len(pairs), degrees
-
-
-def compute_covariance_to_best(differences: list[float]) -> Floats:
-    """Return the [columns, columns] covariance of the columns' noise relative to the best column.
-
-    Two differences share the noise of the best column: half of the smaller variance.
-
-    Args:
-        differences: the variance of each column's difference from the best column.
-    """
-    variances = np.array(differences)
-    covariance: Floats = np.minimum.outer(variances, variances) / 2
-    np.fill_diagonal(covariance, variances)
-    return covariance

@@ -25,7 +25,7 @@ from rightrank.decision.ranks import (
     build_staircase,
     compare_ranks,
 )
-from rightrank.decision.sentences import format_basis_note, format_probability_note, format_sentence
+from rightrank.decision.sentences import format_basis_note, format_sentence
 from rightrank.decision.table import MetricUnit, ScoreTable, select_checkpoint
 from rightrank.decision.verdicts import (
     collect_flags,
@@ -79,7 +79,6 @@ def decide_table(
         ranks=[_build_rank_evidence(comparison, comparison.by_rank[rank], unit) for rank in sorted(comparison.by_rank)],
         basis=evidence.basis,
         basis_note=format_basis_note(evidence),
-        probability_note=format_probability_note(evidence),
         **_build_probability_fields(comparison),
         next_runs=runs,
         selection_bias=unit.convert_difference(evidence.selection_bias),

@@ -168,31 +168,6 @@ def split_seed_variance(means: Floats) -> tuple[float, float]:
     return common, float((residuals**2).sum()) / ((ranks - 1) * (seeds - 1))
 
 
-def estimate_selection_bias(means: Floats, covariance: Floats, degrees: float = MAX_DEGREES) -> float:
-    """Estimate the selection bias (winner's curse): how much better the best of several noisy means looks than it is on average.
-
-    With measured means m and noise ε ~ N(0, Σ), the bias of the pick is estimated by the parametric bootstrap as
-
-        bias = -E[ε_J],  J = argmin_j (m_j + ε_j)
-
-    so that m_J + bias is the corrected mean. It grows with the noise and with the number of close candidates: for n equal
-    means with independent noise of deviation σ it is σ/√π = .56σ (n = 2) or .85σ (n = 3); for a clear winner it is 0.
-
-    Sources: Smith and Winkler (2006), "The Optimizer's Curse", Management Science 52, for the bias of a selected best;
-    Efron and Tibshirani (1993), "An Introduction to the Bootstrap", chapter 10, for its estimate.
-
-    Args:
-        means: [n], oriented so that lower is better.
-        covariance: [n, n] of their noise.
-        degrees: the degrees of freedom of the covariance. The noise is a multivariate t below `MAX_DEGREES`.
-    """
-    if len(means) < 2:
-        return 0.0
-    noise = sample_multivariate_noise(covariance, degrees, BOOTSTRAP_DRAWS)
-    picks = np.argmin(means[:, None] + noise, axis=0)
-    return max(0.0, -float(noise[picks, np.arange(BOOTSTRAP_DRAWS)].mean()))
-
-
 def sample_multivariate_noise(covariance: Floats, degrees: float, draws: int) -> Floats:
     """Draw [n, draws] of a multivariate t with mean 0 from a fixed seed; normal from `MAX_DEGREES` on.
 
@@ -248,10 +223,6 @@ class JointMeans:
                 break
             rivals.remove(index)
         return sorted(self.ranks[index] for index in rivals)
-
-    def get_standard_error(self, rank: int, other_rank: int) -> float:
-        """Return the standard error of the difference of two ranks."""
-        return float(self.errors[self.ranks.index(rank), self.ranks.index(other_rank)])
 
 
 def sample_joint_means(ranks: Sequence[int], means: Sequence[float], variances: Floats, degrees: float) -> JointMeans:

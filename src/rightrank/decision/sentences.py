@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rightrank.decision.comparison import is_within
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.ranks import Comparison
 from rightrank.decision.table import MetricUnit, Outlier
@@ -11,7 +10,7 @@ from rightrank.decision.verdicts import (
     find_unexplained_rank,
     format_rank_names,
 )
-from rightrank.schema.decision import Verdict
+from rightrank.schema.decision import Basis, Verdict
 from rightrank.schema.metrics import LOSS_KINDS
 
 
@@ -35,8 +34,10 @@ def format_amount(value: str, evidence: Evidence) -> str:
 def format_sentence(comparison: Comparison, margin: float, verdict: Verdict, unit: MetricUnit) -> str:
     """Format the answer in a sentence or two. `margin` is in the metric's unit."""
     sentences = [_format_answer(comparison, margin, verdict, unit)]
-    sentences += [_format_base_probability(comparison)] * (verdict != "no_gain")
-    return " ".join(filter(None, [*sentences, *map(_format_outlier, comparison.evidence.outliers)]))
+    base = comparison.compute_probability(0) if 0 in comparison.by_rank and verdict != "no_gain" else None
+    if base is not None and comparison.confidence is not None and base > 1 - comparison.confidence:
+        sentences.append(f"The base model itself is {format_probability(base)} likely to be within the margin.")
+    return " ".join([*sentences, *map(_format_outlier, comparison.evidence.outliers)])
 
 
 def _format_outlier(outlier: Outlier) -> str:
@@ -71,39 +72,17 @@ def _format_answer(comparison: Comparison, margin: float, verdict: Verdict, unit
         case "undecided":
             return _format_undecided(comparison, margin_text, unit)
         case "overfitting":
-            return (
-                f"{conclusion}: above rank {reference} held-out results get worse while training results still "
-                f"improve{caution}."
-            )
-        case "flat":
-            outlier = max(comparison.ranks, key=lambda rank: abs(comparison.by_rank[rank].difference.mean))
-            if not is_within(abs(comparison.by_rank[outlier].difference.mean), comparison.margin):
-                return (
-                    f"{conclusion}: the smallest tried, it is within {margin_text} of the best ({reference}); rank {outlier} "
-                    f"looks {_format_difference(comparison, outlier, unit)}, but this is not shown{caution}."
-                )
-            return (
-                f"Rank hardly matters here: rank {chosen}, the smallest tried{_format_probabilities(comparison)}, is within {margin_text} of the best "
-                f"({reference}){caution}."
-            )
+            return f"{conclusion}: above rank {reference} held-out results get worse while training results still improve{caution}."
         case "rising":
-            return (
-                f"Still rising: rank {chosen}, the largest tried, is {qualifier}better than every smaller one by more than "
-                f"{margin_text}{caution}."
-            )
-        case "saturated":
-            is_best = chosen == reference
-            best = "the best of the ranks tried" if is_best else f"within {margin_text} of the best (rank {reference})"
-            start = f"{conclusion}: it is {best}"
-            if comparison.next_lower_rank is None:
-                return f"{start}, and the smallest tried{caution}."
-            next_lower = f"{start}, and the next lower rank ({comparison.next_lower_rank}) is"
-            is_shown = (
-                comparison.confidence is None or comparison.by_rank[comparison.next_lower_rank].non_inferior is False
-            )
-            if not is_shown:
-                return f"{next_lower} {format_probability(comparison.require_probability(comparison.next_lower_rank))} likely{caution}."
-            return f"{next_lower} {_format_difference(comparison, comparison.next_lower_rank, unit)}{caution}."
+            return f"Still rising: rank {chosen}, the largest tried, is {qualifier}better than every smaller one by more than {margin_text}{caution}."
+    best = (
+        "the best of the ranks tried" if chosen == reference else f"within {margin_text} of the best (rank {reference})"
+    )
+    if (lower := comparison.next_lower_rank) is None:
+        return f"{conclusion}: it is {best}, and the smallest tried{caution}."
+    likely = None if comparison.by_rank[lower].non_inferior is False else comparison.compute_probability(lower)
+    worse = _format_difference(comparison, lower, unit) if likely is None else f"{format_probability(likely)} likely"
+    return f"{conclusion}: it is {best}, and the next lower rank ({lower}) is {worse}{caution}."
 
 
 def _format_difference(comparison: Comparison, rank: int, unit: MetricUnit) -> str:
@@ -129,16 +108,6 @@ def _format_probabilities(comparison: Comparison) -> str:
     return f" ({format_probability(probabilities[comparison.chosen])} likely{likeliest_text})"
 
 
-def format_probability_note(evidence: Evidence) -> str:
-    """Explain what the probabilities mean, or why there are none."""
-    if evidence.lacks_uncertainty:
-        return "No probability: there is one number per rank, which shows no noise."
-    start = "The probability of a rank is that of being within the margin of the best, over seeds"
-    if not evidence.has_examples:
-        return f"{start}. It is computed from the variation of seeds here."
-    return f"{start} and over examples like these. It is computed from the variation of seeds and examples here and on earlier grids."
-
-
 def _format_undecided(comparison: Comparison, margin_text: str, unit: MetricUnit) -> str:
     remark = ""
     if not comparison.is_open:
@@ -150,84 +119,39 @@ def _format_undecided(comparison: Comparison, margin_text: str, unit: MetricUnit
         )
     if (doubtful := find_doubtful_rank(comparison)) is not None:
         return f"Undecided: the two seeds of rank {doubtful} are far apart, and one training may have failed.{remark}"
-    return format_cannot_tell(comparison, margin_text, unit)
+    return _format_cannot_tell(comparison, margin_text, unit)
 
 
-def format_cannot_tell(comparison: Comparison, margin_text: str, unit: MetricUnit) -> str:
-    """Format the indistinguishable ranks, the recommended rank with its probability, and the margin that the data resolve."""
+def _format_cannot_tell(comparison: Comparison, margin_text: str, unit: MetricUnit) -> str:
+    """Format the indistinguishable ranks, and the recommended one with its probability and the margin at which it would be enough."""
     evidence, recommended, confidence = comparison.evidence, comparison.chosen, comparison.confidence
     assert confidence is not None  # values without uncertainty can tell
     indistinguishable = evidence.find_indistinguishable_ranks(confidence)
     worse_ranks = [rank for rank in comparison.ranks if rank not in indistinguishable]
-    margins = evidence.compute_margins(confidence)
-    values = (evidence.compute_half_width(confidence), margins[recommended], min(margins.values()))
-    width, recommended_margin, smallest_margin = (format_number(unit.convert_difference(value)) for value in values)
+    margin = format_number(unit.convert_difference(evidence.compute_margins(confidence)[recommended]))
+    likely = format_probability(comparison.require_probability(recommended))
     sentences = [
-        f"{format_rank_names(indistinguishable).capitalize()} cannot be distinguished (±{width}; the margin is {margin_text})."
-        if len(indistinguishable) > 1
-        else "",
-        f"{format_rank_names(worse_ranks).capitalize()} {'is' if len(worse_ranks) == 1 else 'are'} probably worse."
-        if worse_ranks
-        else "",
-        f"Take rank {recommended}: it is {confidence:.0%} likely to be within {recommended_margin} of the best, and {format_probability(comparison.require_probability(recommended))} likely to be within the margin.",
-        f"The smallest margin that these data resolve is {smallest_margin}."
-        if smallest_margin != recommended_margin
-        else "",
+        f"Take rank {recommended}: it is {likely} likely to be within {margin_text} of the best, and {confidence:.0%} likely to be within {margin}."
     ]
-    return " ".join(filter(None, sentences))
+    if worse_ranks:
+        verb = "is" if len(worse_ranks) == 1 else "are"
+        sentences.insert(0, f"{format_rank_names(worse_ranks).capitalize()} {verb} probably worse.")
+    if len(indistinguishable) > 1:
+        sentences.insert(0, f"{format_rank_names(indistinguishable).capitalize()} cannot be distinguished.")
+    return " ".join(sentences)
 
 
-def _format_base_probability(comparison: Comparison) -> str:
-    """Format the probability that there is no gain, unless that is improbable."""
-    likely = comparison.compute_probability(0) if 0 in comparison.by_rank else None
-    if likely is None or comparison.confidence is None or likely <= 1 - comparison.confidence:
-        return ""
-    return f"The base model itself is {format_probability(likely)} likely to be within the margin."
+# What the intervals cover, and what they leave out.
+BASIS_NOTES: dict[Basis, str] = {
+    "examples and seeds": "Intervals cover the variation over held-out examples and over seeds.",
+    "examples": "Intervals cover only the variation over held-out examples. The noise over seeds is unknown, since there is one seed.",
+    "seeds": "Intervals cover the variation over seeds, on these held-out examples.",
+    "std": "Intervals are based only on the stated standard deviations.",
+    "values": "One number per rank without a stated deviation: the noise of a training is unknown.",
+}
 
 
 def format_basis_note(evidence: Evidence) -> str:
     """Explain which variation the intervals cover, and which they leave out."""
-    match evidence.basis:
-        case "examples and seeds":
-            return f"Intervals cover the variation over held-out examples and over seeds.{_format_noise_note(evidence)} {_get_assumption(evidence)}"
-        case "examples":
-            return (
-                "Intervals cover only the variation over held-out examples. The noise over seeds is unknown, since there is one seed. "
-                f"{_get_assumption(evidence)}"
-            )
-        case "seeds":
-            return (
-                f"Intervals cover the variation over seeds, on these held-out examples.{_format_noise_note(evidence)}"
-            )
-        case "std":
-            return "Intervals are based only on the stated standard deviations."
-        case "values":
-            if evidence.scatter == 0:
-                return "One number per rank without a stated deviation: the noise of a training is unknown."
-            return (
-                f"One number per rank without a stated deviation: {format_number(evidence.scatter**0.5)}, the scatter about "
-                "the curve, is used as the noise of each training."
-            )
-
-
-def _get_assumption(evidence: Evidence) -> str:
-    return next(iter(evidence.reference.cells.values())).assumption
-
-
-def _format_noise_note(evidence: Evidence) -> str:
-    """Explain on which seeds the noise was measured."""
-    if not evidence.has_seed_noise:
-        return " No two ranks share two seeds, so the noise over seeds is measured only within single ranks."
-    other_contenders = (contender for contender in evidence.contenders.values() if contender is not evidence.reference)
-    seeds = sorted({evidence.estimate_difference(contender).seeds for contender in other_contenders})
-    counts = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    moderator = (
-        "the noise expected from the variation between examples"
-        if evidence.has_examples
-        else "the noise of the other ranks"
-    )
-    has_fewer = any(
-        contender.cells.keys() != evidence.reference.cells.keys() for contender in evidence.contenders.values()
-    )
-    shared = " Ranks with other seeds are adjusted to the seeds of all ranks." if has_fewer else ""
-    return f" The noise over seeds is measured on each rank's paired difference over {counts} seeds and moderated by {moderator}.{shared}"
+    assumption = next(iter(evidence.reference.cells.values())).assumption if evidence.has_examples else ""
+    return f"{BASIS_NOTES[evidence.basis]} {assumption}".rstrip()

@@ -254,7 +254,6 @@ def build_certainty_rows(decision: Decision) -> list[tuple[str, str]]:
     )
     rows = [
         ("basis", decision.basis_note or ""),
-        ("likely", decision.probability_note if "one_seed" in decision.flags or _has_probabilities(decision) else ""),
         ("optimism", optimism if decision.selection_bias else ""),
         *(("flag", f"{flag}: {FLAGS.get(flag, '')}") for flag in decision.flags),
     ]

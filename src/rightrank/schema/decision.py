@@ -28,7 +28,7 @@ class RankEvidence(Record):
     difference_low: float | None = None  # one-sided 95% lower bound
     difference_high: float | None = None  # one-sided 95% upper bound
     non_inferior: bool | None = None  # within the margin; None: inconclusive
-    # that it is within the margin of the best, over seeds and examples; None: `format_probability_note`
+    # that it is within the margin of the best, over seeds and examples; None: one number a rank shows no noise
     probability: float | None = None
     learning_rate: float | None = None
     seeds: BoundedInt = 1
@@ -82,7 +82,6 @@ class Decision(Record):
     ranks: list[RankEvidence]
     basis: Basis = "examples"  # the variation that the intervals cover
     basis_note: str = ""  # what the intervals cover, and what they exclude
-    probability_note: str = ""  # what the ranks' probabilities mean, or why there are none
     # The fields of a decision by probabilities, if there are any. Differences and margins are in the metric's unit.
     requested_confidence: float | None = None  # the requested probability; None: values decided
     probability: float | None = None  # of `recommended_rank` at the margin
