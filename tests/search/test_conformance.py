@@ -6,6 +6,8 @@ import random
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome, count_added_steps
 from rightrank.search import STRATEGIES
@@ -190,3 +192,21 @@ def test_without_the_base_it_requests_what_it_requests_when_the_base_fails(name:
         assert 0 not in {arm.rank for arm in arms}
         assert without.estimate_arms() == failing.estimate_arms() - 1
         assert without.estimate_cost().max_arms == failing.estimate_cost().max_arms - 1
+
+
+@settings(max_examples=25)
+@given(number=st.integers(0, 2**32 - 1), kind=st.sampled_from(sorted(SPACES)))
+def test_every_strategy_ends_on_random_tables(number: int, kind: str) -> None:
+    """Draw the value of every arm, or its failure, at random."""
+
+    class RandomTable(World):
+        def loss(self, arm: Arm) -> float:
+            return random.Random(f"{number} {arm}").lognormvariate(0.5, 0.3)
+
+    space = make_space(**SPACES[kind])
+    for strategy_class in STRATEGIES.values():
+        strategy = strategy_class(space)
+        world = RandomTable(breaks=lambda arm: random.Random(f"{arm} {number}").random() < 0.1)
+        outcomes = run_all(strategy, world)
+        assert count_steps(outcomes) <= strategy.estimate_cost().maximum * space.steps
+        assert recommend(strategy, outcomes).rank in (None, *space.ranks)
