@@ -1,7 +1,7 @@
 """Check many random configurations of every architecture once each, and build the table of architectures from the stored rows.
 
 python -m tests.training.architecture_table [--seeds 0:20] [--only NAME …]    # appends rows to the stored ones
-python -m tests.training.architecture_table --page      # the table of docs/reference/architectures.md from the stored rows
+python -m tests.training.architecture_table --page      # the table of benchmarks/architectures.md from the stored rows
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.training.architecture_cases import ARCHITECTURES
 from tests.training.architecture_checks import check_configuration
 
 RESULTS = Path(__file__).parent / "architectures.jsonl"
-PAGE = Path(__file__).parents[2] / "docs" / "reference" / "architectures.md"
+PAGE = Path(__file__).parents[2] / "benchmarks" / "architectures.md"
 MARK = "<!-- made by tests.training.architecture_table -->"
 Row: TypeAlias = Mapping[str, Any]
 
