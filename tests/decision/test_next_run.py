@@ -19,10 +19,11 @@ from rightrank.decision.comparison import (
     is_conclusive,
 )
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.next_run import EXAMPLE_COUNTS, build_next_commands
+from rightrank.decision.next_run import EXAMPLE_COUNTS
 from rightrank.decision.records import decide_run
 from rightrank.decision.rule import decide_table
 from rightrank.decision.table import ScoreTable, build_table
+from rightrank.schema.command import build_next_commands
 from rightrank.schema.decision import Decision, NextRun
 from rightrank.schema.events import RunKind, RunStarted
 from tests.decision.tables import build_example_table, make_trial

@@ -16,7 +16,6 @@ from rightrank.decision.records import (
     build_answers,
     build_criterion,
     build_run_table,
-    build_trials_frame,
     compare_run_adapters,
     count_trainings,
     decide_by_metric,
@@ -28,6 +27,7 @@ from rightrank.decision.records import (
 )
 from rightrank.decision.table import build_table
 from rightrank.report.status import build_run_status, find_last_decision
+from rightrank.runs.frame import build_trials_frame
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import DecisionRecorded, JournalRecord, RunContinued, TestEvaluated
 from rightrank.schema.trials import (

@@ -15,7 +15,6 @@ from rich.cells import cell_len
 from rightrank import Selected
 from rightrank.cli import cli
 from rightrank.decision.adapter import build_trained_answer
-from rightrank.decision.next_run import build_next_commands
 from rightrank.decision.records import (
     Answers,
     Records,
@@ -27,6 +26,7 @@ from rightrank.decision.records import (
 from rightrank.decision.rule import decide_table
 from rightrank.report.screen import MAX_LINES, RunScreen, describe_result, format_screen
 from rightrank.runs.values import SelectedRank
+from rightrank.schema.command import build_next_commands
 from rightrank.schema.decision import Decision
 from rightrank.schema.events import RunKind
 from rightrank.schema.settings import Goal

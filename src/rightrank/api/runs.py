@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from rightrank.data.files import report_disk_errors, write_text
 from rightrank.decision import rule
-from rightrank.decision.next_run import build_next_commands
 from rightrank.decision.records import (
     Answers,
     Records,
     add_base_note,
-    build_trials_frame,
     decide_by_metric,
     list_comparable_outcomes,
     list_metrics,
@@ -24,6 +22,8 @@ from rightrank.decision.records import (
 from rightrank.decision.table import build_table
 from rightrank.report.answer import build_answer_view, format_labelled_rows, render_notebook_html
 from rightrank.runs.folder import RunFolder
+from rightrank.runs.frame import build_trials_frame
+from rightrank.schema.command import build_next_commands
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import JournalRecord

@@ -13,13 +13,13 @@ from rich.cells import cell_len
 from rightrank.adapters.loading_code import format_loading_code
 from rightrank.adapters.rank_math import format_slot
 from rightrank.decision.comparison import CONFIDENCE
-from rightrank.decision.next_run import build_budget_options
 from rightrank.decision.records import Answers
 from rightrank.decision.sentences import format_probability
 from rightrank.report.answer import format_brief, format_labelled_rows, format_training_settings
 from rightrank.report.format import format_metric_label, format_quantity, make_visible
 from rightrank.report.status import RunStatus
 from rightrank.report.terminal_curve import CURVE_LINES, Points, draw_terminal_curve
+from rightrank.schema.command import build_budget_options
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision
 from rightrank.schema.events import RunKind
 from rightrank.schema.settings import LONGER_TRAININGS

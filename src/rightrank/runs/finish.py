@@ -18,7 +18,6 @@ from rightrank.decision.adapter import (
     compute_test_difference,
     prefer_direct_training,
 )
-from rightrank.decision.next_run import build_next_commands
 from rightrank.decision.records import (
     Records,
     build_answers,
@@ -30,6 +29,7 @@ from rightrank.decision.records import (
 )
 from rightrank.runs.hook import Run, SelectionEnd, wrap_hook_errors
 from rightrank.runs.values import Selected, SelectedRank
+from rightrank.schema.command import build_next_commands
 from rightrank.schema.decision import AdapterAnswer, Decision, ExportedAdapter
 from rightrank.schema.errors import ModelError
 from rightrank.schema.events import AdapterRecorded, DecisionRecorded

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from rightrank.decision.records import (
     Answers,
-    build_trials_frame,
     read_records,
 )
 from rightrank.runs.folder import RunFolder
+from rightrank.runs.frame import build_trials_frame
 from rightrank.schema.decision import AdapterCandidate, Decision, ExportedAdapter
 from rightrank.schema.errors import ResultsError
 
