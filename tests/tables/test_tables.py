@@ -164,6 +164,18 @@ def test_examples_are_weighted_by_their_tokens() -> None:
     assert decide_values(rows)[4] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("num_groups", "is_rough"), [(2, True), (20, False)])
+def test_bounds_over_a_few_groups_are_called_rough(num_groups: int, is_rough: bool) -> None:
+    rows = [
+        {"rank": rank, "item": item, "group": item % num_groups, "eval_loss": 2 + (item * rank) % 7 / 100}
+        for rank in (1, 4)
+        for item in range(100)
+    ]
+    note = decide(rows).decision.basis_note
+    assert f"Bounds are over {num_groups} groups of 100 examples" in note
+    assert ("rough" in note) == is_rough
+
+
 def test_the_last_evaluation_counts_unless_the_best_one_is_requested() -> None:
     rows = [
         {"rank": rank, "step": step, "eval_loss": 2 + 1 / rank + abs(step - 75) / 1000}
@@ -428,6 +440,7 @@ def test_a_metric_without_a_known_direction_is_refused(name: str) -> None:
         ("rank,perplexity\n1,-3\n2,3\n", "perplexity of -3 is not possible"),
         ("rank,accuracy\n1,0.81\n4,86\n", "accuracy is 0.81 in one training and 86 in another; write all as fractions"),
         ("rank,eval_loss\n1,2,3\n2,3\n", "runs.csv:2: 3 cells, but the header has 2 columns"),
+        ('rank,note,eval_loss\n1,"a\r\nb\nc",2\n\n2,d,x\n', "runs.csv:6: eval_loss 'x' is not allowed"),
         ("rank,eval_loss\n1\n2,3\n", "runs.csv:2: 1 cells, but the header has 2 columns"),
     ],
 )  # fmt: skip

@@ -85,9 +85,14 @@ def detect_prompt_groups(rows: RowsBySplit) -> tuple[bool, RowsBySplit]:
             prompts = {
                 json.dumps(_extract_prompt(row.fields), sort_keys=True, default=to_json_value) for row in first_rows
             }
-            min_prompts = max(2, len(first_rows) // MIN_ROWS_PER_INSTRUCTION)
-            return len(first_rows) == 1 or len(prompts) >= min_prompts, {**rows, split: chain(first_rows, in_split)}
+            return not are_instructions(len(prompts), len(first_rows)), {**rows, split: chain(first_rows, in_split)}
     return True, rows
+
+
+def are_instructions(num_prompts: int, num_rows: int) -> bool:
+    """Return whether so few prompts of so many rows are repeated instructions, whose rows do not belong together."""
+    min_prompts = max(2, min(num_rows, MAX_DETECTION_ROWS) // MIN_ROWS_PER_INSTRUCTION)
+    return num_rows > 1 and num_prompts < min_prompts
 
 
 def _extract_prompt(content: Mapping[str, Any]) -> Any:

@@ -39,6 +39,7 @@ from rightrank.schema.trials import (
 LARGE_DIFFERENCE_MARGINS = (
     10.0  # differences of single examples above this are reported, even if the mean is within the margin
 )
+RELIABLE_GROUPS = 16  # with fewer groups, their number is part of the uncertainty
 MAX_EXPONENT = 100.0  # keeps the bound of a perplexity finite
 RIDGE = 1e-4  # keeps seed effects at 0 if the shared seeds do not determine them
 # On 267 stored grids with 10,910 trainings, 69 are outliers. Three of them are on grids of real models and texts.
@@ -75,12 +76,11 @@ class Cell:
     @property
     def assumption(self) -> str:
         """Return the assumption of bounds over examples; empty without examples."""
-        over = (
-            INDEPENDENCE_NOTE
-            if self.groups is None
-            else f"Bounds are over {self.num_groups:,} groups of {self.examples:,} examples."
-        )
-        return over if self.examples else ""
+        if self.groups is None:
+            return INDEPENDENCE_NOTE if self.examples else ""
+        over = f"Bounds are over {self.num_groups:,} groups of {self.examples:,} examples"
+        few = f", which are rough: give {RELIABLE_GROUPS} groups or more" if self.num_groups < RELIABLE_GROUPS else ""
+        return f"{over}{few}."
 
     @cached_property
     def loss(self) -> float:

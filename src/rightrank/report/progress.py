@@ -99,7 +99,8 @@ class Progress:
             remaining_text = format_duration(work.seconds / work.examples * (work.total_examples - work.examples))
             return f"{work.what}: {work.examples:,} of {work.total_examples:,} examples, about {remaining_text} left"
         remaining = self.estimate_remaining_seconds()
-        time_left = [] if remaining is None else [f"about {format_duration(remaining)} left"]
+        # The planned trainings can be done while truncations remain, which are not planned.
+        time_left = [f"about {format_duration(remaining)} left"] if remaining is not None and remaining >= 1 else []
         return " · ".join([self._format_position(), *self._format_running(), *time_left])
 
     def format_best_rank(self) -> str:

@@ -132,7 +132,7 @@ def format_plan(started: RunStarted, steps: int) -> str:
 
 
 def describe_data_issues(data: DataSummary) -> list[str]:
-    """Describe, with their counts, the rows that were left out, truncated or look doubtful."""
+    """Describe, with their counts, the rows that were left out, cut or look doubtful."""
     splits = data.splits.values()
     counts = (
         (data.repeated, "duplicate held-out rows left out"),

@@ -99,7 +99,14 @@ class Table:
 
     def parse_numbers(self, name: str) -> list[float | None]:
         """Convert the cells of a column to numbers: NaN for blank cells, None for those that are no numbers."""
-        return [parse_number(cell) for cell in self.columns[name].cells]
+        cells = self.columns[name].cells
+        try:
+            numbers = list(map(float, cells))
+        except (TypeError, ValueError, OverflowError):
+            return list(map(parse_number, cells))
+        return (
+            list(map(parse_number, cells)) if any("_" in cell for cell in cells if isinstance(cell, str)) else numbers
+        )
 
     def find_row(self, name: str, code: int) -> int:
         """Find the first row with a cell of a column."""

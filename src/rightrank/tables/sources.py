@@ -9,7 +9,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeAlias
@@ -26,6 +26,7 @@ FILE_TYPES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".xlsx")
 CHUNK_ROWS = 1000  # fits into the cache of a processor
 MAX_DEPTH = 8  # of nested mappings whose values become columns; deeper ones are texts
 MAX_CELL_CHARACTERS = 2**24
+LINE_BREAK = re.compile(r"\r\n|\r|\n")
 DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+(e[-+]?\d+)?", re.IGNORECASE)
 DECIMAL_POINT = re.compile(r"[-+]?\d*\.\d+(e[-+]?\d+)?", re.IGNORECASE)
 # Rows with the same columns: the beginning of their origin, the names, the cells by column, and the number that ends each row's origin.
@@ -171,24 +172,32 @@ def _read_csv(path: Path) -> Iterator[Chunk]:
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
             names = next(reader, [])
-            rows: list[list[str]] = []
-            numbers: list[int] = []
-            for cells in reader:
-                if len(cells) != len(names):
-                    if not cells:
-                        continue
-                    raise ResultsError(
-                        f"{path}:{reader.line_num}: {len(cells)} cells, but the header has {len(names)} columns; quote cells that "
-                        f"contain {delimiter!r}, and write empty cells too"
-                    )
-                rows.append(cells)
-                numbers.append(reader.line_num)
-                if len(rows) == CHUNK_ROWS:
-                    yield f"{path}:", names, list(zip(*rows, strict=True)), numbers
-                    rows, numbers = [], []
-            yield f"{path}:", names, list(zip(*rows, strict=True)) or [()] * len(names), numbers
+            while True:
+                previous_line = reader.line_num
+                rows = list(islice(reader, CHUNK_ROWS))
+                numbers = _number_lines(rows, previous_line, reader.line_num)
+                for cells, number in zip(rows, numbers, strict=True):
+                    if len(cells) not in (0, len(names)):
+                        raise ResultsError(
+                            f"{path}:{number}: {len(cells)} cells, but the header has {len(names)} columns; quote cells that "
+                            f"contain {delimiter!r}, and write empty cells too"
+                        )
+                if not all(rows):  # blank lines
+                    numbers = [number for number, cells in zip(numbers, rows, strict=True) if cells]
+                    rows = [cells for cells in rows if cells]
+                yield f"{path}:", names, list(zip(*rows, strict=True)) or [()] * len(names), numbers
+                if reader.line_num == previous_line:
+                    return
         except csv.Error as error:
             raise ResultsError(f"{path}:{reader.line_num}: not {path.suffix[1:].upper()} ({error})") from None
+
+
+def _number_lines(rows: Sequence[Sequence[str]], previous_line: int, last_line: int) -> Sequence[int]:
+    """Return the number of the line that ends each row. A row has several lines if its cells contain line breaks."""
+    if last_line - previous_line == len(rows):
+        return range(previous_line + 1, last_line + 1)
+    num_lines = (1 + sum(len(LINE_BREAK.findall(cell)) for cell in cells) for cells in rows)
+    return list(accumulate(num_lines, initial=previous_line))[1:]
 
 
 class _Pairs(list[tuple[str, Any]]):

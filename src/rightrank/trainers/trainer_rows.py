@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, Subset
 
+from rightrank.data.groups import are_instructions
 from rightrank.data.sampling import sample_indices
 from rightrank.data.token_store import IGNORED
 from rightrank.schema.errors import DataError, get_first_line
@@ -181,7 +182,7 @@ def find_group_key(row: Mapping[str, Any], column: str | None) -> Hashable:
 
 
 def number_groups(keys: Sequence[Hashable], column: str | None) -> list[int]:
-    """Return the number of each row's group.
+    """Return the number of each row's group. Without a column, a few prompts are instructions, which form no groups.
 
     Raises:
         DataError: the column has one value in all rows, or a different value in each row.
@@ -196,7 +197,7 @@ def number_groups(keys: Sequence[Hashable], column: str | None) -> list[int]:
             f"SmallestAdapter: {subject} share a value of the column {column!r}; give a column in which several rows share each value, or "
             "leave group out"
         )
-    return numbers
+    return list(range(len(keys))) if not column and are_instructions(len(numbers_by_key), len(keys)) else numbers
 
 
 def _find_prompt_tokens(row: Mapping[str, Any]) -> list[int] | None:
