@@ -45,7 +45,6 @@ SEEDS = (1, 2, 3)
 FITTED_SEEDS = (1, 2)  # three are left out of only five grids
 COMPONENTS = (0.0, 0.002, 0.004, 0.006, 0.008, 0.01, 0.012, 0.014, 0.016, 0.018, 0.02, 0.025, 0.03, 0.04)
 CONFIDENCES = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)
-BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of stated probabilities
 ANSWERED = 0.8  # the share of two-seed cases that the confidence must answer; the largest such confidence is chosen
 MIXTURES = tuple(np.round(np.arange(0.0, 0.6, 0.02), 2).tolist())
 
