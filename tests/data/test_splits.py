@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +17,6 @@ from rightrank.data.groups import number_groups
 from rightrank.data.sampling import sample_indices
 from rightrank.data.splits import HELD_OUT, SPLITS, DataSplits, load_data, load_held_out
 from rightrank.schema.errors import DataError
-from rightrank.schema.settings import EVAL_SUBSET_SIZE
 from tests.tiny import build_small_settings, generate_sentences, write_jsonl
 
 TEXT_ROWS: list[dict[str, Any]] = [{"text": text} for text in sorted(set(generate_sentences(120)))]
@@ -203,22 +201,6 @@ def test_a_label_that_train_lacks(tmp_path: Path) -> None:
         load_data(tmp_path, build_small_settings())
 
 
-def test_a_validation_file_is_the_validation_split(tmp_path: Path) -> None:
-    held_out = write_jsonl(tmp_path / "mine.jsonl", [{"text": text} for text in generate_sentences(30, seed=9)])
-    splits = load_rows(tmp_path, [{"text": text} for text in TEXTS], validation=str(held_out), max_eval_examples=100)
-    expected = {json.loads(line)["text"] for line in held_out.read_text().splitlines()}
-    assert {example.content["text"] for example in splits.examples["validation"]} == expected
-    assert len(splits.examples["test"]) >= 2  # taken from the data by hash
-    assert splits.summary.rows == 130
-    write_jsonl(tmp_path / "folder-validation.jsonl", [])
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    for name in ("train", "validation"):
-        write_jsonl(folder / f"{name}.jsonl", [{"text": text} for text in TEXTS])
-    with pytest.raises(DataError, match="has a validation split, and validation names"):
-        load_data(folder, build_small_settings(validation=str(held_out)))
-
-
 @pytest.mark.parametrize("file_names", ["test", "validation"])
 def test_missing_splits_are_taken_from_train(tmp_path: Path, file_names: str) -> None:
     write_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in TEXTS])
@@ -252,26 +234,3 @@ def test_a_sample_does_not_depend_on_global_generators() -> None:
     state = np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist()
     assert sample_indices(1000, 20) == first
     assert (np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist()) == state
-
-
-@pytest.mark.parametrize("order", ["alternating", "sorted"])
-def test_held_out_examples_are_of_every_source(tmp_path: Path, order: str) -> None:
-    """Check the examples that a selection evaluates, and the first of them, which it evaluates during a training."""
-    first_texts, second_texts = ([f"{source} {number}" for number in range(2000)] for source in ("one", "two"))
-    texts = (
-        [text for pair in zip(first_texts, second_texts, strict=True) for text in pair]
-        if order == "alternating"
-        else [*first_texts, *second_texts]
-    )
-    for given_splits in ("splits", "none"):
-        source = write_jsonl(tmp_path / f"{given_splits}.jsonl", [{"text": text} for text in texts])
-        if given_splits == "splits":
-            (tmp_path / "data").mkdir()
-            source.rename(tmp_path / "data" / "validation.jsonl")
-            write_jsonl(tmp_path / "data" / "train.jsonl", [{"text": f"three {number}"} for number in range(100)])
-            source = tmp_path / "data"
-        settings = build_small_settings(max_eval_examples=250, validation_fraction=0.2)
-        validation_examples = load_data(source, settings).examples["validation"]
-        for examples in (validation_examples, validation_examples[:EVAL_SUBSET_SIZE]):
-            share = sum(str(example.content["text"]).startswith("one") for example in examples) / len(examples)
-            assert 0.35 < share < 0.65

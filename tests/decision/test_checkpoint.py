@@ -88,26 +88,6 @@ def test_scores_of_the_last_evaluation_are_not_those_of_the_best() -> None:
     assert {evidence.rank: evidence.value for evidence in best.ranks} == {1: 2.0, 4: 1.9}
 
 
-@pytest.mark.parametrize("higher", [False, True])
-def test_a_training_at_its_best_evaluation_has_the_values_of_that_step(higher: bool) -> None:
-    sign = -1.0 if higher else 1.0
-    points = tuple(
-        EvalPoint(step=step, value=sign * value) for step, value in ((10, 3.0), (20, 1.0), (30, 1.0), (40, 2.0))
-    )
-    sums = np.array([2.0, 2.0])
-    cell = Cell("one", sign * 2.0, sums, np.ones(2), 0.0, 1.5, 0.1, 1, 40, None, points, {"f1": 0.5})
-    table = ScoreTable("other metric", higher, {(4, 1e-3, 0): cell}, {}, "other")
-    (best,) = select_checkpoint(table, "best").cells.values()
-    assert (best.value, best.steps, best.points) == (sign * 1.0, 40, points[:2])
-    assert (best.train_value, best.deviation) == (None, None)
-    assert (best.sums.tolist(), best.weights.tolist()) == ([1.0], [1.0])
-    best_cell = replace(cell, value=sign * 1.0, checkpoint_step=20)
-    (last,) = select_checkpoint(replace(table, cells={(4, 1e-3, 0): best_cell}), "last").cells.values()
-    assert (last.value, last.checkpoint_step, last.train_value) == (sign * 2.0, None, None)
-    best_table = replace(table, cells={(4, 1e-3, 0): replace(cell, value=sign * 1.0)})
-    assert select_checkpoint(best_table, "best") is best_table
-
-
 def test_a_perplexity_at_its_best_evaluation_counts_by_its_logarithm() -> None:
     points = tuple(EvalPoint(step=step, value=value) for step, value in ((10, 8.0), (20, 4.0), (30, 5.0)))
     cell = Cell("one", 5.0, np.log([5.0]), np.ones(1), steps=30, points=points)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,31 +66,6 @@ def test_goal_adapter_ends_with_the_deployment_rank(answered: Path) -> None:
     assert write_report(answered).read_text(encoding="utf-8") == (answered / "report.html").read_text(encoding="utf-8")
     assert status(answered).state == "done"
     assert export(answered, "vllm").files == ["vllm.sh"]
-
-
-def test_the_same_folder_goes_on_to_the_training_rank(
-    answered: Path, model_folder: Path, completion_file: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(answered, run)
-    earlier_ids = read_trial_ids(run)
-    selected = select_rank(str(model_folder), completion_file, run, settings=build_settings("training-rank"))
-    assert selected.decision.metric == "loss"
-    assert read_trial_ids(run)[: len(earlier_ids)] == earlier_ids
-    assert len(read_trial_ids(run)) == len(set(read_trial_ids(run)))
-    document = json.loads((run / "decision.json").read_text())
-    assert document["goal"] == "training-rank"
-    assert document["verdict"] == selected.decision.verdict
-    assert (
-        document["cost"]["trainings"]
-        > document["cost"]["trainings_to_adapter"]
-        == read_journal_records(answered, AdapterRecorded)[0].trainings
-    )
-    trained = read_trial_ids(run)
-    again = select_rank(str(model_folder), completion_file, run, settings=build_settings("adapter"))
-    assert again.decision_or_none is None
-    assert read_trial_ids(run) == trained
-    assert "not measured." in write_report(run).read_text(encoding="utf-8")
 
 
 def test_the_best_adapter_continues_the_folder_with_twice_the_steps(

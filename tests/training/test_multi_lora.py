@@ -142,21 +142,6 @@ def test_arms_in_one_pass_equal_each_alone_under_every_setting(
         assert_same(outcome, theirs[trial_id], tmp_path / "together", tmp_path / "alone")
 
 
-def test_classification_heads_are_each_arms_own(model_folder: Path, class_file: Path, tmp_path: Path) -> None:
-    runtime = make_runtime(model_folder, class_file, build_small_settings(max_steps=6), tmp_path / "cache")
-    original_state = {name: value.clone() for name, value in runtime.model.state_dict().items()}
-    arms = [arm(1), arm(4), arm(4, seed=1)]
-    assert find_multi_lora_obstacle(runtime, arms) is None
-    theirs = run_alone(runtime, arms, tmp_path / "alone")
-    ours = run(runtime, arms, tmp_path / "together", 3)
-    for trial_id, outcome in ours.items():
-        assert_same(outcome, theirs[trial_id], tmp_path / "together", tmp_path / "alone")
-    restored_state = runtime.model.state_dict()
-    assert restored_state.keys() == original_state.keys()
-    assert all(torch.equal(restored_state[name], original_state[name]) for name in original_state)
-    assert not any(parameter.requires_grad for parameter in runtime.model.parameters())
-
-
 def test_a_diverged_arm_touches_no_other(runtime: Runtime, tmp_path: Path) -> None:
     base_loss = runtime.evaluate("validation").loss
     good = [arm(2), arm(8, seed=1)]
