@@ -39,7 +39,7 @@ def plan_next_runs(comparison: Comparison, verdict: Verdict, flags: list[str]) -
     if "unequal_length" in flags:
         runs.append(_plan_equal_lengths(comparison.evidence))
     if verdict not in ("no_gain", "undecided"):
-        runs.append(_plan_confirmation(comparison))
+        runs.append(_plan_confirmation(comparison, is_last=not runs))
     return runs
 
 
@@ -135,14 +135,19 @@ def _collect_tried_rates(table: ScoreTable) -> set[float]:
     return {rate for rank in table.list_ranks() for rate in table.list_tried_rates(rank)}
 
 
-def _plan_confirmation(comparison: Comparison) -> NextRun:
-    """Plan `CONFIRM_SEEDS` paired seeds at the answer, the next lower rank and the reference."""
+def _plan_confirmation(comparison: Comparison, is_last: bool) -> NextRun:
+    """Plan `CONFIRM_SEEDS` paired seeds at the answer, the next lower rank and the reference.
+
+    Args:
+        is_last: no other run is planned.
+    """
     ranks = sorted({comparison.chosen, comparison.reference.rank, comparison.next_lower_rank or comparison.chosen})
     if comparison.evidence.basis == "values":
         sentence = f"One number per rank can't show the answer: score {format_rank_names(ranks)} by example, with {CONFIRM_SEEDS} seeds or more."
         return NextRun(action="examples", ranks=ranks, seeds=CONFIRM_SEEDS, sentence=sentence)
     if _count_missing_trainings(comparison.evidence, ranks, CONFIRM_SEEDS) == 0:
-        sentence = f"No more training is needed: evaluate {format_rank_names(ranks)} once on held-out data that was not used for any choice."
+        start = "No more training is needed: evaluate" if is_last else "Then evaluate"
+        sentence = f"{start} {format_rank_names(ranks)} once on held-out data that was not used for any choice."
         return NextRun(action="test", ranks=ranks, sentence=sentence)
     sentence = f"Train {format_rank_names(ranks)} with {CONFIRM_SEEDS} seeds to confirm it ({{cost}})."
     return _build_seed_run(comparison.evidence, ranks, CONFIRM_SEEDS, sentence)
