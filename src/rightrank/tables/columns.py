@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -100,13 +101,10 @@ class Table:
     def parse_numbers(self, name: str) -> list[float | None]:
         """Convert the cells of a column to numbers: NaN for blank cells, None for those that are no numbers."""
         cells = self.columns[name].cells
-        try:
-            numbers = list(map(float, cells))
-        except (TypeError, ValueError, OverflowError):
-            return list(map(parse_number, cells))
-        return (
-            list(map(parse_number, cells)) if any("_" in cell for cell in cells if isinstance(cell, str)) else numbers
-        )
+        if "_" not in "".join(map(str, cells)):
+            with suppress(TypeError, ValueError, OverflowError):
+                return list(map(float, cells))
+        return list(map(parse_number, cells))
 
     def find_row(self, name: str, code: int) -> int:
         """Find the first row with a cell of a column."""

@@ -9,7 +9,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain, compress, islice
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeAlias
@@ -176,12 +176,13 @@ def _read_csv(path: Path) -> Iterator[Chunk]:
                 previous_line = reader.line_num
                 rows = list(islice(reader, CHUNK_ROWS))
                 numbers = _number_lines(rows, previous_line, reader.line_num)
-                for cells, number in zip(rows, numbers, strict=True):
-                    if len(cells) not in (0, len(names)):
-                        raise ResultsError(
-                            f"{path}:{number}: {len(cells)} cells, but the header has {len(names)} columns; quote cells that "
-                            f"contain {delimiter!r}, and write empty cells too"
-                        )
+                if not {*map(len, rows)} <= {0, len(names)}:
+                    is_wrong = (len(cells) not in (0, len(names)) for cells in rows)
+                    cells, number = next(compress(zip(rows, numbers, strict=True), is_wrong))
+                    raise ResultsError(
+                        f"{path}:{number}: {len(cells)} cells, but the header has {len(names)} columns; quote cells that "
+                        f"contain {delimiter!r}, and write empty cells too"
+                    )
                 if not all(rows):  # blank lines
                     numbers = [number for number, cells in zip(numbers, rows, strict=True) if cells]
                     rows = [cells for cells in rows if cells]
