@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rightrank import select_rank
-from tests.cluster.simulated import STEPS
+from tests.cluster.runs import STEPS
 from tests.tiny import build_small_settings
 
 

@@ -25,9 +25,20 @@ from rightrank.schema.settings import SelectSettings
 from tests.commands import COMMANDS, run
 
 SOURCE = Path(__file__).parents[2] / "src" / "rightrank"
-PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "multiprocessing"}
+PICKLES = {
+    "pickle",
+    "_pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "loky",
+    "shelve",
+    "marshal",
+    "multiprocessing",
+}
 # Between the driver and the workers that it started itself, and never from a file.
-MAY_PICKLE = {"cluster/processes.py", "cluster/worker.py"}
+MAY_PICKLE = {"cluster/local.py"}
 FORBIDDEN_CALLS = {
     "torch.load", "torch.hub.load", "np.load", "numpy.load", "pickle.load", "pickle.loads", "yaml.unsafe_load",
     "yaml.full_load", "os.system", "os.popen", "eval", "exec", "compile", "__import__", "tempfile.mktemp",
@@ -210,7 +221,7 @@ def test_a_secret_in_a_trainer_s_error_reaches_no_file_and_no_line(
 
 
 def test_a_cluster_is_joined_only_where_it_is_asked_for() -> None:
-    assert SelectSettings().executor == "local"
+    assert SelectSettings().ray is None
 
 
 def test_each_threat_has_tests_that_exist() -> None:

@@ -81,7 +81,7 @@ JUDGES = {  # they measure and judge what was trained
 }  # fmt: skip
 CHANGES_NO_LOSS = {  # they say where and how trainings run; tests of each show equal losses
     "memory_bytes", "gradient_checkpointing", "cache_prefix", "adapters_per_pass", "checkpoint_seconds",
-    "executor", "workers",
+    "ray", "workers",
 }  # fmt: skip
 
 

@@ -83,7 +83,7 @@ def select_rank(
         from rightrank.runs.views import Report
 
         hooks = [*views, stop, PreflightHook(), trackers, Report(), *callbacks]
-        open_workers = None if request.settings.executor == "local" else open_pool
+        open_workers = open_pool if request.settings.has_workers else None
         try:
             prepare = partial(prepare_run, request, open_workers=open_workers, announce=Hooks(hooks).send_notice)
             return select(prepare, folder, hooks)

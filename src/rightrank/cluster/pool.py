@@ -1,108 +1,86 @@
-"""Distribute trials over workers, requeue the trials of lost workers, and yield each outcome exactly once.
+"""Distribute trials over workers, queue the trials of lost workers again, and yield each outcome exactly once.
 
-The pool does not depend on processes or clusters; a `WorkerBackend` handles those. It runs on one thread and reads the time from an
-injected clock, so tests can drive it in simulated time.
+The pool does not depend on processes or clusters; a `Backend` starts the workers.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Protocol
 
-from rightrank.cluster.worker import (
-    SelectionRefused,
-    StopTask,
-    Task,
-    TaskEnded,
-    WorkerLost,
-    WorkerMessage,
-    WorkerReady,
-)
-from rightrank.schema.errors import InputError, InterruptedRun, RunError
+from rightrank.cluster.worker import STOP_FILE, MessageFile, Task
+from rightrank.schema.errors import InterruptedRun, RightrankError, describe_error, log_traceback
 from rightrank.schema.events import EvaluationProgress, Listener, Notice, StepDone
 from rightrank.schema.trials import Trial, TrialFailed, TrialOutcome, TrialStarted
 
 MAX_LOSSES = 3  # number of workers that a trial may lose without progress before it counts as failed
-HANG_SECONDS = 600.0  # after this time without a message, a worker is replaced
-STARTUP_FACTOR = 6  # allows a longer silence while a worker loads, prepares or evaluates the base model
-POLL_SECONDS = 1.0
-GRACE_SECONDS = 25.0  # time for a worker to stop after a request
+HANG_SECONDS = 3600.0  # after this time without a message, a worker is replaced
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 25.0  # time for the workers to stop after a request
+# What the lines of an error begin or continue with that say why a worker was lost: those of loky and of Ray.
+LOSS_REASONS = ("The exit codes of the workers are", " because ")
 
 
-class WorkerBackend(Protocol):
-    """The interface that starts, reaches and ends workers of one kind: local processes, Ray actors, or a simulation.
+class RemoteWorker(Protocol):
+    """A worker in another process."""
 
-    An implementation must keep these rules:
+    def submit(self, task: Task) -> Future[RightrankError | None]: ...
 
-    - The pool chooses the workers' names and never reuses one.
-    - All methods are called from one thread. `start` and `send` return at once, because while they block, the pool detects neither hangs
-      nor the user's request to stop.
-    - After `start(w)`, the first message of `w` is `WorkerReady`, `SelectionRefused` or `WorkerLost`.
-    - Messages of one worker arrive in the order in which it sent them, each exactly once.
-    - When a worker ends by itself, `messages` reports a `WorkerLost` after everything that it sent.
-    - `send` never raises for a worker that has just ended; its `WorkerLost` follows.
-    - After `end(w)` the worker holds no memory or device. Late messages of `w` are allowed: the pool ignores them.
-    """
+    def end(self) -> None: ...  # immediately, even if the worker is busy
 
-    def start(self, worker: str) -> None: ...
+    def close(self) -> None: ...  # of an idle worker, which removes its files
 
-    # Send a task to an idle worker, or a stop to a busy one, which then answers with `TaskEnded`.
-    def send(self, worker: str, command: Task | StopTask) -> None: ...
 
-    def end(self, worker: str) -> None: ...  # immediately, even if the worker is busy
+class Backend(Protocol):
+    """Starts workers of one kind."""
 
-    # Wait at most `seconds` for the first message, then return all that have arrived.
-    def messages(self, seconds: float) -> list[tuple[str, WorkerMessage | WorkerLost]]: ...
+    size: int  # the maximum number of workers
 
-    def close(self) -> None: ...  # End all workers and release the backend's resources.
+    def start(self, name: str, slot: int) -> RemoteWorker:
+        """Start a worker. Two workers at the same time have different slots, below `size`."""
+        ...
+
+    def require_alive(self) -> None:
+        """Raise RunError if no worker can be reached any more."""
+        ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(slots=True)
-class _WorkerState:
-    is_ready: bool = False
-    task: Task | None = None
+class _Worker:
+    name: str
+    remote: RemoteWorker
+    messages: MessageFile
+    future: Future[RightrankError | None] | None = None  # of its task; None: idle
     remaining: dict[str, Trial] = field(default_factory=dict)  # trials of the task without an outcome
-    last_message: float = 0.0  # when it arrived, or when the task was assigned
-    is_stepping: bool = False  # whether it has reported a step of its task
-    step: int = 0  # the highest step that it reported
-    longest_silence: float = 0.0  # seconds between two messages while stepping
+    last_message: float = 0.0
+    step: int = 0  # the highest step that it reported in this task
 
 
 class WorkerPool:
     """An `Executor` that trains in workers, which start on demand and stay until `close`.
 
     Args:
-        workers: maximum number of workers.
-        versions: versions of the packages that must be the same everywhere.
+        folder: where the workers write their messages.
         task_trials: maximum number of trials for each task.
     """
 
-    def __init__(
-        self,
-        backend: WorkerBackend,
-        workers: int,
-        versions: Mapping[str, str],
-        listener: Listener | None = None,
-        *,
-        task_trials: int = 1,
-        hang_seconds: float = HANG_SECONDS,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._backend = backend
-        self._size, self._versions, self._task_trials, self._hang_seconds = workers, versions, task_trials, hang_seconds
-        self._listener = listener or Listener()
-        self._clock = clock
-        self._workers: dict[str, _WorkerState] = {}
-        self._queue: deque[Task] = deque()
-        self._pending_messages: deque[tuple[str, WorkerMessage | WorkerLost]] = deque()
-        self._unfinished = 0  # trials without an outcome
+    def __init__(self, backend: Backend, folder: Path, listener: Listener, *, task_trials: int = 1) -> None:
+        self._backend, self._folder, self._listener, self._task_trials = backend, folder, listener, task_trials
+        self._workers: dict[int, _Worker] = {}  # by slot
+        self._num_started = 0
+        self._queue: deque[list[Trial]] = deque()
+        self._base_loss: float | None = None
+        self._num_unfinished = 0  # trials without an outcome
         # For each trial: the number of workers that it has lost since its last progress, and the step it had reached.
         self._losses: dict[str, tuple[int, int]] = {}
-        self._started = self._failed_starts = 0
-        self._any_was_ready = False
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
         """Yield one outcome for each trial as it ends; see `Executor`.
@@ -111,156 +89,112 @@ class WorkerPool:
             InterruptedRun: `should_stop` returned True; the workers have saved checkpoints.
             InputError, RunError: no worker can run the selection; the message states why.
         """
-        self._submit(trials, base_loss)
+        self._base_loss, self._num_unfinished = base_loss, len(trials)
+        # The longest first: a long trial that starts last would delay the end.
+        ordered = sorted(trials, key=lambda trial: -trial.arm.steps)
+        size = max(1, min(self._task_trials, -(-len(ordered) // self._backend.size)))  # an even share for each worker
+        self._queue.extend(ordered[start : start + size] for start in range(0, len(ordered), size))
         try:
-            while self._unfinished:
+            while self._num_unfinished:
                 self._assign_tasks()
-                yield from self._read_messages()
-                yield from self._replace_hung_workers()
+                yield from self._follow_workers()
                 if self._listener.should_stop():
                     yield from self._stop_workers()
-                    raise InterruptedRun(f"stopped; {self._unfinished} trainings are not finished")
+                    raise InterruptedRun(f"stopped; {self._num_unfinished} trainings are not finished")
         finally:
-            if self._unfinished:
+            if self._num_unfinished:
                 list(self._stop_workers())
 
-    def list_busy_workers(self) -> list[str]:
-        return [name for name, worker in self._workers.items() if worker.task is not None]
-
     def close(self) -> None:
-        self._backend.close()
+        for worker in self._workers.values():
+            worker.remote.close()
         self._workers.clear()
+        self._backend.close()
 
-    def _submit(self, trials: Sequence[Trial], base_loss: float | None) -> None:
-        """Queue trials, the longest first: a long trial that starts last would delay the end."""
-        self._unfinished = len(trials)
-        ordered = sorted(trials, key=lambda trial: -trial.arm.steps)
-        # An even share for each worker, at most `task_trials`.
-        size = max(1, min(self._task_trials, -(-len(ordered) // self._size)))
-        for start in range(0, len(ordered), size):
-            self._queue.append(Task(trials=ordered[start : start + size], base_loss=base_loss))
+    def _list_busy_slots(self) -> list[int]:
+        return [slot for slot, worker in self._workers.items() if worker.future is not None]
 
     def _assign_tasks(self) -> None:
-        """Start workers for the queue and assign tasks to idle ones."""
-        num_needed = min(self._size, len(self._queue) + len(self.list_busy_workers()))
-        while len(self._workers) < num_needed:
-            self._started += 1
-            name = f"worker-{self._started}"
-            self._workers[name] = _WorkerState(last_message=self._clock())
-            self._backend.start(name)
-        for name, worker in self._workers.items():
-            if not (self._queue and worker.is_ready and worker.task is None):
-                continue
-            task = self._queue.popleft()
-            worker.task, worker.last_message, worker.is_stepping, worker.step = task, self._clock(), False, 0
-            worker.remaining = {trial.trial_id: trial for trial in task.trials}
-            self._backend.send(name, task)
+        """Give the tasks of the queue to idle workers, and start workers for the others."""
+        idle = [slot for slot in range(self._backend.size) if slot not in self._list_busy_slots()]
+        idle.sort(key=lambda slot: slot not in self._workers)  # Those that have loaded their base come first.
+        for slot in idle[: len(self._queue)]:
+            if slot not in self._workers:
+                self._num_started += 1
+                name = f"worker-{os.getpid()}-{self._num_started}"
+                remote = self._backend.start(name, slot)
+                self._workers[slot] = _Worker(name, remote, MessageFile(self._folder, name))
+            worker, trials = self._workers[slot], self._queue.popleft()
+            worker.remaining = {trial.trial_id: trial for trial in trials}
+            worker.last_message, worker.step = time.monotonic(), 0
+            worker.future = worker.remote.submit(Task(trials, self._base_loss))
 
-    def _read_messages(self) -> Iterator[TrialOutcome]:
-        """Handle the messages that have arrived. If the caller stops iterating, the next call handles the remaining ones."""
-        if not self._pending_messages:
-            self._pending_messages.extend(self._backend.messages(POLL_SECONDS))
-        while self._pending_messages:
-            yield from self._handle_message(*self._pending_messages.popleft())
+    def _follow_workers(self) -> Iterator[TrialOutcome]:
+        """Wait a moment for the busy workers, handle their messages, and replace those that were lost."""
+        self._backend.require_alive()
+        futures = {slot: future for slot, worker in self._workers.items() if (future := worker.future) is not None}
+        wait(futures.values(), POLL_SECONDS, FIRST_COMPLETED)
+        for slot, future in futures.items():
+            worker, is_done = self._workers[slot], future.done()  # asked first, so that all its messages are read
+            yield from self._handle_messages(worker)
+            silence = time.monotonic() - worker.last_message
+            if is_done and (error := future.exception()) is None:
+                worker.future = None
+                if (refusal := future.result()) is not None:
+                    raise refusal
+                self._queue.extend([trial] for trial in worker.remaining.values())  # none, unless it was stopped
+            elif is_done and error is not None:
+                log_traceback(error)
+                yield from self._replace_worker(slot, _describe_loss(error))
+            elif silence > HANG_SECONDS:
+                yield from self._replace_worker(slot, f"no message for {silence:.0f} s")
 
-    def _handle_message(self, name: str, message: WorkerMessage | WorkerLost) -> Iterator[TrialOutcome]:
-        worker = self._workers.get(name)
-        if worker is None:
-            return  # It was removed; its trials are queued or assigned to other workers.
-        now, last_message = self._clock(), worker.last_message
-        worker.last_message = now
-        match message:
-            case WorkerReady():
-                self._admit_worker(name, worker, message)
-            case WorkerLost():
-                yield from self._replace_worker(name, message)
-            case SelectionRefused():
-                raise (InputError if message.exit_status == 2 else RunError)(message.reason)
-            case TaskEnded():
-                yield from self._requeue_trials(worker, WorkerLost(f"{name} left it unfinished"))
-            case StepDone() | EvaluationProgress():
-                if worker.is_stepping:
-                    worker.longest_silence = max(worker.longest_silence, now - last_message)
-                worker.is_stepping = True
-                if isinstance(message, StepDone):
-                    worker.step = max(worker.step, message.step)
+    def _handle_messages(self, worker: _Worker) -> Iterator[TrialOutcome]:
+        for message in worker.messages.read_new_messages():
+            worker.last_message = time.monotonic()
+            if isinstance(message, StepDone):
+                worker.step = max(worker.step, message.step)
+            if isinstance(message, StepDone | EvaluationProgress | Notice | TrialStarted):
                 self._listener.on_event(message)
-            case Notice() | TrialStarted():
-                self._listener.on_event(message)
-            case _:
-                if worker.remaining.pop(message.trial_id, None) is not None:
-                    self._unfinished -= 1
-                    yield message
+            elif worker.remaining.pop(message.trial_id, None) is not None:
+                self._num_unfinished -= 1
+                yield message
 
-    def _admit_worker(self, name: str, worker: _WorkerState, ready: WorkerReady) -> None:
-        """Accept a worker that has the driver's versions and sees the driver's files."""
-        for package, version in self._versions.items():
-            if ready.versions.get(package) != version:
-                raise InputError(
-                    f"{name} has {package} {ready.versions.get(package, 'of unknown version')}, but this process has {version}; "
-                    "install the same version on every machine"
-                )
-        if not ready.sees_folder:
-            raise InputError(
-                f"{name} cannot read the run folder that this process writes to; give an --out on a disk that all machines share"
-            )
-        worker.is_ready = self._any_was_ready = True
+    def _replace_worker(self, slot: int, reason: str) -> Iterator[TrialOutcome]:
+        """End a lost worker and queue its trials, each as a separate task.
 
-    def _replace_worker(self, name: str, lost: WorkerLost) -> Iterator[TrialOutcome]:
-        """Remove a lost worker and requeue its trials."""
-        worker = self._remove_worker(name)
-        if not worker.is_ready:
-            self._failed_starts += 1
-            if not self._any_was_ready and self._failed_starts > self._size:
-                raise RunError(f"no worker could start (the last: {lost.reason})")
-        self._listener.on_event(Notice(text=f"{name} was lost: {lost.reason}"))
-        yield from self._requeue_trials(worker, lost)
-
-    def _requeue_trials(self, worker: _WorkerState, lost: WorkerLost) -> Iterator[TrialOutcome]:
-        """Clear the worker's task and queue each of its trials without an outcome as a separate task.
-
-        A trial that has lost `MAX_LOSSES` workers without making progress fails. Workers that were lost because their machine failed do not
-        count, since a training cannot cause that.
+        A trial that has lost `MAX_LOSSES` workers without making progress fails.
         """
-        task, trials = worker.task, list(worker.remaining.values())
-        worker.task, worker.remaining = None, {}
-        for trial in trials:
-            assert task is not None
+        worker = self._workers.pop(slot)
+        worker.remote.end()
+        self._listener.on_event(Notice(text=f"{worker.name} was lost: {reason}"))
+        for trial in worker.remaining.values():
             losses, step = self._losses.get(trial.trial_id, (0, 0))
-            losses = (0 if worker.step > step else losses) + (not lost.is_machine_lost)
+            losses = 1 if worker.step > step else losses + 1
             self._losses[trial.trial_id] = losses, max(step, worker.step)
             if losses < MAX_LOSSES:
-                self._queue.appendleft(Task(trials=[trial], base_loss=task.base_loss))
+                self._queue.appendleft([trial])
             else:
-                self._unfinished -= 1
-                memory = "; the system kills processes when it runs out of memory" if lost.was_killed else ""
-                reason = f"{trial.arm.format_label()} lost {MAX_LOSSES} workers (the last: {lost.reason}){memory}"
-                kind: Literal["out_of_memory", "error"] = "out_of_memory" if lost.was_killed else "error"
-                yield TrialFailed(**trial.fields, error=kind, reason=reason)
-
-    def _replace_hung_workers(self) -> Iterator[TrialOutcome]:
-        """End workers that are silent for longer than `HANG_SECONDS` and than 20 times their longest silence so far."""
-        now = self._clock()
-        for name, worker in list(self._workers.items()):
-            factor = 1 if worker.is_stepping else STARTUP_FACTOR
-            limit = max(factor * self._hang_seconds, 20 * worker.longest_silence)
-            silence = now - worker.last_message
-            if (worker.task is not None or not worker.is_ready) and silence > limit:
-                yield from self._replace_worker(name, WorkerLost(f"no message for {silence:.0f} s"))
+                self._num_unfinished -= 1
+                text = f"{trial.arm.format_label()} lost {MAX_LOSSES} workers (the last: {reason})"
+                yield TrialFailed(**trial.fields, error="error", reason=text)
 
     def _stop_workers(self) -> Iterator[TrialOutcome]:
         """Ask the workers to stop with checkpoints, yield what still ends within the grace period, and end the others."""
-        self._queue.clear()
-        for name in self.list_busy_workers():
-            self._backend.send(name, StopTask())
-        until = self._clock() + GRACE_SECONDS
-        while self.list_busy_workers() and self._clock() < until:
-            yield from self._read_messages()
-        for name in self.list_busy_workers():
-            self._remove_worker(name)
-        self._queue.clear()  # Stopped trials were requeued.
-        self._losses.clear()
+        stop, until = self._folder / STOP_FILE, time.monotonic() + GRACE_SECONDS
+        stop.touch()
+        try:
+            while self._list_busy_slots() and time.monotonic() < until:
+                yield from self._follow_workers()
+        finally:
+            for slot in self._list_busy_slots():
+                self._workers.pop(slot).remote.end()
+            stop.unlink()
+            self._queue.clear()
+            self._losses.clear()
 
-    def _remove_worker(self, name: str) -> _WorkerState:
-        self._backend.end(name)
-        return self._workers.pop(name)
+
+def _describe_loss(error: BaseException) -> str:
+    """Describe why a worker was lost, by the line of loky's or Ray's error that says so."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if any(text in line for text in LOSS_REASONS)), describe_error(error))

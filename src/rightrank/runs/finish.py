@@ -47,7 +47,7 @@ def export_provisional(run: Run, answer: AdapterAnswer | None) -> None:
         return  # unknown so far, or recorded; a continued run may have another margin or top rank
     if run.selection.base_identity is None:
         return  # a custom trainer's adapter is exported at the end
-    if run.selection.settings.executor == "local":  # while workers use the base, this process evaluates nothing
+    if not run.selection.settings.has_workers:  # while workers use the base, this process evaluates nothing
         answer = run.hooks.apply_hooks(answer, run.records.copy)
         _evaluate_test_split(run, [answer.trial_id, answer.reference_id])
     export_adapter(run, answer)

@@ -43,7 +43,7 @@ def run_preflight(prepared: LoadedSelection, announce: Callable[[str], None]) ->
 def _measure_top_pace(prepared: LoadedSelection) -> Pace | None:
     """Measure the pace of the highest rank in a few real steps; None if trainings run in workers, or memory runs out."""
     settings = prepared.settings
-    if settings.executor != "local":
+    if settings.has_workers:
         return None
     arm = Arm(
         rank=max(settings.ranks),

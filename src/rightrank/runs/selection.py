@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -12,7 +13,7 @@ from rightrank.bases.model_sources import normalize_model_name, require_model
 from rightrank.data.rows import require_data_source
 from rightrank.decision.records import Records
 from rightrank.runs.folder import RunFolder
-from rightrank.schema.errors import ModelError, SettingsError
+from rightrank.schema.errors import MissingExtraError, ModelError, SettingsError
 from rightrank.schema.events import JournalRecord, Listener, RunStarted, TestEvaluated
 from rightrank.schema.setting_table import require_no_secret
 from rightrank.schema.settings import SelectSettings
@@ -56,6 +57,7 @@ def validate_request(request: SelectionRequest) -> None:
     Raises:
         SettingsError: an unknown strategy, one that can't work within its budget, or workers
             that can't read a model or data in memory.
+        MissingExtraError: the package that starts workers is not installed.
         DataError: a data file that is missing or of a type that is not supported.
         ModelError: a model folder that is missing or holds no model, a name that the hub does not have, or another model than
             the settings state.
@@ -86,11 +88,13 @@ def validate_request(request: SelectionRequest) -> None:
             f"base_model_name_or_path: got {stated_base!r}, but the model is {name!r}; give that model, or leave base_model_name_or_path out"
         )
     for label, value in (("model", request.model), ("data", request.data)):
-        if settings.executor != "local" and not isinstance(value, str | Path):
+        if settings.has_workers and not isinstance(value, str | Path):
             raise SettingsError(
-                f"executor {settings.executor!r}: the {label} is in memory, which workers can't read; "
-                "give a path or a name, or executor 'local'"
+                f"workers: the {label} is in memory, which workers can't read; give a path or a name, or leave workers out"
             )
+    extra, package = ("workers", "loky") if settings.ray is None else ("ray", "ray")
+    if settings.has_workers and find_spec(package) is None:
+        raise MissingExtraError(f"{extra} needs the package {package}: pip install 'rightrank[{extra}]'")
 
 
 @dataclass(frozen=True, kw_only=True)

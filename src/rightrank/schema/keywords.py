@@ -36,8 +36,8 @@ class SelectKeywords(TypedDict, total=False):
     memory_bytes: int | str
     load_in_4bit: bool
     adapters_per_pass: int
-    executor: Literal["local", "processes", "ray"]
     workers: int
+    ray: str
     report_to: Sequence[str] | str
 
 

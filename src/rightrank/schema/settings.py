@@ -470,20 +470,17 @@ class SelectSettings(PeftFields, _TrainerFields):
     checkpoint_seconds: float = setting(
         60.0, MACHINE, "seconds between checkpoints of a running trial", identity=False, gt=0
     )
-    executor: Literal["local", "processes", "ray"] = option(
-        "local",
-        MACHINE,
-        "`local` (this process), `processes` or `ray`: workers that load a base model each "
-        "([clusters](../how-to/clusters.md))",
-        identity=False,
-    )
     workers: int | None = option(
         None,
         MACHINE,
-        "maximum number of workers; by default one for each CUDA device, on Ray as many as it has resources for",
+        "train in this many processes, each with its base model and device; on Ray, at most this many "
+        "([several devices and machines](../how-to/clusters.md))",
         identity=False,
         foreign_names=("gpus", "num_workers"),
         gt=0,
+    )
+    ray: str | None = option(
+        None, MACHINE, "train on the Ray cluster at this address, such as HOST:6379", identity=False
     )
     trust_remote_code: bool = setting(False, MACHINE, "run code that a model repository contains")
     report_to: tuple[str, ...] = option(
@@ -502,8 +499,6 @@ class SelectSettings(PeftFields, _TrainerFields):
                 "test_fraction + validation_fraction leave less than a tenth of the examples for training: "
                 f"got {self.test_fraction:g} + {self.validation_fraction:g}, give less than 0.9 together"
             )
-        if self.workers and self.executor == "local":
-            raise ValueError("workers was given and the executor is 'local': give executor processes or ray")
         super()._require_consistent()
         for spec in self.metric_specs:
             self.is_higher_better(spec.name)
@@ -525,6 +520,11 @@ class SelectSettings(PeftFields, _TrainerFields):
         """Return the direction of a metric, or None if it is unknown."""
         explicit = next((spec.higher_is_better for spec in self.metric_specs if spec.name == name), None)
         return infer_direction(name) if explicit is None else explicit
+
+    @property
+    def has_workers(self) -> bool:
+        """Return whether other processes train."""
+        return self.workers is not None or self.ray is not None
 
     @property
     def group(self) -> str:
