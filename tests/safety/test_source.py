@@ -151,8 +151,8 @@ def test_what_is_no_secret_is_shown() -> None:
 
 def iterate_text_settings() -> Iterator[str]:
     """Yield the settings that accept text."""
-    for name, hint in SelectSettings.model_types.items():
-        if "str" in str(hint) and "Literal" not in str(hint):
+    for name, info in SelectSettings.model_fields.items():
+        if "str" in str(info.annotation) and "Literal" not in str(info.annotation):
             yield name
 
 

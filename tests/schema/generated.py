@@ -12,7 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from rightrank.schema.plan_settings import PlanSettings
-from rightrank.schema.setting_table import Group, Setting, Settings
+from rightrank.schema.setting_table import Group, Row, Settings, list_rows
 from rightrank.schema.settings import DTYPE_ALIASES, SelectSettings
 
 ROOT = Path(__file__).parents[2]
@@ -45,8 +45,8 @@ class PlanKeywords(TypedDict, total=False):
 
 
 def _format_keyword_class(kind: type[Settings]) -> str:
-    rows = {name: row for name, row in kind.model_fields.items() if row.option}
-    return "".join(f"    {name}: {_format_type(name, kind.model_types[name])}\n" for name in rows)
+    names = (name for name, row in list_rows(kind).items() if row.option)
+    return "".join(f"    {name}: {_format_type(name, kind.model_fields[name].annotation)}\n" for name in names)
 
 
 def _format_type(name: str, hint: Any) -> str:
@@ -70,7 +70,7 @@ def format_page() -> str:
     """Return the content of `docs/reference/settings.md`."""
     sections = []
     for group in Group:
-        rows = {name: row for name, row in SelectSettings.model_fields.items() if row.group is group}
+        rows = {name: row for name, row in list_rows(SelectSettings).items() if row.group is group}
         lines = "\n".join(
             f"| `{name}` | {format_default(row.default)} | {_format_meaning(row)} |" for name, row in rows.items()
         )
@@ -84,7 +84,7 @@ A run is resumed by the same settings, and continued with other values of those 
 {chr(10).join(sections)}"""
 
 
-def _format_meaning(row: Setting) -> str:
+def _format_meaning(row: Row) -> str:
     return row.help + (" (c)" if row.continuable else "")
 
 

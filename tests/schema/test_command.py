@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rightrank.cli import cli
 from rightrank.cli.options import gather_settings
 from rightrank.schema.command import build_reproduce_command
-from rightrank.schema.setting_table import is_list_type
+from rightrank.schema.setting_table import is_list_type, list_rows
 from rightrank.schema.settings import SelectSettings
 from tests.commands import COMMANDS
 from tests.schema.generated import GENERATED
@@ -42,7 +42,10 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {  # values of settings that allow l
 def draw_values(name: str) -> st.SearchStrategy[Any]:
     if name in VALUES:
         return VALUES[name]
-    hint, bounds = SelectSettings.model_types[name], SelectSettings.model_fields[name].bounds
+    info = SelectSettings.model_fields[name]
+    hint, bounds = info.annotation, {}
+    for limit in info.metadata:  # Gt, Ge, Lt and Le of annotated_types
+        bounds |= {key: getattr(limit, key) for key in ("gt", "ge", "lt", "le") if hasattr(limit, key)}
     kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
     if get_origin(hint) is Literal:
         return st.sampled_from(get_args(hint))
@@ -66,7 +69,7 @@ def _draw_kind(kind: Any, bounds: Any) -> st.SearchStrategy[Any]:
 @settings(max_examples=15)
 @given(data=st.data())
 def test_a_setting_survives_the_command_line(data: st.DataObject) -> None:
-    for name in SelectSettings.model_fields:
+    for name in list_rows(SelectSettings):
         chosen = SelectSettings(**{name: data.draw(draw_values(name))})
         command = build_reproduce_command("./base", "rows.jsonl", chosen)
         assert command is not None

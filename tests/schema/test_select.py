@@ -141,7 +141,7 @@ def test_fields_of_lora_config_by_their_own_names() -> None:
         ({"scaling": "alpha=2r"}, {"scaling": "constant"}),
         ({"lora_bias": "true"}, {"peft_options": {"lora_bias": True}}),
     ]:
-        assert SelectSettings(**config_values) == SelectSettings(**settings)
+        assert SelectSettings(**config_values).model_dump() == SelectSettings(**settings).model_dump()
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 import click
 
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.setting_table import Group, Setting, Settings, is_list_type
+from rightrank.schema.setting_table import Group, Row, Settings, is_list_type, list_rows
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
@@ -53,17 +53,18 @@ def parse_hours(_context: click.Context, _parameter: click.Parameter, value: str
 
 def add_setting_options(kind: type[Settings], *settings: str) -> Callable[[Command], Command]:
     """Return a decorator that adds the options of the named settings, or of all settings that have one."""
-    names = settings or [name for name, row in kind.model_fields.items() if row.option]
+    rows = list_rows(kind)
+    names = settings or [name for name, row in rows.items() if row.option]
 
     def decorate(command: Command) -> Command:
         for name in reversed(names):
-            command = _build_option(name, kind.model_fields[name], kind.model_types[name])(command)
+            command = _build_option(name, rows[name], kind.model_fields[name].annotation)(command)
         return command
 
     return decorate
 
 
-def _build_option(name: str, row: Setting, hint: Any) -> Callable[[Command], Command]:
+def _build_option(name: str, row: Row, hint: Any) -> Callable[[Command], Command]:
     """Build the option of a setting. It is None or empty if it was not given; the settings validate given values."""
     kinds = set(get_args(hint)) if get_origin(hint) is UnionType else {hint}
     arguments: dict[str, Any] = {}
@@ -75,12 +76,12 @@ def _build_option(name: str, row: Setting, hint: Any) -> Callable[[Command], Com
         arguments |= {"callback": split_commas} if row.split else {"multiple": True}
     elif name == "budget_hours":  # the value has a unit
         arguments |= {"callback": parse_hours}
-    elif row.parse is None and kinds & {int, float}:
-        arguments |= {"type": float if float in kinds else int}
+    elif kinds & {int, float}:
+        arguments |= {"metavar": "NUMBER"}
     return click.option(flag, name, cls=_SettingOption, group=row.group, help=_format_help(row), **arguments)
 
 
-def _format_help(row: Setting) -> str:
+def _format_help(row: Row) -> str:
     """Return the first clause of a setting's description, without links and marks, and its default."""
     text = re.sub(r"[,;]? ?\[[^\]]*\]\([^)]*\)", "", row.help).replace(" ()", "").replace("`", "")
     text = text.partition("; ")[0]

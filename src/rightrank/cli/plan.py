@@ -22,6 +22,7 @@ from rightrank.cli.options import (
 from rightrank.report.format import format_bytes
 from rightrank.schema.command import build_arguments
 from rightrank.schema.plan_settings import PlanSettings
+from rightrank.schema.setting_table import list_rows
 
 if TYPE_CHECKING:
     from rightrank.schema.results import Plan, RankPlan
@@ -118,7 +119,7 @@ def _format_answer(plan: Plan) -> Iterator[str]:
 
 def _format_fit(plan: Plan, memory: int) -> str:
     if plan.max_rank is None:
-        rows = PlanSettings.model_fields
+        rows = list_rows(PlanSettings)
         changes = shlex.join(
             word for name, value in plan.changes.items() for word in build_arguments(name, rows[name], value)
         )

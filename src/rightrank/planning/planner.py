@@ -16,6 +16,7 @@ from rightrank.schema.command import build_arguments
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.plan_settings import STEP_OF_SELECT, PlanSettings
 from rightrank.schema.results import Plan, RankPlan
+from rightrank.schema.setting_table import list_rows
 from rightrank.schema.settings import SelectSettings
 from rightrank.training.pace import MAX_ADAPTERS_PER_PASS
 from rightrank.training.targets import require_ranks
@@ -295,7 +296,7 @@ def _format_refusal(estimator: Estimator, needs: dict[int, int], memory: int) ->
     smallest = min(rank for rank, count in needs.items() if count > memory)
     tensors = needs[smallest] - estimate_context_bytes(estimator.settings)
     changes = find_fitting_changes(estimator, min(needs))
-    rows = SelectSettings.model_fields
+    rows = list_rows(SelectSettings)
     advice = shlex.join(
         word for name in changes if name in rows for word in build_arguments(name, rows[name], changes[name])
     )

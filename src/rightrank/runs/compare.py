@@ -181,7 +181,7 @@ def load_run_splits(
     source = started.data_name if isinstance(started, RunStarted) else None
     if not isinstance(started, RunStarted) or source is None or not Path(source).exists():
         return None
-    run_settings = settings.model_copy(update=started.select_settings.model_dump(include=SPLIT_SETTINGS))
+    run_settings = settings.model_copy(update=started.select_settings.model_dump(include={*SPLIT_SETTINGS}))
     return load_data(Path(source), run_settings, classes=classes), Path(source)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rightrank.schema.decision import NextRun
 from rightrank.schema.events import RunStarted
-from rightrank.schema.setting_table import Setting
+from rightrank.schema.setting_table import Row, list_rows
 from rightrank.schema.settings import MAX_SEED, SelectSettings
 
 
@@ -22,7 +22,7 @@ def build_reproduce_command(
     if model is None or data is None or "in memory" in (model + data):
         return None
     arguments: list[str] = []
-    for name, row in SelectSettings.model_fields.items():
+    for name, row in list_rows(SelectSettings).items():
         value = getattr(settings, name)
         if value is not None and value != row.default:
             arguments += build_arguments(name, row, value)
@@ -34,7 +34,7 @@ def build_resume_command(run: str) -> str:
     return shlex.join(["rightrank", "select", "--out", run])
 
 
-def build_arguments(name: str, row: Setting, value: Any) -> list[str]:
+def build_arguments(name: str, row: Row, value: Any) -> list[str]:
     """Return the command-line arguments of a setting: its option, or `--set`."""
     if isinstance(value, dict) or (isinstance(value, tuple) and not _can_be_joined(value, row)):
         return ["--set", f"{name}={json.dumps(value)}"]
@@ -56,7 +56,7 @@ def build_arguments(name: str, row: Setting, value: Any) -> list[str]:
     )
 
 
-def _can_be_joined(values: tuple[Any, ...], row: Setting) -> bool:
+def _can_be_joined(values: tuple[Any, ...], row: Row) -> bool:
     """Return whether a list can be written with commas between its values, or by a repeated option."""
     texts = list(map(_format_value, values))
     if not row.split:
@@ -117,7 +117,7 @@ def build_budget_options(settings: SelectSettings, trainings: float) -> list[str
 
 
 def _build_options(settings: Mapping[str, Any]) -> list[str]:
-    rows = SelectSettings.model_fields
+    rows = list_rows(SelectSettings)
     return [argument for name, value in settings.items() for argument in build_arguments(name, rows[name], value)]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 from rightrank.schema.errors import SettingsError, quote_value
-from rightrank.schema.setting_table import is_list_type
+from rightrank.schema.setting_table import find_setting, is_list_type
 from rightrank.schema.settings import PEFT_CHECKED_FIELDS, PEFT_OPTIONS, PEFT_REPLACED_FIELDS, SelectSettings
 
 REPLACED_FIELDS = PEFT_REPLACED_FIELDS | {"r"}  # replaced by the ranks
@@ -100,7 +100,7 @@ def _convert_lora_config(config: Any) -> Iterator[tuple[str, Any] | _Refusal]:
             yield "scaling", "alpha/sqrt(r)" if value else "alpha/r"
         elif name == "init_lora_weights":
             initialization = "default" if value is True else value
-            is_supported = initialization in get_args(SelectSettings.model_types[name])
+            is_supported = initialization in get_args(SelectSettings.model_fields[name].annotation)
             yield (name, initialization) if is_supported else _build_refusal("peft_config", name, value)
         elif name == "target_modules" and isinstance(value, str) and value != "all-linear":
             yield _build_refusal("peft_config", name, value, "is a pattern; give a list of names or 'all-linear'")
@@ -116,7 +116,7 @@ def _convert_training_arguments(args: Any) -> Iterator[tuple[str, Any] | _Refusa
     yield from _convert_special_arguments(args)
     for field in dataclasses.fields(args):
         name, value = field.name, getattr(args, field.name)
-        setting = name if name in SelectSettings.model_fields else SelectSettings.settings_by_foreign_name.get(name)
+        setting = find_setting(SelectSettings, name)
         if name in SPECIAL_ARGUMENTS or name.startswith(IGNORED_PREFIXES) or value is None:
             continue
         if setting is not None:
@@ -168,7 +168,7 @@ def _convert_value(name: str, value: Any) -> Any:
     """Convert a value to the type of the setting: a single value to a list, a set to a sorted list, an enumeration to its text."""
     if isinstance(value, set):
         return sorted(value)
-    if is_list_type(SelectSettings.model_types[name]) and not isinstance(value, list | tuple):
+    if is_list_type(SelectSettings.model_fields[name].annotation) and not isinstance(value, list | tuple):
         return [value]
     return getattr(value, "value", value)
 

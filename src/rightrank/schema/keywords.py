@@ -24,17 +24,17 @@ class SelectKeywords(TypedDict, total=False):
     layers_to_transform: Sequence[int] | int
     use_dora: bool
     lora_alpha: float
-    max_steps: int
-    num_train_epochs: float
     batch_size: int
     seq_len: int
+    max_steps: int
+    num_train_epochs: float
     columns: Mapping[str, str] | Sequence[str]
     validation: str
     max_eval_examples: int
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "bf16", "fp16", "fp32"]
-    device: str
     memory_bytes: int | str
     load_in_4bit: bool
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "bf16", "fp16", "fp32"]
+    device: str
     adapters_per_pass: int
     workers: int
     ray: str
@@ -50,7 +50,6 @@ class PlanKeywords(TypedDict, total=False):
     use_dora: bool
     batch_size: int
     seq_len: int
-    dtype: Literal["float32", "bfloat16", "float16", "bf16", "fp16", "fp32"]
     memory_bytes: int | str
-    gradient_checkpointing: bool
     load_in_4bit: bool
+    dtype: Literal["float32", "bfloat16", "float16", "bf16", "fp16", "fp32"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from rightrank.schema.setting_table import option, setting
 from rightrank.schema.settings import (
@@ -12,8 +12,9 @@ from rightrank.schema.settings import (
     MACHINE,
     TRAINING,
     DtypeName,
-    PeftFields,
+    Ranks,
     SelectSettings,
+    StepSettings,
 )
 
 OptimizerName: TypeAlias = Literal["adamw", "adamw_fused", "adamw_8bit"]
@@ -22,26 +23,18 @@ TRANSFORMERS_NAMES = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw_fused"
 DEFAULT_PLAN_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
-def _copy_select_setting(name: str) -> Any:
-    """Return the row of a setting that has the same meaning in a selection."""
-    return SelectSettings.model_fields[name]
-
-
-class PlanSettings(PeftFields):
+class PlanSettings(StepSettings):
     """All settings of `plan` other than MODEL."""
 
-    ranks: tuple[int, ...] = option(
+    ranks: Ranks = option(
         DEFAULT_PLAN_RANKS,
         COMPARE,
         "ranks, such as 8,16; by default powers of two, 1 to 512",
         foreign_names=("rank", "r", "lora_r", "lora_rank"),
         split=True,
-        check=SelectSettings.model_fields["ranks"].check,
     )
 
     # the step
-    batch_size: int = _copy_select_setting("batch_size")
-    seq_len: int = _copy_select_setting("seq_len")
     optim: OptimizerName = setting(
         "adamw",
         TRAINING,
@@ -76,11 +69,6 @@ class PlanSettings(PeftFields):
         aliases=DTYPE_ALIASES,
     )
     device: Literal["cuda", "cpu"] = setting("cuda", MACHINE, "kernels and allocator of `cuda` or `cpu`")
-    memory_bytes: int | None = _copy_select_setting("memory_bytes")
-    gradient_checkpointing: bool = option(False, MACHINE, "recompute blocks in the backward pass")
-    load_in_4bit: bool = _copy_select_setting("load_in_4bit")
-    load_in_8bit: bool = setting(False, MACHINE, "the base's matrices in 8 bits")
-    trust_remote_code: bool = _copy_select_setting("trust_remote_code")
 
     def _require_consistent(self) -> None:
         super()._require_consistent()

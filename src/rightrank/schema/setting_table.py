@@ -1,27 +1,25 @@
-"""Tables of settings: rows that define each setting once, and records whose values are checked by the rows.
+"""Tables of settings: pydantic models whose fields also state their option, their section and their names in other tools.
 
     class Example(Settings):
         batch_size: int = option(8, Group.TRAINING, "Examples in a forward pass.", gt=0)
 
-The rows are plain values, so that the command line lists its options without importing pydantic, which checks the types once
-there are values. The options, the keywords of the API, the settings page and the command that reproduces a run are all
-generated from the rows.
+The options, the keywords of the API, the settings page and the command that reproduces a run are all generated from the rows.
 """
 
 from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args, get_origin, get_type_hints
+from functools import cache
+from typing import Any, Self, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from rightrank.schema.errors import MAX_EXACT_INTEGER, SettingsError, redact_secrets, suggest_name
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
 
 MAX_SUGGESTIONS = 3  # names that the error about an unknown setting suggests
 
@@ -39,14 +37,13 @@ class Group(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """One setting with everything that the program and the docs say about it.
+class Row:
+    """What the program and the docs say about one setting, beside its type and its bounds.
 
     `help` is Markdown; the command line shows it without the marks. `option` is the name at the command line, empty for a
     setting that only `--set` accepts. A different value of an `identity` setting makes another run; a `continuable` setting may
     change when a run is continued. `foreign_names` are its names in other tools, for which errors suggest its own name.
-    `split` accepts a text with commas as several values. `aliases` are other tools' names of values, `parse` converts
-    user input to a value, and `check` raises ValueError for a value that is not allowed.
+    `split` accepts a text with commas as several values, and `aliases` are other tools' names of values.
     """
 
     default: Any
@@ -58,13 +55,12 @@ class Setting:
     foreign_names: tuple[str, ...] = ()
     split: bool = False
     aliases: Mapping[str, str] = field(default_factory=dict)
-    parse: Callable[[Any], Any] | None = None
-    check: Callable[[Any], Any] | None = None
-    bounds: Mapping[str, Any] = field(default_factory=dict)  # gt, ge, lt and le
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        if self.option == "--":
-            object.__setattr__(self, "option", f"--{name.replace('_', '-')}")
+
+def setting(default: Any, group: Group, help: str, **row_options: Any) -> Any:
+    """Define a setting. Bounds are keyword arguments: `gt`, `ge`, `lt`, `le`."""
+    bounds = {name: row_options.pop(name) for name in ("gt", "ge", "lt", "le") if name in row_options}
+    return Field(default, json_schema_extra={"row": Row(default, group, help, **row_options)}, **bounds)  # type: ignore[dict-item]
 
 
 def option(default: Any, group: Group, help: str, **row_options: Any) -> Any:
@@ -72,39 +68,11 @@ def option(default: Any, group: Group, help: str, **row_options: Any) -> Any:
     return setting(default, group, help, option="--", **row_options)
 
 
-def setting(default: Any, group: Group, help: str, **row_options: Any) -> Any:
-    """Define a setting. Bounds are keyword arguments: `gt`, `ge`, `lt`, `le`."""
-    bounds: dict[str, Any] = {name: row_options.pop(name) for name in ("gt", "ge", "lt", "le") if name in row_options}
-    return Setting(default, group, help, **row_options, bounds=bounds)
+class Settings(BaseModel):
+    """A frozen record of settings. A subclass checks its values together in `_require_consistent`."""
 
-
-class Settings:
-    """A frozen record of settings. Its methods have the names of pydantic's, which all other records are.
-
-    A subclass defines its rows, and consistency checks between values in `_require_consistent`.
-    """
-
-    model_fields: ClassVar[Mapping[str, Setting]] = {}
-    model_types: ClassVar[Mapping[str, Any]] = {}
-    settings_by_foreign_name: ClassVar[
-        Mapping[str, str]
-    ] = {}  # names in other tools → the setting with the same meaning
-    pydantic_model: ClassVar[type[Any] | None] = None  # pydantic's model with the same types, created at first use
-    model_fields_set: frozenset[str]  # the explicitly given ones
-    expected_fields: Mapping[str, Any] = {}  # given fields that are no settings, with which the run must agree
-
-    def __init_subclass__(cls) -> None:
-        rows: dict[str, Setting] = {}
-        for base in reversed(cls.__mro__):
-            rows |= {name: row for name, row in vars(base).items() if isinstance(row, Setting)}
-        order = list(Group)
-        hints = get_type_hints(cls)
-        cls.pydantic_model = None
-        cls.model_types = {name: hints[name] for name in rows}
-        cls.settings_by_foreign_name = {
-            foreign_name: name for name, row in rows.items() for foreign_name in row.foreign_names
-        }
-        cls.model_fields = dict(sorted(rows.items(), key=lambda named: order.index(named[1].group)))
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    _expected_fields = PrivateAttr(default_factory=dict[str, Any])
 
     def __init__(self, **values: Any) -> None:
         """Create settings with these values; all others have their defaults.
@@ -112,59 +80,68 @@ class Settings:
         Raises:
             SettingsError: an unknown name (with the nearest existing one), or a value that is not allowed.
         """
-        unknown = next((name for name in values if name not in self.model_fields), None)
-        if unknown is not None:
-            suggestion = self.settings_by_foreign_name.get(unknown)
-            hint = f" (did you mean {suggestion!r}?)" if suggestion else suggest_name(unknown, self.model_fields)
-            nearest = ", ".join(get_close_matches(unknown, self.model_fields, n=MAX_SUGGESTIONS, cutoff=0.0))
-            raise SettingsError(f"unknown setting {unknown!r}{hint or '; similar settings: ' + nearest}")
-        defaults = {name: row.default for name, row in self.model_fields.items()}
-        self.__dict__.update(defaults | _validate_values(type(self), values), model_fields_set=frozenset(values))
+        converted, expected_fields = self._convert_names(values)
+        for name in converted:
+            _require_known_name(type(self), name)
         try:
-            self._require_consistent()
-        except ValueError as error:
-            raise SettingsError(str(error)) from None
+            super().__init__(**{name: _convert_value(type(self), name, converted[name]) for name in converted})
+        except ValidationError as error:
+            raise SettingsError(_describe_first_error(error)) from None
+        self._expected_fields = expected_fields
+
+    @classmethod
+    def _convert_names(cls, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the values by the names of settings, and the values that are no settings, with which the run must agree."""
+        return values, {}
+
+    @model_validator(mode="after")
+    def _require_valid(self) -> Self:
+        for name in self.model_fields_set:
+            value = getattr(self, name)
+            for inner in value if isinstance(value, tuple) else (value,):
+                if isinstance(inner, int) and abs(inner) > MAX_EXACT_INTEGER:
+                    raise ValueError(
+                        f"{name}: got {_SHORT_REPR.repr(inner)}; integers are at most 2**53 ({MAX_EXACT_INTEGER})"
+                    )
+            require_no_secret(name, value)
+        self._require_consistent()
+        return self
 
     def _require_consistent(self) -> None:
         """Raise ValueError if values contradict each other."""
 
+    @property
+    def expected_fields(self) -> Mapping[str, Any]:
+        """Return the given fields that are no settings, with which the run must agree."""
+        fields: Mapping[str, Any] = self._expected_fields
+        return fields
+
     @classmethod
     def from_stored(cls, values: Mapping[str, Any]) -> Self:
         """Restore settings from a journal, written by `model_dump` in the mode `json`. The values are not checked again."""
-        stored_values = {name: value for name, value in values.items() if name in cls.model_fields}
-        return cls._build(
-            {name: row.default for name, row in cls.model_fields.items()}
-            | {name: tuple(value) if isinstance(value, list) else value for name, value in stored_values.items()},
-            stored_values.keys(),
+        stored = {name: values[name] for name in cls.model_fields if name in values}
+        settings: Any = cls.model_construct(
+            {*stored}, **{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
         )
+        return settings  # type: ignore[no-any-return]
 
-    @classmethod
-    def _build(cls, values: Mapping[str, Any], names: Collection[str]) -> Self:
-        settings = object.__new__(cls)
-        settings.__dict__.update(values, model_fields_set=frozenset(names))
-        return settings
 
-    def model_copy(self, *, update: Mapping[str, Any]) -> Self:
-        """Return a copy with some values changed. The values are not checked."""
-        return self._build(self.__dict__ | dict(update), self.model_fields_set | update.keys())
+@cache
+def list_rows(kind: type[Settings]) -> Mapping[str, Row]:
+    """Return the rows by name, in the order of their groups."""
+    rows: dict[str, Row] = {}
+    for name, info in kind.model_fields.items():
+        extra: Any = info.json_schema_extra
+        row: Row = extra["row"]
+        rows[name] = replace(row, option=f"--{name.replace('_', '-')}") if row.option == "--" else row
+    order = list(Group)
+    return dict(sorted(rows.items(), key=lambda named: order.index(named[1].group)))
 
-    def model_dump(self, *, mode: str = "python", include: Iterable[str] | None = None) -> dict[str, Any]:
-        """Return the values by name; in the mode `json`, tuples become lists."""
-        names = [name for name in self.model_fields if include is None or name in include]
-        values = {name: self.__dict__[name] for name in names}
-        if mode != "json":
-            return values
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"settings can't be changed; use model_copy to get settings with another {name}")
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Settings) and type(other) is type(self) and self.model_dump() == other.model_dump()
-
-    def __repr__(self) -> str:
-        assignments = (f"{name}={self.__dict__[name]!r}" for name in self.model_fields if name in self.model_fields_set)
-        return f"{type(self).__name__}({', '.join(assignments)})"
+def find_setting(kind: type[Settings], name: str) -> str | None:
+    """Return the setting of this name, here or in another tool; None if there is none."""
+    rows = list_rows(kind)
+    return name if name in rows else next((own for own, row in rows.items() if name in row.foreign_names), None)
 
 
 def get_explicit_values(settings: Settings | None) -> dict[str, Any]:
@@ -181,38 +158,26 @@ def is_list_type(hint: Any) -> bool:
     return any(get_origin(alternative) is tuple for alternative in (hint, *get_args(hint)))
 
 
-def _validate_values(kind: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
-    from pydantic import ValidationError
+def _require_known_name(kind: type[Settings], name: str) -> None:
+    if name in kind.model_fields:
+        return
+    suggestion = find_setting(kind, name)
+    hint = f" (did you mean {suggestion!r}?)" if suggestion else suggest_name(name, kind.model_fields)
+    nearest = ", ".join(get_close_matches(name, kind.model_fields, n=MAX_SUGGESTIONS, cutoff=0.0))
+    raise SettingsError(f"unknown setting {name!r}{hint or '; similar settings: ' + nearest}")
 
-    try:
-        raw_values = {name: _convert_value(kind, name, value) for name, value in values.items()}
-        model = _build_model(kind).model_validate(raw_values)
-        checked = {name: getattr(model, name) for name in values}
-        for name, value in checked.items():
-            for inner in value if isinstance(value, tuple) else (value,):
-                if isinstance(inner, int) and abs(inner) > MAX_EXACT_INTEGER:
-                    raise ValueError(
-                        f"{name}: got {_SHORT_REPR.repr(inner)}; integers are at most 2**53 ({MAX_EXACT_INTEGER})"
-                    )
-            check = kind.model_fields[name].check
-            checked[name] = value if check is None else check(value)
-            require_no_secret(name, value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        message = first["msg"].partition(", unable to parse")[0]
-        setting_name = str(first["loc"][0]) if first["loc"] else "settings"
-        given_value = f"{setting_name}: got {_SHORT_REPR.repr(first['input'])}"
-        raise SettingsError(f"{given_value}; {message[0].lower()}{message[1:]}") from None
-    except ValueError as error:
-        raise SettingsError(str(error)) from None
-    return checked
+
+def _describe_first_error(error: ValidationError) -> str:
+    first = error.errors()[0]
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    message, setting_name = first["msg"].partition(", unable to parse")[0], str(first["loc"][0])
+    return f"{setting_name}: got {_SHORT_REPR.repr(first['input'])}; {message[0].lower()}{message[1:]}"
 
 
 def _convert_value(kind: type[Settings], name: str, value: Any) -> Any:
     """Convert a user's value to the setting's type: a value to a list, a text with commas to a list, JSON, names of other tools."""
-    row, hint = kind.model_fields[name], kind.model_types[name]
-    if row.parse is not None:
-        value = row.parse(value)
+    row, hint = list_rows(kind)[name], kind.model_fields[name].annotation
     if isinstance(value, str):
         value = row.aliases.get(value, value)
     if get_origin(hint) is dict:
@@ -235,21 +200,6 @@ def parse_json_value(value: Any) -> Any:
         return json.loads(value)
     except json.JSONDecodeError:
         return value
-
-
-def _build_model(kind: type[Settings]) -> type[BaseModel]:
-    """Return the pydantic model that checks types and bounds."""
-    from pydantic import ConfigDict, Field, create_model
-
-    if kind.pydantic_model is not None:
-        return kind.pydantic_model
-    fields: dict[str, Any] = {
-        name: (hint, Field(default=None, **kind.model_fields[name].bounds)) for name, hint in kind.model_types.items()
-    }
-    kind.pydantic_model = create_model(
-        kind.__name__, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields
-    )
-    return kind.pydantic_model
 
 
 def require_no_secret(name: str, value: object) -> None:

@@ -10,11 +10,13 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import AfterValidator, BeforeValidator
 
 from rightrank.schema.errors import MAX_EXACT_INTEGER, SettingsError
 from rightrank.schema.metrics import Checkpoint, MetricSpec, format_unknown_direction, infer_direction, parse_metrics
-from rightrank.schema.setting_table import Group, Settings, option, parse_json_value, setting
+from rightrank.schema.setting_table import Group, Settings, list_rows, option, parse_json_value, setting
 
 COMPARE, DECIDE, BUDGET, ADAPTER, TRAINING, DATA, MACHINE = Group
 
@@ -100,6 +102,32 @@ def _require_device(device: str) -> str:
     return device
 
 
+Ranks: TypeAlias = Annotated[
+    tuple[int, ...],
+    AfterValidator(
+        partial(
+            _require_distinct,
+            lambda rank: rank >= 1,
+            "rank",
+            "integers from 1 (the base model, rank 0, is always evaluated)",
+        )
+    ),
+]
+LearningRates: TypeAlias = Annotated[
+    tuple[float, ...],
+    AfterValidator(partial(_require_distinct, lambda rate: rate > 0, "learning rate", "numbers above 0, such as 1e-4")),
+]
+Seeds: TypeAlias = Annotated[
+    tuple[int, ...],
+    AfterValidator(
+        partial(_require_distinct, lambda seed: 0 <= seed <= MAX_SEED, "seed", f"integers from 0 to {MAX_SEED}")
+    ),
+]
+Columns: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_list_columns), AfterValidator(_require_columns)]
+Device: TypeAlias = Annotated[str, AfterValidator(_require_device)]
+Bytes: TypeAlias = Annotated[int | None, BeforeValidator(_parse_bytes)]
+
+
 # Fields of PEFT's LoraConfig without a setting of their own; they are passed on unchanged.
 PEFT_OPTIONS = (
     *("lora_bias", "layers_pattern", "use_qalora", "qalora_group_size", "ensure_weight_tying", "fan_in_fan_out"),
@@ -154,10 +182,8 @@ def _convert_peft_names(values: Mapping[str, Any], rows: Mapping[str, Any]) -> d
 
 
 class PeftFields(Settings):
-    """Fields of PEFT's LoraConfig that the adapters of all ranks share, and the quantization of the base model."""
+    """Fields of PEFT's LoraConfig that the adapters of all ranks share."""
 
-    load_in_4bit: bool
-    load_in_8bit: bool
     lora_dropout: float = setting(0.0, ADAPTER, "dropout before A", foreign_names=("dropout",), ge=0, lt=1)
     target_modules: tuple[str, ...] = option(
         ("all-linear",),
@@ -190,21 +216,64 @@ class PeftFields(Settings):
         {}, ADAPTER, "other fields of PEFT's `LoraConfig`, such as `lora_bias`; each can also be given by its own name"
     )
 
-    def __init__(self, **values: Any) -> None:
-        """Create settings as `Settings` does; fields of LoraConfig without a setting of their own may be among the values.
-
-        Raises:
-            SettingsError: also for an unknown name under `peft_options`.
-        """
+    @classmethod
+    def _convert_names(cls, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         checked_fields = {name: str(values[name]) for name in PEFT_CHECKED_FIELDS if values.get(name) is not None}
-        values = _convert_peft_names(values, type(self).model_fields)
+        values = _convert_peft_names(values, cls.model_fields)
         explicit_options = parse_json_value(values.pop("peft_options", None) or {})
         if not isinstance(explicit_options, Mapping) or not explicit_options.keys() <= {*PEFT_OPTIONS}:
             raise SettingsError(f"peft_options: got {explicit_options!r}; give a mapping of {', '.join(PEFT_OPTIONS)}")
         top_level_options = {name: values.pop(name) for name in list(values) if name in PEFT_OPTIONS}
         options = {name: parse_json_value(value) for name, value in {**explicit_options, **top_level_options}.items()}
-        super().__init__(**values, **({"peft_options": options} if options else {}))
-        self.__dict__["expected_fields"] = checked_fields
+        return values | ({"peft_options": options} if options else {}), checked_fields
+
+    def build_lora_config(self) -> dict[str, Any]:
+        """Return these fields as arguments of LoraConfig, without the parameters, whose names depend on the model."""
+        return {
+            "lora_dropout": self.lora_dropout,
+            "exclude_modules": list(self.exclude_modules) or None,
+            "modules_to_save": list(self.modules_to_save) or None,
+            "use_dora": self.use_dora,
+            **self.peft_options,
+        }
+
+
+class StepSettings(PeftFields):
+    """Fields of a training step, which a selection and a plan share."""
+
+    batch_size: int = option(
+        8,
+        TRAINING,
+        "examples in a forward pass",
+        foreign_names=("per_device_train_batch_size", "train_batch_size"),
+        gt=0,
+    )
+    seq_len: int = option(
+        512,
+        TRAINING,
+        "maximum length of an example in tokens",
+        foreign_names=("max_length", "max_seq_length", "cutoff_len"),
+        gt=1,
+    )
+    memory_bytes: Bytes = setting(
+        None,
+        MACHINE,
+        "memory budget, such as 24GiB; ranks that need more are skipped; by default the memory of the CUDA device",
+        option="--memory",
+        identity=False,
+        foreign_names=("memory",),
+        gt=0,
+    )
+    load_in_4bit: bool = option(
+        False,
+        MACHINE,
+        "load the base model's matrices in 4 bits, with bitsandbytes (extra `bnb`), on CUDA or a CPU",
+    )
+    load_in_8bit: bool = setting(False, MACHINE, "load the base model's matrices in 8 bits")
+    gradient_checkpointing: bool = setting(
+        False, MACHINE, "recompute activations block by block", foreign_names=("activation_checkpointing",)
+    )
+    trust_remote_code: bool = setting(False, MACHINE, "run code that a model repository contains")
 
     def _require_consistent(self) -> None:
         if self.load_in_4bit and self.load_in_8bit:
@@ -223,16 +292,6 @@ class PeftFields(Settings):
         name = f"load_in_{self.weight_bits}bit"
         return f"bitsandbytes may not support this base model in {self.weight_bits} bits on this device: leave {name} out, or choose another device"
 
-    def build_lora_config(self) -> dict[str, Any]:
-        """Return these fields as arguments of LoraConfig, without the parameters, whose names depend on the model."""
-        return {
-            "lora_dropout": self.lora_dropout,
-            "exclude_modules": list(self.exclude_modules) or None,
-            "modules_to_save": list(self.modules_to_save) or None,
-            "use_dora": self.use_dora,
-            **self.peft_options,
-        }
-
 
 class _TrainerFields(Settings):
     """Fields of transformers' TrainingArguments that all trainings share."""
@@ -247,7 +306,7 @@ class _TrainerFields(Settings):
     adam_beta2: float = setting(0.999, TRAINING, "of AdamW", ge=0, lt=1)
 
 
-class SelectSettings(PeftFields, _TrainerFields):
+class SelectSettings(StepSettings, _TrainerFields):
     """All settings of a selection other than MODEL, DATA and --out."""
 
     goal: Goal = option(
@@ -263,37 +322,29 @@ class SelectSettings(PeftFields, _TrainerFields):
         "`bracket`, `grid` or `upward`; what to train next ([guide](../how-to/strategies.md))",
         continuable=True,
     )
-    ranks: tuple[int, ...] = option(
+    ranks: Ranks = option(
         (1, 4, 16, 64),
         COMPARE,
         "ranks to compare, in addition to the base model (rank 0); the largest is trained first",
         continuable=True,
         foreign_names=("rank", "r", "lora_r", "lora_rank"),
         split=True,
-        check=partial(
-            _require_distinct,
-            lambda rank: rank >= 1,
-            "rank",
-            "integers from 1 (the base model, rank 0, is always evaluated)",
-        ),
     )
-    learning_rates: tuple[float, ...] = option(
+    learning_rates: LearningRates = option(
         (3e-4, 1e-3, 3e-3, 1e-2),
         COMPARE,
         "learning rates to train to a quarter; the best one is finished",
         continuable=True,
         foreign_names=("lr", "learning_rate"),
         split=True,
-        check=partial(_require_distinct, lambda rate: rate > 0, "learning rate", "numbers above 0, such as 1e-4"),
     )
-    seeds: tuple[int, ...] = option(
+    seeds: Seeds = option(
         (0,),
         COMPARE,
         "seeds of batch order, initial A and dropout",
         continuable=True,
         foreign_names=("seed",),
         split=True,
-        check=partial(_require_distinct, lambda seed: 0 <= seed <= MAX_SEED, "seed", f"integers from 0 to {MAX_SEED}"),
     )
     metric: str = option(
         "loss",
@@ -352,7 +403,6 @@ class SelectSettings(PeftFields, _TrainerFields):
         ADAPTER,
         "alpha, the same at every rank; `2r` for alpha = 2r",
         foreign_names=("alpha",),
-        parse=lambda value: value,  # the option accepts a text too
         gt=0,
     )
     scaling: Scaling = setting(
@@ -375,20 +425,6 @@ class SelectSettings(PeftFields, _TrainerFields):
         foreign_names=("epochs", "num_epochs"),
         gt=0,
     )
-    batch_size: int = option(
-        8,
-        TRAINING,
-        "examples in a forward pass",
-        foreign_names=("per_device_train_batch_size", "train_batch_size"),
-        gt=0,
-    )
-    seq_len: int = option(
-        512,
-        TRAINING,
-        "maximum length of an example in tokens",
-        foreign_names=("max_length", "max_seq_length", "cutoff_len"),
-        gt=1,
-    )
     beta: float = setting(
         0.1,
         TRAINING,
@@ -396,14 +432,12 @@ class SelectSettings(PeftFields, _TrainerFields):
         gt=0,
     )
 
-    columns: tuple[str, ...] = option(
+    columns: Columns = option(
         (),
         DATA,
         "columns with other names, such as prompt=question; `ignore=source` ignores a column; `group=document` names the column that "
         "defines [groups of rows](file-formats.md#rows-that-belong-together), by default `group`, else the prompt",
         split=True,
-        parse=_list_columns,
-        check=_require_columns,
     )
     validation: str = option(
         "", DATA, "file or folder for the validation split; by default a tenth of the data"
@@ -432,30 +466,10 @@ class SelectSettings(PeftFields, _TrainerFields):
         foreign_names=("bf16", "fp16", "torch_dtype"),
         aliases=DTYPE_ALIASES,
     )
-    device: str = option(
+    device: Device = option(
         "auto",
         MACHINE,
         "`auto`, `cpu`, `cuda`, `cuda:1` or `mps`",
-        check=_require_device,
-    )
-    memory_bytes: int | None = setting(
-        None,
-        MACHINE,
-        "memory budget, such as 24GiB; ranks that need more are skipped; by default the memory of the CUDA device",
-        option="--memory",
-        identity=False,
-        foreign_names=("memory",),
-        parse=_parse_bytes,
-        gt=0,
-    )
-    load_in_4bit: bool = option(
-        False,
-        MACHINE,
-        "load the base model's matrices in 4 bits, with bitsandbytes (extra `bnb`), on CUDA or a CPU",
-    )
-    load_in_8bit: bool = setting(False, MACHINE, "load the base model's matrices in 8 bits")
-    gradient_checkpointing: bool = setting(
-        False, MACHINE, "recompute activations block by block", foreign_names=("activation_checkpointing",)
     )
     cache_prefix: bool = setting(True, MACHINE, "compute the frozen layers below the adapters once")
     adapters_per_pass: int | None = option(
@@ -482,7 +496,6 @@ class SelectSettings(PeftFields, _TrainerFields):
     ray: str | None = option(
         None, MACHINE, "train on the Ray cluster at this address, such as HOST:6379", identity=False
     )
-    trust_remote_code: bool = setting(False, MACHINE, "run code that a model repository contains")
     report_to: tuple[str, ...] = option(
         (),
         MACHINE,
@@ -583,7 +596,7 @@ SPLIT_SETTINGS = ("columns", "validation", "test_fraction", "validation_fraction
 # Settings with which few rows are enough, and no rows are split off.
 NO_SPLIT_OVERRIDES = {"batch_size": 1, "gradient_accumulation_steps": 1, "test_fraction": 0.0, "validation": ""}
 # Settings that select and judge trials without changing one; a run folder may be continued with other values.
-CONTINUABLE_SETTINGS = tuple(name for name, row in SelectSettings.model_fields.items() if row.continuable)
+CONTINUABLE_SETTINGS = tuple(name for name, row in list_rows(SelectSettings).items() if row.continuable)
 
 
 def select_identity_settings(values: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -592,7 +605,7 @@ def select_identity_settings(values: Mapping[str, Any], stored: Mapping[str, Any
     A setting that changes no trial has its stored value, so that trials keep their identity. Two spellings of one path, such as
     `model` and `./model`, are the same.
     """
-    rows = SelectSettings.model_fields
+    rows = list_rows(SelectSettings)
     identity_values = {name: stored[name] for name in CONTINUABLE_SETTINGS if name in stored}
     for name in ("model", "data", "validation"):
         path, stored_path = values.get(name), stored.get(name)
