@@ -25,7 +25,7 @@ from rightrank.training.trial import TrialFolders
 from tests.watch import Watch
 
 
-def make_runtime(model: Path, data: Path, settings: SelectSettings, cache: Path) -> Runtime:
+def make_runtime(model: Path, data: Path, settings: SelectSettings, cache: Path | None) -> Runtime:
     """Build the runtime that `select_rank` builds before the first trial."""
     splits = load_data(data, settings)
     loaded = load_base(str(model), settings, splits.summary.classes)

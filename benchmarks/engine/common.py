@@ -31,14 +31,14 @@ def describe_machine() -> dict[str, Any]:
     return {**plain_machine(), "threads": torch.get_num_threads(), "cuda": device}
 
 
-def make_runtime(model: str, data: Path, steps: int, cache: Path, **changes: Any) -> Runtime:
+def make_runtime(model: str, data: Path, steps: int, cache: Path | None, **changes: Any) -> Runtime:
     settings = SelectSettings(**DEFAULTS | changes)
     splits = load_data(data, settings)
     loaded = load_base(model, settings, splits.summary.classes)
     return Runtime(loaded, encode_splits(splits, loaded, settings), settings, steps, cache)
 
 
-def limit_to_one_pass(runtime: Runtime, cache: Path) -> Runtime:
+def limit_to_one_pass(runtime: Runtime, cache: Path | None) -> Runtime:
     """Return the runtime with exactly as many training examples as its steps need, so that each is used once."""
     needed = runtime.steps * runtime.settings.examples_per_step
     splits = dict(runtime.data.splits) | {"train": TokenStore(runtime.data.splits["train"][:needed], None)}

@@ -80,7 +80,7 @@ class Job:
     arms: int
     seed: int
 
-    def runtime(self, dtype: str, **changes: Any) -> Runtime:
+    def runtime(self, dtype: str, is_cached: bool = True, **changes: Any) -> Runtime:
         """Build our runtime with exactly as many training examples as one pass needs."""
         settings: dict[str, Any] = {
             "dtype": dtype,
@@ -91,8 +91,8 @@ class Job:
         if self.layers:
             settings["layers_to_transform"] = self.layers
         shutil.rmtree(self.work / "cache", ignore_errors=True)
-        runtime = make_runtime(self.model, self.data, self.steps, self.work / "cache", **settings)
-        return limit_to_one_pass(runtime, self.work / "cache")
+        cache = self.work / "cache" if is_cached else None
+        return limit_to_one_pass(make_runtime(self.model, self.data, self.steps, cache, **settings), cache)
 
     def arm(self, number: int) -> Arm:
         rate = RATE if number < len(RANKS) else RATE / 3
@@ -125,7 +125,7 @@ def train_with_trainer(
     """
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    runtime = job.runtime(dtype, cache_prefix=False)
+    runtime = job.runtime(dtype, is_cached=False)
     config = make_lora_config(runtime.settings, job.arm(0), False, runtime.targets.names)
     peft_model = get_peft_model(runtime.model, config, autocast_adapter_dtype=not small_adapters)
     rows = {"train": build_trainer_rows(runtime, "train"), "validation": build_trainer_rows(runtime, "validation")}

@@ -12,7 +12,7 @@ from rightrank.runs.journal import Journal
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from tests.tiny import build_small_settings
 
-STEPS: dict[str, Any] = {"max_steps": 12, "ranks": (1, 4), "checkpoint_seconds": 0.01}
+STEPS: dict[str, Any] = {"max_steps": 12, "ranks": (1, 4)}
 
 
 def make_trials(count: int) -> list[Trial]:

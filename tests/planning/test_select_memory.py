@@ -76,8 +76,8 @@ def test_too_little_memory_is_refused_before_the_start(
 
 def test_a_preference_pair_is_planned_as_two_sequences() -> None:
     config = one_block()
-    pairs = plan_selection(config, build_small_settings(batch_size=4, eval_batch_size=4), 32, "cpu", sequences=2)
-    texts = plan_selection(config, build_small_settings(batch_size=8, eval_batch_size=8), 32, "cpu")
+    pairs = plan_selection(config, build_small_settings(batch_size=4), 32, "cpu", sequences=2)
+    texts = plan_selection(config, build_small_settings(batch_size=8), 32, "cpu")
     assert pairs.peak_bytes == texts.peak_bytes
     assert pairs.needed_bytes == texts.needed_bytes
 

@@ -25,6 +25,7 @@ from rightrank.runs.folder import RunFolder
 from rightrank.runs.journal import Journal
 from rightrank.schema.trials import TrialFinished, TrialStarted
 from rightrank.training import optimizer
+from rightrank.training import trial as arm_training
 from rightrank.training.runtime import Runtime
 from tests.commands import (
     SMALL,
@@ -98,7 +99,7 @@ def test_a_second_process_is_refused(
     assert "another process is using this folder" in err
 
 
-LONG = ("--max-steps", "60", "--set", "checkpoint_seconds=0.05")  # long enough for a signal to arrive during a training
+LONG = ("--max-steps", "60")  # long enough for a signal to arrive during a training
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +130,7 @@ def kill_inside(owner: Any, name: str, entry: int) -> None:
 
 
 def run_and_kill(arguments: list[str], owner: Any, name: str, entry: int) -> None:
+    arm_training.CHECKPOINT_SECONDS = 0.05
     kill_inside(owner, name, entry)
     main(arguments)
 

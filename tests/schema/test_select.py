@@ -90,12 +90,12 @@ def test_the_adapter_of_a_lora_config() -> None:
 def test_the_training_of_an_sft_config(tmp_path: Path) -> None:
     args = make_sft_config(
         tmp_path, learning_rate=2e-4, max_steps=200, warmup_steps=20, per_device_train_batch_size=4, max_length=256,
-        lr_scheduler_type="cosine", adam_beta2=0.95, seed=7, dataset_text_field="body", logging_steps=1,
+        lr_scheduler_type="cosine", seed=7, dataset_text_field="body", logging_steps=1,
     )  # fmt: skip
     settings = SelectSettings(**read_configs(None, args))
     assert (settings.learning_rates, settings.seeds) == ((2e-4,), (7,))
     assert (settings.max_steps, settings.num_train_epochs, settings.warmup_ratio) == (200, None, 0.1)
-    assert (settings.batch_size, settings.seq_len, settings.adam_beta2) == (4, 256, 0.95)
+    assert (settings.batch_size, settings.seq_len) == (4, 256)
     assert (settings.lr_scheduler_type, settings.device) == ("cosine", "cpu")
     assert settings.columns == ("text=body",)
 
@@ -118,6 +118,7 @@ def test_a_training_that_a_selection_cannot_run_is_refused_by_name(tmp_path: Pat
     for values, message in [
         ({"packing": True}, "packing=True"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
+        ({"adam_beta2": 0.95}, "does not support adam_beta2=0.95"),
         ({"optim": "paged_adamw_8bit"}, "does not support optim='paged_adamw_8bit'"),
         ({"warmup_steps": 50}, "warmup_steps 50 needs max_steps"),
         ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type: got 'polynomial'"),

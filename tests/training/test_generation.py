@@ -22,7 +22,7 @@ NEW = 12
 
 @pytest.fixture(scope="module")
 def runtime(model_folder: Path, completion_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    settings = build_small_settings(metric="f1", max_new_tokens=NEW, eval_batch_size=5, max_eval_examples=16)
+    settings = build_small_settings(metric="f1", max_new_tokens=NEW, batch_size=3, max_eval_examples=16)
     return make_runtime(model_folder, completion_file, settings, tmp_path_factory.mktemp("answers"))
 
 

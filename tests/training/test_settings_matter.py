@@ -55,7 +55,6 @@ TRAINING: dict[str, Any] = {
     "warmup_ratio": 0.7,
     "weight_decay": 0.5,
     "max_grad_norm": 1e-6,
-    "adam_beta2": 0.9,
     "test_fraction": 0.2,
     "validation_fraction": 0.2,
     "max_eval_examples": 3,
@@ -77,11 +76,10 @@ PLANS_TRAININGS = {  # they choose which trainings there are, and change none of
     "max_steps", "num_train_epochs",
 }  # fmt: skip
 JUDGES = {  # they measure and judge what was trained
-    "metric", "margin", "confidence", "metrics", "max_new_tokens", "num_evaluations", "eval_batch_size", "report_to", "checkpoint",
+    "metric", "margin", "metrics", "max_new_tokens", "num_evaluations", "report_to", "checkpoint",
 }  # fmt: skip
 CHANGES_NO_LOSS = {  # they say where and how trainings run; tests of each show equal losses
-    "memory_bytes", "gradient_checkpointing", "cache_prefix", "adapters_per_pass", "checkpoint_seconds",
-    "ray", "workers",
+    "memory_bytes", "gradient_checkpointing", "adapters_per_pass", "ray", "workers",
 }  # fmt: skip
 
 

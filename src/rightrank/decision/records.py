@@ -137,12 +137,11 @@ def decide_by_metric(
         ResultsError: fewer than two ranks have the metric, or its direction is not known.
     """
     settings = records.settings
-    requested_confidence = settings.confidence if confidence is None else confidence
     return decide_table(
         build_run_table(records, outcomes, metric, higher),
         margin,
         checkpoint=checkpoint or settings.checkpoint,
-        confidence=requested_confidence or DEFAULT_CONFIDENCE,
+        confidence=confidence or DEFAULT_CONFIDENCE,
     )
 
 

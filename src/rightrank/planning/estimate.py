@@ -93,6 +93,8 @@ class Estimator:
 
     def build_variant(self, **changes: Any) -> Estimator:
         """Return an estimator with changed settings. It shares the model unless a change is in `MODEL_SETTINGS`."""
+        if "batch_size" in changes and self.settings.eval_batch_size is not None:
+            changes["eval_batch_size"] = 2 * changes["batch_size"]  # as in a selection
         settings = self.settings.model_copy(update=changes)
         if not MODEL_SETTINGS.isdisjoint(changes):
             return Estimator(self._config, settings, self._on_progress)

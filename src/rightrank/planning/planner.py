@@ -272,7 +272,7 @@ def build_step_settings(
 ) -> PlanSettings:
     """Return the plan's settings for the training loop of `select`."""
     kind = "cuda" if device.startswith("cuda") else "cpu"
-    shared = {name: getattr(settings, name) for name in STEP_OF_SELECT}
+    shared = {name: getattr(settings, name) for name in (*STEP_OF_SELECT, "eval_batch_size")}
     eager = getattr(config, "_attn_implementation", None) == "eager"
     for name in ("batch_size", "eval_batch_size"):  # The plan counts sequences as examples.
         shared[name] *= sequences

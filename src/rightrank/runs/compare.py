@@ -10,7 +10,6 @@ GGUF file. A full model that was made from adapter A is *broken* if it equals th
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,20 +81,17 @@ def compare_adapters(
     comparisons: list[MetricComparison] = []
     cause: str | None = None
     for path in data:
-        with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
-            first, second, trained_on = _evaluate_sides(
-                sides, model, path, settings, Path(name), on_event, base_b, run_splits
-            )
-            results = (
-                compare_trials(first.scores, second.scores, spec.name, str(path), settings)
-                for spec in settings.metric_specs
-            )
-            left_out = max(
-                compared_side.runtime.data.summary.splits["validation"].dropped for compared_side in (first, second)
-            )
-            counts = {"trained_on": trained_on, "left_out": left_out}
-            comparisons += [comparison.model_copy(update=counts) for comparison in results]
-            cause = cause or (DROPPED if _is_adapter_dropped(first, second) else None)
+        first, second, trained_on = _evaluate_sides(sides, model, path, settings, on_event, base_b, run_splits)
+        results = (
+            compare_trials(first.scores, second.scores, spec.name, str(path), settings)
+            for spec in settings.metric_specs
+        )
+        left_out = max(
+            compared_side.runtime.data.summary.splits["validation"].dropped for compared_side in (first, second)
+        )
+        counts = {"trained_on": trained_on, "left_out": left_out}
+        comparisons += [comparison.model_copy(update=counts) for comparison in results]
+        cause = cause or (DROPPED if _is_adapter_dropped(first, second) else None)
     worst = max(comparisons, key=lambda comparison: list(VERDICTS.values()).index(comparison.verdict))
     fields = worst.model_dump(exclude={"data", "value_a", "value_b"}) | ({"verdict": "broken"} if cause else {})
     sentence = _format_sentence(*sides, worst, len(comparisons), cause)
@@ -107,7 +103,6 @@ def _evaluate_sides(
     model: str,
     data: Path,
     settings: SelectSettings,
-    cache: Path,
     on_event: Callable[[EvaluationProgress], None],
     base_b: str | None,
     run_splits: DataSplits | None,
@@ -115,13 +110,11 @@ def _evaluate_sides(
     """Evaluate both sides, and count the rows that an adapter was trained on, which are left out."""
     trained_on = 0
     if run_splits is None:
-        all_splits, settings = load_held_out(
-            data, settings.model_copy(update={"cache_prefix": False}), find_shared_labels(sides)
-        )
+        all_splits, settings = load_held_out(data, settings, find_shared_labels(sides))
         splits = drop_training_examples(all_splits, sides, settings, data)
         trained_on = len(all_splits.examples["validation"]) - len(splits.examples["validation"])
     else:
-        splits, settings = run_splits, settings.model_copy(update={"cache_prefix": False, "ranks": (1,)})
+        splits, settings = run_splits, settings.model_copy(update={"ranks": (1,)})
     compared_sides: list[_ComparedSide] = []
     base: Runtime | None = None
     for index, side_name in enumerate(sides):
@@ -135,7 +128,7 @@ def _evaluate_sides(
         if not uses_base or base is None or (index and base_b is not None):
             loaded = load_base(source, side_settings, splits.summary.classes)
             data_of_side = encode_splits(splits, loaded, side_settings)
-            runtime = Runtime(loaded, data_of_side, side_settings, 1, cache / str(index))
+            runtime = Runtime(loaded, data_of_side, side_settings, 1, None)
             base = runtime if uses_base and base is None else base
         else:
             runtime = base

@@ -27,7 +27,19 @@ SPECIAL_ARGUMENTS = {
     "optim",
 }
 IGNORED_PREFIXES = (  # prefixes of ignored arguments
-    *("output_dir", "logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "run_name", "project", "trackio_"),
+    *(
+        "output_dir",
+        "logging_",
+        "log_",
+        "save_",
+        "eval_",
+        "hub_",
+        "push_to_hub",
+        "run_name",
+        "project",
+        "trackio_",
+        "per_device_eval_",
+    ),
     *("do_", "disable_tqdm", "dataloader_", "load_best_model", "metric_for_best", "greater_is_better", "skip_memory"),
     *(
         "remove_unused",

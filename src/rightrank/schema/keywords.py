@@ -16,7 +16,6 @@ class SelectKeywords(TypedDict, total=False):
     seeds: Sequence[int] | int
     metric: str
     margin: float
-    confidence: float
     checkpoint: Literal["last", "best"]
     metrics: Sequence[str] | str
     budget_hours: float

@@ -303,7 +303,6 @@ class _TrainerFields(Settings):
     warmup_ratio: float = setting(0.05, TRAINING, "share of the steps that warm up", ge=0, lt=1)
     weight_decay: float = setting(0.0, TRAINING, "of AdamW", ge=0)
     max_grad_norm: float = setting(1.0, TRAINING, "gradient clipping; 0 turns it off", ge=0)
-    adam_beta2: float = setting(0.999, TRAINING, "of AdamW", ge=0, lt=1)
 
 
 class SelectSettings(StepSettings, _TrainerFields):
@@ -358,15 +357,6 @@ class SelectSettings(StepSettings, _TrainerFields):
         "how much worse than the best is still enough; the default depends on the metric: 0.005 nats per token for a loss",
         continuable=True,
         gt=0,
-    )
-    confidence: float | None = option(
-        None,
-        DECIDE,
-        "choose the smallest rank that is enough with this probability; 0.6 by default",
-        identity=False,
-        continuable=True,
-        ge=0.5,
-        lt=1,
     )
     checkpoint: Checkpoint = option(
         "best",
@@ -454,10 +444,6 @@ class SelectSettings(StepSettings, _TrainerFields):
     num_evaluations: int = setting(
         4, DATA, "number of held-out evaluations of a training, including the one at its end", gt=0
     )
-    eval_batch_size: int = setting(
-        16, DATA, "examples in a forward pass of an evaluation", foreign_names=("per_device_eval_batch_size",), gt=0
-    )
-
     dtype: AutoDtype = option(
         "auto",
         MACHINE,
@@ -471,7 +457,6 @@ class SelectSettings(StepSettings, _TrainerFields):
         MACHINE,
         "`auto`, `cpu`, `cuda`, `cuda:1` or `mps`",
     )
-    cache_prefix: bool = setting(True, MACHINE, "compute the frozen layers below the adapters once")
     adapters_per_pass: int | None = option(
         None,
         MACHINE,
@@ -480,9 +465,6 @@ class SelectSettings(StepSettings, _TrainerFields):
         identity=False,
         foreign_names=("arms",),
         gt=0,
-    )
-    checkpoint_seconds: float = setting(
-        60.0, MACHINE, "seconds between checkpoints of a running trial", identity=False, gt=0
     )
     workers: int | None = option(
         None,
@@ -558,6 +540,11 @@ class SelectSettings(StepSettings, _TrainerFields):
         """Return the metric of evaluations during training: the deciding metric if they compute it, else the loss."""
         spec = self.metric_specs[0]
         return spec.name if spec.is_eval_metric else "loss"
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Return the number of examples in a forward pass of an evaluation, which needs no memory for gradients."""
+        return 2 * self.batch_size
 
     @property
     def examples_per_step(self) -> int:

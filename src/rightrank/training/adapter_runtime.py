@@ -26,7 +26,7 @@ class RuntimeInputs:
 
     data: Path
     settings: SelectSettings
-    cache: Path
+    cache: Path | None
     steps: int = 0  # optimizer steps to train each adapter
     splits: DataSplits | None = None  # None: split the data as a selection does
     loaded: LoadedModel | None = None  # the base, if it is already loaded and checked
@@ -76,10 +76,10 @@ def make_adapter_runtime(adapter: AdapterFolder, base: str | None, inputs: Runti
     if base is None and inputs.loaded is None:
         _require_named_base(adapter, name)
     # A fully trained module may lie below the first adapter, where a cached prefix would be stale.
-    is_cached = inputs.settings.cache_prefix and not adapter.other_keys
+    cache = None if adapter.other_keys else inputs.cache
     parameters = dict.fromkeys(module.address for module in adapter.modules if module.kind.name == "expert")
-    updates = {"cache_prefix": is_cached, "target_parameters": tuple(parameters)}
-    inputs = replace(inputs, settings=inputs.settings.model_copy(update=updates))
+    settings = inputs.settings.model_copy(update={"target_parameters": tuple(parameters)})
+    inputs = replace(inputs, settings=settings, cache=cache)
     module_names = tuple(module.name for module in adapter.modules if module.kind.name != "expert")
     return make_runtime(name, module_names, inputs, adapter.path)
 

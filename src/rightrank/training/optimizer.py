@@ -199,7 +199,7 @@ def _make_optimizer(
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=learning_rate,
-        betas=(0.9, settings.adam_beta2),
+        betas=(0.9, 0.999),
         fused=fused,
     )
     for parameter in parameters:

@@ -52,7 +52,7 @@ class Runtime:
 
     Args:
         steps: optimizer steps of an arm.
-        cache_folder: the folder for the hidden states of the frozen prefix.
+        cache_folder: the folder for the hidden states of the frozen prefix; None computes them in every step.
         targets: the targets of these settings, if they are already known.
     """
 
@@ -62,7 +62,7 @@ class Runtime:
         data: EncodedData,
         settings: SelectSettings,
         steps: int,
-        cache_folder: Path,
+        cache_folder: Path | None,
         targets: Targets | None = None,
     ) -> None:
         self.loaded = loaded
@@ -273,19 +273,17 @@ class Runtime:
                 f"({type(error).__name__}: {get_first_line(error)}); {hint}"
             ) from error
 
-    def _find_fast_paths(self, probe: Batch, cache_folder: Path) -> FastPaths:
+    def _find_fast_paths(self, probe: Batch, cache_folder: Path | None) -> FastPaths:
         """Find the fast paths of the model.
 
         Sequence packing is checked on the longest example of all, with the shortest and the median of its split. The frozen prefix
         consists of the blocks below all trainable modules.
         """
-        settings = self.settings
-        trainable = [*(module.name for module in self.targets.modules), *settings.modules_to_save]
-        blocks = find_frozen_blocks(self.model, trainable) if settings.cache_prefix else []
-        device = self.loaded.device
-        prefix = (
-            FrozenPrefix(blocks, self._make_cache_batches(), self._pad_id, device, cache_folder) if blocks else None
-        )
+        trainable = [*(module.name for module in self.targets.modules), *self.settings.modules_to_save]
+        prefix: FrozenPrefix | None = None
+        if cache_folder is not None and (blocks := find_frozen_blocks(self.model, trainable)):
+            batches, device = self._make_cache_batches(), self.loaded.device
+            prefix = FrozenPrefix(blocks, batches, self._pad_id, device, cache_folder)
         return find_fast_paths(self.model, self._likelihood, self._make_longest_batch(with_shorter=True), probe, prefix)
 
     def _make_longest_batch(self, with_shorter: bool = False) -> Batch:

@@ -35,6 +35,7 @@ from rightrank.training.optimizer import (
 )
 from rightrank.training.runtime import Runtime
 
+CHECKPOINT_SECONDS = 60.0  # between checkpoints of a running trial
 MAX_CHECKPOINT_FRACTION = 0.015  # the largest fraction of the time for writing checkpoints
 DIVERGENCE_FACTOR = 2.0  # a training with a loss above this multiple of the base's has diverged
 QUARTER = 0.25  # of the steps taken, over which a mean of the factors ranks learning rates
@@ -316,10 +317,10 @@ class ArmTraining:
     def is_checkpoint_due(self) -> bool:
         """Return whether to write a checkpoint now.
 
-        This is the case after `checkpoint_seconds`, or later if writing would take more than `MAX_CHECKPOINT_FRACTION` of the time.
+        This is the case after `CHECKPOINT_SECONDS`, or later if writing would take more than `MAX_CHECKPOINT_FRACTION` of the time.
         """
         waited = time.perf_counter() - self._saved
-        return waited > max(self._settings.checkpoint_seconds, self._save_seconds / MAX_CHECKPOINT_FRACTION)
+        return waited > max(CHECKPOINT_SECONDS, self._save_seconds / MAX_CHECKPOINT_FRACTION)
 
     def save(self) -> None:
         start_time = time.perf_counter()
