@@ -18,7 +18,6 @@ from rightrank.decision.records import (
     build_run_table,
     compare_run_adapters,
     count_trainings,
-    decide_by_metric,
     decide_if_possible,
     decide_run,
     find_best_trial,
@@ -291,22 +290,6 @@ def test_a_continued_run_has_the_settings_that_it_was_last_continued_with() -> N
 def change_settings(records: Records, **settings: object) -> Records:
     started = records.started.model_copy(update={"settings": records.started.settings | settings})
     return Records.from_journal(started, [*records.outcomes, *records.adapters])
-
-
-def test_the_confidence_is_that_of_the_run_unless_another_is_asked() -> None:
-    """Name the requested confidence in the message that refuses it."""
-    records = make_run()
-
-    def find_refused_confidence(settings: dict[str, object], confidence: float | None = None) -> str:
-        run = change_settings(records, **settings)
-        with pytest.raises(ResultsError) as refused:
-            decide_by_metric(run, list_comparable_outcomes(run), "loss", 0.02, confidence=confidence)
-        return str(refused.value).removeprefix("confidence ").partition(" ")[0]
-
-    assert find_refused_confidence({"confidence": 0.3}) == "0.3"
-    assert find_refused_confidence({"confidence": 0.9}, 0.2) == "0.2"
-    assert find_refused_confidence({"confidence": 0.3}, 0.2) == "0.2"
-    assert find_refused_confidence({"confidence": 1}) == "1"
 
 
 def test_the_criterion_of_a_run_is_its_metric_at_its_margin() -> None:

@@ -212,7 +212,14 @@ def draw_share_axis(ax: Axes, base: float | None, reference: float) -> None:
     if base is None or base == reference:
         return
     slope = 100 / (reference - base)
-    axis = ax.secondary_yaxis("right", functions=(lambda y: (y - base) * slope, lambda share: base + share / slope))
+
+    def convert_to_share(values: Any) -> Any:
+        return (values - base) * slope
+
+    def convert_to_value(shares: Any) -> Any:
+        return base + shares / slope
+
+    axis = ax.secondary_yaxis("right", functions=(convert_to_share, convert_to_value))
     axis.set_ylabel("share of the gain, %")
 
 
