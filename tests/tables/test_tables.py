@@ -85,7 +85,7 @@ def test_every_source_gives_the_same_answer(tmp_path: Path, kind: str) -> None:
     frame, source = pandas.DataFrame(rows), tmp_path / f"runs.{kind}"
     if kind == "semicolons":
         source = tmp_path / "runs.csv"
-        frame.to_csv(source, sep=";", decimal=",", index=False)
+        frame.to_csv(source, sep=";", index=False)
     elif kind in ("csv", "tsv"):
         frame.to_csv(source, sep="\t" if kind == "tsv" else ",", index=False)
     elif kind in ("json", "jsonl"):
@@ -421,7 +421,6 @@ def test_a_metric_without_a_known_direction_is_refused(name: str) -> None:
         ("rank,eval_loss\n0,3\n4,2\n", "the trainings have only rank 4"),
         ('rank,eval_loss\n1,"2,1"\n2,"2,0"\n', "runs.csv:2: eval_loss '2,1' is not allowed: give a number"),
         ("rank;lr;eval_loss\n1;0.01;2,001\n2;0.01;2,002\n", "write it with a decimal point"),
-        ('rank;step;eval_loss\n1;1,000;2,001\n2;1,000;2,002\n', "step '1.000' is not allowed: give a whole number"),
         ("rank,eval_loss\n1,2\n2,-1e61\n", "runs.csv:3: eval_loss '-1e61' is not allowed: give a number from -1e+60"),
         ("rank,eval_loss\n1,2\n2,1_000\n", "runs.csv:3: eval_loss '1_000' is not allowed"),
         ("rank,eval_loss\n1,2\n2,OOM\n", "or leave the cell empty where a training has no result"),

@@ -122,7 +122,7 @@ def _suggest_notation(text: str) -> str:
         return "; write it without the percent sign, in every row alike"
     if text.lower() in ("true", "false"):
         return "; write 1 and 0 where a right answer counts"
-    return "; write it with a decimal point" if "," in text else ""
+    return "; write it with a decimal point, and thousands without a comma" if "," in text else ""
 
 
 def _encode_numbers(table: Table, roles: Roles, role: str) -> tuple[Floats, Codes]:

@@ -8,8 +8,7 @@ import re
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import accumulate, chain, compress, islice
+from itertools import accumulate, compress, islice
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeAlias
@@ -27,8 +26,6 @@ CHUNK_ROWS = 1000  # fits into the cache of a processor
 MAX_DEPTH = 8  # of nested mappings whose values become columns; deeper ones are texts
 MAX_CELL_CHARACTERS = 2**24
 LINE_BREAK = re.compile(r"\r\n|\r|\n")
-DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+(e[-+]?\d+)?", re.IGNORECASE)
-DECIMAL_POINT = re.compile(r"[-+]?\d*\.\d+(e[-+]?\d+)?", re.IGNORECASE)
 # Rows with the same columns: the beginning of their origin, the names, the cells by column, and the number that ends each row's origin.
 Chunk: TypeAlias = tuple[str, Sequence[str], Sequence[Sequence[Any]], Sequence[int]]
 
@@ -61,24 +58,7 @@ def read_table(source: Any) -> Table:
 
 
 def _read_files(source: Path, files: Sequence[Path]) -> Table:
-    table = _build_table(str(source), (chunk for file in files for chunk in _read_file(file)))
-    has_other_delimiter = any(
-        file.suffix.lower() in (".csv", ".tsv") and detect_delimiter(file) != "," for file in files
-    )
-    return _replace_decimal_commas(table) if has_other_delimiter else table
-
-
-def _replace_decimal_commas(table: Table) -> Table:
-    """Replace decimal commas by points, unless some numbers have points: commas may then separate thousands."""
-    cells = chain.from_iterable(column.cells for column in table.columns.values())
-    if any(isinstance(cell, str) and DECIMAL_POINT.fullmatch(cell.strip()) for cell in cells):
-        return table
-
-    def convert(cell: Any) -> Any:
-        return cell.replace(",", ".") if isinstance(cell, str) and DECIMAL_COMMA.fullmatch(cell.strip()) else cell
-
-    columns = {name: replace(column, cells=list(map(convert, column.cells))) for name, column in table.columns.items()}
-    return replace(table, columns=columns)
+    return _build_table(str(source), (chunk for file in files for chunk in _read_file(file)))
 
 
 class _ColumnBuilder:
