@@ -74,17 +74,6 @@ def replace_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-@contextmanager
-def create_temporary_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder next to `path`. It is removed after the block, or by `sweep_leftovers` if the process is killed."""
-    temporary = _build_temporary_path(path, "tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def require_absent(out: Path) -> None:
     """Require that `out` does not exist.
 
