@@ -128,7 +128,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
         (lambda folder: edit_config(folder, r=3), "PEFT cannot attach it"),
         (lambda folder: edit_config(folder, r="x"), "PEFT cannot attach it"),
         (lambda folder: edit_config(folder, init_lora_weights="OLoRA"), "'OLoRA', which changes the base model"),
-        (lambda folder: edit_config(folder, peft_type="NONE"), "PEFT cannot attach it"),
+        (lambda folder: edit_config(folder, peft_type="NONE"), "PEFT has no peft_type 'NONE'"),
     ],
 )
 def test_a_damaged_side_is_one_line(

@@ -94,3 +94,15 @@ def test_each_trial_is_a_run_with_its_numbers_by_step(
         {"rank": t.rank, "lr": t.learning_rate, "seed": t.seed, "value": t.value} for t in list_trained_trials(records)
     ]
     assert decide(rows).decision.reference_rank == decide(values, higher_is_better=False).decision.reference_rank
+
+
+@pytest.mark.parametrize("error", ["client", "network"])
+def test_a_tracker_that_cannot_be_reached_stops_with_one_notice(
+    error: str, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = MagicMock(Error=type("ClientError", (Exception,), {}))
+    monkeypatch.setitem(sys.modules, "wandb", library)
+    monkeypatch.setattr(registry, "find_spec", lambda _name: object())
+    library.init.side_effect = library.Error("no server") if error == "client" else TimeoutError("no server")
+    (notice,) = log_all(records, "wandb")
+    assert notice.startswith("wandb: logging stopped (")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -80,10 +81,19 @@ class Trackers(Hook):
             try:
                 with redirect_stdout(sys.stderr):  # stdout is reserved for the result
                     _write_mlflow(run) if name == "mlflow" else _write_run(name, run)
-            except Exception as error:  # noqa: BLE001 - an unreachable tracker must not end the selection
+            except _list_client_errors(name) as error:  # an unreachable tracker must not end the selection
                 reason = format_one_line(str(error))[:200]
                 self._start.emit(Notice(text=f"{name}: logging stopped ({type(error).__name__}: {reason})"))
                 self._names.remove(name)
+
+
+def _list_client_errors(tracker: str) -> tuple[type[Exception], ...]:
+    """Return what a tracker's client raises if its server or its database cannot be reached, or refuses the run."""
+    if tracker == "mlflow":
+        from mlflow.exceptions import MlflowException
+
+        return OSError, MlflowException
+    return (OSError, sqlite3.Error) if tracker == "trackio" else (OSError, import_module(tracker).Error)
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,7 +160,7 @@ def compute_batch_loss(model: Any, batch: Batch, beta: float = BETA) -> BatchLos
         return read_batch(model, add_reference(model, batch)).compute_loss(model, beta)
     except RightrankError:
         raise
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (AttributeError, ValueError) as error:
         raise DataError(
             f"{type(get_base_model(model)).__name__}: no loss per example can be computed from these batches ({describe_error(error)}); {CUSTOM_EVALUATION_HINT}"
         ) from error

@@ -101,7 +101,7 @@ class TrainerLoss:
         try:
             batch_loss = float(self(batch).example_losses) / count_rows(batch)
             mean_row_loss = sum(float(self(row_batch).example_losses) for row_batch in row_batches) / len(row_batches)
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except (RuntimeError, ValueError) as error:
             log_traceback(error)
             name = type(self.trainer.loss).__name__
             raise DataError(

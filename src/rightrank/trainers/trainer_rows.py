@@ -64,7 +64,7 @@ class RowReader:
             ]
             try:
                 batch = self.collate(inputs)
-            except (KeyError, ValueError, TypeError, AttributeError) as error:
+            except (KeyError, ValueError) as error:  # of a missing column, and of columns that make no tensor
                 raise DataError(
                     f"SmallestAdapter: the trainer's collator does not accept the held-out rows ({get_first_line(error)}); give "
                     "trainer.eval_dataset, which the trainer has tokenized"

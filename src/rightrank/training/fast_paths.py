@@ -201,7 +201,7 @@ def _has_equal_losses(model: Any, reference_losses: torch.Tensor, compute_losses
     """Return whether `compute_losses` gives the reference losses; False if it raises."""
     try:
         losses = compute_losses()
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:  # of shapes, of arguments, and of a model's own checks
         if is_out_of_memory(error):
             raise
         return False

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PeftType
 
 from rightrank.adapters.adapter_folders import CONFIG_FILE, require_kept_base
 from rightrank.adapters.adapter_writer import ensure_peft_format
 from rightrank.adapters.kinds.base import Routing, set_training_mode
 from rightrank.bases.base_models import LoadedModel
 from rightrank.data.files import read_json_object
-from rightrank.schema.errors import InterruptedRun, ModelError, get_first_line, is_out_of_memory
+from rightrank.schema.errors import InterruptedRun, ModelError, get_first_line, is_out_of_memory, quote_value
 from rightrank.schema.events import EvaluationProgress
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, SplitName
@@ -345,7 +345,7 @@ def attach_adapter(runtime: Runtime, folder: Path | None) -> Iterator[Any]:
     try:
         with suppress_peft_warnings(), ensure_peft_format(folder) as adapter_folder:
             peft_model: Any = PeftModel.from_pretrained(runtime.model, str(adapter_folder))
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:  # of tensors, of values of another type, and of names
         hint = runtime.settings.load_error_hint("give the base that it was trained on")
         raise ModelError(
             f"{folder}: PEFT cannot attach it to {runtime.loaded.name} ({get_first_line(error)}); {hint}"
@@ -362,6 +362,9 @@ def _require_attachable(runtime: Runtime, folder: Path) -> None:
     file = folder / CONFIG_FILE
     config = read_json_object(file) if file.is_file() else {}
     require_kept_base(folder, config)
+    method = config.get("peft_type", "LORA")
+    if method not in PeftType.__members__:
+        raise ModelError(f"{folder}: PEFT has no peft_type {quote_value(method)}; correct its {CONFIG_FILE}")
     task = config.get("task_type")
     if task == "CAUSAL_LM" and runtime.data.is_classification:
         raise ModelError(
