@@ -168,11 +168,6 @@ class RunFolder:
                 entry.rename(target / entry.name)
         return target
 
-    def move_from(self, begun: RunFolder) -> None:
-        """Move the files of a run that began in another folder on this disk to this folder, the journal last."""
-        for entry in [*(path for path in begun.path.iterdir() if path != begun.journal.path), begun.journal.path]:
-            entry.rename(self.path / entry.name)
-
     def is_in_use(self) -> bool:
         """Check whether another process holds the lock."""
         if not (self.path / ".lock").exists():

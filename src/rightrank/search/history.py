@@ -144,13 +144,6 @@ class Trials:
     spent_steps: int = 0  # of all requested arms
     spent_seconds: float = 0.0  # of those with an outcome
 
-    def can_afford(self, steps: int) -> bool:
-        """Return whether the budget suffices for this number of further steps, at the pace so far."""
-        space, pace = self.space, self.spent_seconds / self.spent_steps if self.spent_steps else 0.0
-        return (space.budget_steps is None or self.spent_steps + steps <= space.budget_steps) and (
-            space.budget_seconds is None or self.spent_seconds + pace * steps <= space.budget_seconds
-        )
-
     def get_finished(self, arm: Arm) -> TrialFinished | None:
         outcome = self.outcomes.get(arm)
         return outcome if isinstance(outcome, TrialFinished) else None

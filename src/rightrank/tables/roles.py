@@ -56,9 +56,6 @@ class Roles:
     columns: Mapping[str, str]
     metric: str
 
-    def get(self, role: str) -> str | None:
-        return self.columns.get(role)
-
 
 def normalize_name(name: str) -> str:
     """Normalize a column's name: `config.lora.r` → `r`, `params_lora_r` → `lora_r`, `eval/loss` → `eval_loss`."""
