@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from rightrank.adapters.resize import resize_adapter
 from rightrank.adapters.resizing import cap_ranks
 from rightrank.adapters.truncation import Moments, allocate_ranks, decompose_update
 from rightrank.cli import main
-from rightrank.decision.adapter_comparison import SEARCH_OPTION
 from rightrank.runs.resize_by_data import load_evaluation_data
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import Listener
@@ -36,9 +34,8 @@ from tests.adapters.adapters import (
     make_adapter,
     make_base,
 )
-from tests.commands import COMMANDS
 from tests.helpers import make_runtime
-from tests.tiny import build_small_settings, make_tokenizer, write_completions
+from tests.tiny import build_small_settings, write_completions
 
 pytestmark = pytest.mark.trains
 
@@ -200,29 +197,6 @@ def test_peft_loads_the_pattern_and_gives_the_truncation(base: Path, tmp_path: P
     assert num_parameters == resized.parameters_after
 
 
-SHORT_SETTINGS = {"seq_len": 32, "device": "cpu"}
-
-
-@pytest.fixture(scope="module")
-def base_with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_base(tmp_path_factory.mktemp("bases") / "base")
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_completions(tmp_path_factory.mktemp("data") / "rows.jsonl", 30)
-
-
-def test_advice_is_a_command_that_select_takes(base_with_tokenizer: Path, data: Path, tmp_path: Path) -> None:
-    adapter = make_adapter(base_with_tokenizer, tmp_path / "adapter", rank=4)
-    resized = resize(adapter, tmp_path / "out", data=data, margin=1e-9, settings=SelectSettings(**SHORT_SETTINGS))
-    notes = [note for note in resized.answer.notes if "direct training" in note]
-    assert notes
-    assert SEARCH_OPTION not in notes[0]
-    words = shlex.split(notes[0].partition("(")[2].partition(")")[0])
-    assert words[:2] == ["rightrank", "select"]
-    options = {option for parameter in COMMANDS["select"].params for option in parameter.opts}
-    assert {word for word in words if word.startswith("--")} <= options
-    assert words[words.index("--ranks") + 1] == "1,2,4"

@@ -5,12 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from tests import commands
 from tests.adapters.kind_checks import CASES, Suite, Trained, make_model
@@ -44,19 +40,6 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 def select(run: Run, folder: Path, model: str, out: Path, *more: str) -> tuple[int, str, str]:
     return run("select", str(folder / model), str(folder / "data.jsonl"), "--out", str(out), *FAST, *more)
-
-
-def test_dora_is_selected_and_exported(run: Run, folder: Path, tmp_path: Path) -> None:
-    status, out, err = select(run, folder, "llama", tmp_path / "run", "--set", "use_dora=true", "--json")
-    assert status == 0, err
-    assert err.count("DoRA runs through PEFT's own forward pass, one adapter at a time") == 1
-    adapter = Path(json.loads(out)["adapter"])
-    base = AutoModelForCausalLM.from_pretrained(folder / "llama", dtype=torch.float32)
-    loaded: Any = PeftModel.from_pretrained(base, str(adapter))
-    assert any("lora_magnitude_vector" in name for name, _ in loaded.named_parameters())
-    status, _, err = run("export", str(tmp_path / "run"), "--to", "vllm")
-    assert status == 0
-    assert "servers load plain LoRA; run has use_dora: merge it instead" in err
 
 
 def test_experts_are_selected_with_their_own_ranks(run: Run, folder: Path, tmp_path: Path) -> None:

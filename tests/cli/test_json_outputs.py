@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from rightrank import Selected, demo, select_rank
-from rightrank.api import selecting
+from rightrank import Selected, select_rank
 from rightrank.schema.trials import SCHEMA_VERSION
 from tests.adapters.adapters import make_adapter, make_base
 from tests.commands import COMMANDS, run
@@ -161,21 +159,6 @@ def test_a_failure_is_one_line_on_stderr(
     assert complaint.startswith("rightrank: ")
     assert complaint.count("\n") == 1
     assert "Traceback" not in err
-
-
-def test_the_demo_s_answer_is_one_object(
-    selected: Selected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def prepared(out: Path, notice: Callable[[str], None]) -> tuple[str, Path]:
-        notice("going")
-        return "base_model", out / "docstrings.jsonl"
-
-    monkeypatch.setattr(demo, "prepare_demo", prepared)
-    monkeypatch.setattr(selecting, "select_rank", lambda *_, **__: selected)
-    status, out, err = run(["demo", "--out", str(tmp_path), "--json"], capsys)
-    assert status == 0
-    assert parse_only_object(out)["run"] == str(selected.run)
-    assert "going" in err
 
 
 def test_events_are_objects_while_the_answer_is_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,27 +82,6 @@ def test_a_rename_that_was_not_done_is_an_error(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "decision.json").read_text() == "old"
 
 
-def test_a_file_system_without_folder_flush_is_supported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.fsync
-
-    def sync(descriptor: int) -> None:
-        if Path(f"/proc/self/fd/{descriptor}").readlink().is_dir():
-            raise OSError(errno.EINVAL, "Invalid argument")
-        real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", sync)
-    write_text(tmp_path / "a", "x")
-    assert (tmp_path / "a").read_text() == "x"
-
-    def fail_to_sync(descriptor: int) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(os, "fsync", fail_to_sync)
-    with pytest.raises(OSError, match="Input/output"):
-        write_text(tmp_path / "a", "y")
-    assert (tmp_path / "a").read_text() == "x"
-
-
 def test_an_open_folder_on_nfs_is_removed_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep a folder with an open file, which NFS renames to .nfsXXXX, until it can be removed."""
     import shutil

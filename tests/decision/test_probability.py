@@ -86,27 +86,6 @@ def test_noisy_seeds_of_the_run_lower_the_probability() -> None:
     ) + 0.02
 
 
-def test_there_is_a_probability_unless_each_rank_has_only_one_number() -> None:
-    table = build_one_seed_table()
-    cells = dict(table.cells)
-    uneven = {key: replace(cell, steps=400 if key[0] == 4 else 200) for key, cell in cells.items()}
-    equal_cells = cells | {(16, 1e-3, 0): cells[64, 1e-3, 0]}
-    cells_of_other_seeds = {(rank, lr, 7 if rank == 4 else seed): cell for (rank, lr, seed), cell in cells.items()}
-    for case in (
-        build_one_seed_table(num_examples=40),
-        replace(table, cells=uneven),
-        replace(table, cells=equal_cells),
-        replace(table, cells=cells_of_other_seeds),
-        replace(table, metric="reward", kind="other"),
-    ):
-        decision = decide_table(case, 0.02)
-        assert (decision.rank, decision.requested_confidence) == (4, DEFAULT_CONFIDENCE)
-        assert None not in get_probabilities(decision).values()
-    decision = decide_table(build_value_table(LOSSES), 0.01, confidence=0.9)
-    assert set(get_probabilities(decision).values()) == {None}
-    assert decision.requested_confidence is None
-
-
 def test_seeds_alone_give_a_probability_with_heavy_tails() -> None:
     two, four = (
         get_probabilities(decide_table(build_seed_value_table(seeds), 0.02))[4] or 0.0

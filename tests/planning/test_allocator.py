@@ -10,19 +10,6 @@ from rightrank.planning.peak import CachingAllocator
 MIB = 2**20
 
 
-def test_requests_are_rounded_and_segments_are_by_size() -> None:
-    def served(size: int) -> tuple[int, int]:
-        allocator = CachingAllocator()
-        allocator.allocate(1, size)
-        return allocator.allocated, allocator.reserved
-
-    assert [served(size)[0] for size in (1, 512, 513)] == [512, 512, 1024]
-    assert served(MIB) == (MIB, 2 * MIB)
-    assert served(MIB + 512)[1] == 20 * MIB
-    assert served(10 * MIB)[1] == 10 * MIB
-    assert served(11 * MIB + 512)[1] == 12 * MIB
-
-
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60 * MIB)), max_size=80))
 def test_every_byte_is_accounted_for(requests: list[tuple[int, int]]) -> None:
     """Free repeated names. At any time reserved ≥ allocated ≥ requested, and everything is returned at the end."""

@@ -19,15 +19,12 @@ import rightrank
 from rightrank import Selected, plots
 from rightrank.api.folders import write_report
 from rightrank.cli import cli
-from rightrank.decision.comparison import compute_bounds
 from rightrank.decision.records import Records, build_answers, compare_run_adapters, decide_run
-from rightrank.decision.table import build_table, estimate_pairs
 from rightrank.report.figure import Figure
 from rightrank.report.figures import build_figures, build_rank_figure
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import MissingExtraError, ResultsError, SettingsError
 from rightrank.schema.results import Inspection, ModuleSpectrum
-from rightrank.schema.trials import TrialFinished
 from tests.report.elements import Elements
 from tests.report.runs import make_answered_run, make_run, write_answered_run, write_journal, write_records
 
@@ -116,36 +113,6 @@ def test_adapters_are_drawn_by_method_with_their_paired_bounds() -> None:
     assert series["truncated"][16] == pytest.approx((adapter.value, *ends))
     answer = records.adapters[-1].answer
     assert list_ring_ranks(ax, f"exported: rank {answer.rank}, {answer.method}") == [answer.rank]
-
-
-def stop_early(trial: TrialFinished, rate: float, added_loss: float) -> TrialFinished:
-    """Return the training at another learning rate, stopped at a quarter with examples that are worse in proportion."""
-    losses = [loss + added_loss * (20 + index) for index, loss in enumerate(trial.example_losses)]
-    value = sum(losses) / sum(trial.example_tokens)
-    changes = {"trial_id": f"{rate}", "learning_rate": rate, "stop_at": 10, "example_losses": losses}
-    return trial.model_copy(update=changes | {"value": value, "metrics": {"loss": value}})
-
-
-def test_learning_rates_are_compared_early_and_at_the_end() -> None:
-    records = make_run((1, 16), (3e-3,), diverged=[(1, 1e-2)])
-    end = next(trial for trial in records.list_finished() if trial.rank == 16)
-    early = [stop_early(end, rate, added) for rate, added in ((1e-3, 0.3), (3e-3, 0.2), (1e-2, 0.4))]
-    diverged = make_run((16,), (3e-2,), diverged=[(16, 3e-2)]).outcomes[-1].model_copy(update={"stop_at": 10})
-    records.outcomes += [*early, stop_early(end, 5e-3, 0.1).model_copy(update={"stop_at": 20}), diverged]
-    ax = draw_run("learning_rates", records)
-    points = find_series(ax, "after 10 of 40 steps")
-    assert [*points] == [1e-3, 3e-3, 1e-2]
-    assert [value for value, _, _ in points.values()] == pytest.approx([trial.value for trial in early])
-    table = build_table(early, "loss", False)
-    worse, best = table.cells[16, 1e-3, 0], table.cells[16, 3e-3, 0]
-    bounds = compute_bounds(estimate_pairs([(worse, best)]))
-    assert points[1e-3] == pytest.approx((worse.value, best.value + bounds.low, best.value + bounds.high))
-    assert points[3e-3][1] == points[3e-3][2]  # the chosen one is compared with nothing
-    assert find_series(ax, "at the end") == {3e-3: (end.value,) * 3}
-    assert list_ring_ranks(ax, "chosen: 0.003") == [3e-3]
-    assert ax.get_xscale() == "log"
-    assert [text.get_text() for text in ax.get_xticklabels()] == ["0.001", "0.003", "0.01"]
-    assert ax.get_title() == "Learning rates at rank 16 (no result: 0.03)"
 
 
 def make_inspection() -> Inspection:

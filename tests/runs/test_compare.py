@@ -95,19 +95,6 @@ def test_exit_status_and_json(
     assert undecided["difference_low"] < tight < undecided["difference_high"]
 
 
-def test_several_data_sets_give_the_worst_verdict(
-    trained: Path, model_folder: Path, completion_file: Path, tmp_path: Path
-) -> None:
-    second_file = tmp_path / "other.jsonl"
-    second_file.write_text("".join(completion_file.read_text().splitlines(keepends=True)[:20]))
-    settings = SelectSettings(**SETTINGS | {"margin": 0.05})
-    comparison = compare(
-        trained, "base", model=str(model_folder), data=[completion_file, second_file], settings=settings
-    )
-    assert [result.data for result in comparison.comparisons] == [str(completion_file), str(second_file)]
-    assert comparison.verdict == "worse"
-
-
 def test_a_whole_model_can_be_a_side(model_folder: Path, completion_file: Path) -> None:
     settings = SelectSettings(**SETTINGS)
     comparison = compare(model_folder, "base", model=str(model_folder), data=completion_file, settings=settings)

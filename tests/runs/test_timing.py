@@ -6,17 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from rightrank.api.selecting import preflight, select_rank
-from rightrank.report.format import format_duration
-from rightrank.report.terminal import format_preflight, format_time_estimate
+from rightrank.api.selecting import select_rank
+from rightrank.report.terminal import format_time_estimate
 from rightrank.runs import preflight as planned
 from rightrank.runs.values import Selected
-from rightrank.schema.events import DurationEstimated, Event, Notice
+from rightrank.schema.events import DurationEstimated, Event
 from rightrank.schema.trials import Arm, TrialFinished, TrialStarted
-from rightrank.training.pace import TIMED_STEPS, Pace, measure_pace
-from rightrank.training.runtime import Runtime
+from rightrank.training.pace import Pace, measure_pace
 from tests.commands import read_journal_records
 from tests.helpers import make_runtime
 from tests.tiny import build_small_settings
@@ -85,17 +82,6 @@ def test_short_trainings_are_not_measured(model_folder: Path, completion_file: P
     assert not any(isinstance(entry, str) and " min" in entry and entry.startswith("cost") for entry in log.entries)
 
 
-def test_a_dry_run_knows_the_time(model_folder: Path, completion_file: Path) -> None:
-    notices: list[Notice] = []
-    result = preflight(str(model_folder), completion_file, settings=build_small_settings(), on_event=notices.append)
-    assert [notice.text.split()[0] for notice in notices] == ["reading", "loading", "checking", "measuring"]
-    assert result.cost.seconds is not None
-    assert result.cost.seconds_at_most is not None
-    assert 0 < result.cost.seconds <= result.cost.seconds_at_most
-    assert f"time: about {format_duration(result.cost.seconds)}, at most " in format_preflight(result)
-    assert any(f"(measured before the start: {TIMED_STEPS} steps of rank 4" in note for note in result.notes)
-
-
 ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=8)
 
 
@@ -120,25 +106,6 @@ def test_a_pace_gives_the_time_of_a_selection() -> None:
     assert pace.predict_seconds(2, 2.0, 3, 1) == pytest.approx(
         200.0 * 120 / 300 + 10 * (4 + 2 * 120 / 300) + 5.0
     )  # rank 2 takes 120 of 300 seconds
-
-
-def test_the_scratch_adapter_is_removed_and_memory_may_run_out(
-    model_folder: Path, completion_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runtime = make_runtime(model_folder, completion_file, build_small_settings(), tmp_path)
-    modules_before = [name for name, _ in runtime.model.named_modules()]
-    result = measure_pace(runtime, ARM)
-    assert result.batches == runtime.plan_batches(0)[1 : 1 + TIMED_STEPS]  # the first warms up
-    assert result.training_seconds > 0
-    assert result.evaluation_seconds > 0
-    assert result.cache_seconds == 0
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(Runtime, "accumulate_gradients", fail)
-    assert measure_pace(runtime, ARM) is None
-    assert [name for name, _ in runtime.model.named_modules()] == modules_before
 
 
 @pytest.mark.parametrize(
