@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,7 +15,7 @@ STATE_FILE = "trainer_state.json"
 CONFIG_FILE = "adapter_config.json"
 STATE_SETTINGS = ("max_steps", "num_train_epochs", "train_batch_size")
 _SEED = re.compile(r"seed[-_=]?(\d+)", re.IGNORECASE)
-NumberedRows: TypeAlias = Iterator[tuple[int, Mapping[str, Any]]]
+NumberedRows: TypeAlias = list[tuple[int, Mapping[str, Any]]]
 
 
 def read_trainer_outputs(root: Path, states: Sequence[Path]) -> tuple[list[tuple[str, NumberedRows]], frozenset[str]]:
@@ -47,9 +47,9 @@ def read_trainer_outputs(root: Path, states: Sequence[Path]) -> tuple[list[tuple
         config = _read_adapter_config(path, training)
         fields = {"rank": config.pop("r", None), **config, **_find_seed(training, root)}
         fields |= {name: state[name] for name in STATE_SETTINGS if name in state}
-        outputs.append((f"{path}: step ", _iterate_evaluations(state, fields)))
+        outputs.append((f"{path}: step ", _list_evaluations(state, fields)))
         settings |= config.keys()
-    if not any(_list_evaluations(state) for _, _, state in last_states.values()):
+    if not any(rows for _, rows in outputs):
         raise ResultsError(
             f"{root}: the {STATE_FILE} files contain no evaluation (eval_loss); train with eval_strategy set"
         )
@@ -92,24 +92,16 @@ def _find_seed(training: Path, root: Path) -> dict[str, str]:
     return {"seed": seeds.pop()} if seeds else {}
 
 
-def _list_evaluations(state: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """List the entries of the log with a step and a held-out value, each with the last training loss before it."""
-    log = state.get("log_history")
-    evaluations = []
-    training_loss: dict[str, Any] = {}
-    for entry in log if isinstance(log, list) else []:
-        if isinstance(entry, dict):
-            training_loss = {"train_loss": entry["loss"]} if "loss" in entry else training_loss
-            held_out = {name: value for name, value in entry.items() if name.startswith("eval_")}
-            if held_out and isinstance(entry.get("step"), int):
-                evaluations.append({"step": entry["step"], **training_loss, **held_out})
-    return evaluations
-
-
-def _iterate_evaluations(state: Mapping[str, Any], fields: Mapping[str, Any]) -> NumberedRows:
+def _list_evaluations(state: Mapping[str, Any], fields: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any]]]:
+    """List the steps of the log with a held-out value, each with its values, the last training loss before it, and `fields`."""
     log = state.get("log_history")
     entries = [entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
     rates = [rate for entry in entries if isinstance(rate := entry.get("learning_rate"), int | float)]
-    rate = {"lr": max(rates)} if rates else {}
-    for evaluation in _list_evaluations(state):
-        yield evaluation["step"], {**fields, **rate, **evaluation}
+    values = {**fields, "lr": max(rates)} if rates else {**fields}
+    evaluations = []
+    for entry in entries:
+        values |= {"train_loss": entry["loss"]} if "loss" in entry else {}
+        held_out = {name: value for name, value in entry.items() if name.startswith("eval_")}
+        if held_out and isinstance(entry.get("step"), int):
+            evaluations.append((entry["step"], {"step": entry["step"], **values, **held_out}))
+    return evaluations
