@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from rightrank.decision.adapter import (
-    build_provenance,
     build_trained_answer,
     compare_adapters,
     prefer_direct_training,
@@ -14,12 +13,12 @@ from rightrank.decision.adapter import (
 )
 from rightrank.decision.adapter import compute_test_difference as difference_on_test
 from rightrank.decision.adapter_comparison import Criterion
-from rightrank.decision.comparison import INDEPENDENCE_NOTE, compute_file_bounds
+from rightrank.decision.comparison import compute_file_bounds
 from rightrank.decision.table import format_distribution
 from rightrank.schema.decision import AdapterAnswer, DifferenceDistribution
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.metrics import LossKind
-from rightrank.schema.trials import EvalPoint, TrialDiverged, TrialFinished
+from rightrank.schema.trials import TrialFinished
 from rightrank.search.truncations import choose_adapter
 
 EXAMPLES, TOKENS = 400, 10
@@ -151,18 +150,6 @@ def test_without_scores_by_example_the_top_is_kept() -> None:
     assert "without example scores" in answer.sentence
 
 
-def test_adapters_are_complete_trainings_and_truncations_with_the_metric() -> None:
-    changed = {
-        "base": {"rank": 0},
-        "look": {"stop_at": 10},
-        "scored by another metric": {"metrics": {"accuracy": 0.5}},
-    }
-    excluded_trials = [TOP.model_copy(update={"trial_id": name} | update) for name, update in changed.items()]
-    diverged = TrialDiverged(trial_id="diverged", **TOP.arm.model_dump(), step=3, reason="NaN")
-    truncated = make_trial("a", 32, 0.0, parent="top")
-    assert list(score_trials([*excluded_trials, diverged, TOP, truncated], LOSS)) == ["top", "a"]
-
-
 def test_adapters_scored_on_unequal_numbers_of_examples_are_compared_by_their_values() -> None:
     few_examples = make_trial("a", 32, 0.002, parent="top")
     few_examples = few_examples.model_copy(
@@ -258,43 +245,6 @@ def test_no_answer_before_a_training_is_truncated() -> None:
     assert choose_adapter([TOP], LOSS) is None
 
 
-def test_notes_offer_a_direct_training_and_name_a_top_that_overfits() -> None:
-    low = find_adapter(TOP, make_trial("a", 8, 0.001, parent="top"), make_trial("b", 4, 0.05, parent="top"))
-    search = "the search for the training rank (--goal training-rank) tries it."
-    assert low.notes == [f"At rank 4 a direct training can beat a truncation; {search}", INDEPENDENCE_NOTE]
-    better = find_adapter(TOP, make_trial("a", 32, -0.001, parent="top"), make_trial("b", 16, -0.03, parent="top"))
-    assert better.notes == [
-        "Rank 16 is better than rank 64 by 0.03: the top rank overfits; train again with --ranks up to 16, or fewer steps.",
-        INDEPENDENCE_NOTE,
-    ]
-    half = find_adapter(TOP, make_trial("a", 32, -0.03, parent="top"))  # within a factor of two of the top
-    assert half.notes == [INDEPENDENCE_NOTE]
-    equal_answer = find_adapter(TOP, make_trial("a", 16, -1e-5, parent="top"))
-    assert equal_answer.notes == [INDEPENDENCE_NOTE]
-
-
-@pytest.mark.parametrize("metric_points", [True, False])
-def test_the_best_step_is_named_from_points_of_the_metric_alone(metric_points: bool) -> None:
-    """Ignore points of another metric: with f1, a falling loss does not mean that fewer steps are better."""
-    points = [EvalPoint(step=step, value=value, train_value=None) for step, value in ((10, 2.0), (20, 1.5), (40, 1.0))]
-    criterion = Criterion("f1", True, 0.01, points_use_metric=metric_points)
-    top, small = (
-        trial.model_copy(update={"metrics": {"f1": 0.5}, "value": 0.5, "example_metrics": {"f1": [0.5] * 400}})
-        for trial in (TOP.model_copy(update={"points": points}), make_trial("a", 16, 0.0, parent="top"))
-    )
-    notes = find_adapter(top, small, criterion=criterion).notes
-    best_step_note = "The held-out value of rank 64 was best at step 10 of 100: train again with --max-steps 10, or with --checkpoint best."
-    assert (best_step_note in notes) is metric_points
-    steady = [*points[:2], EvalPoint(step=40, value=1.995, train_value=None)]
-    assert find_adapter(top.model_copy(update={"points": steady}), small, criterion=criterion).notes == [
-        INDEPENDENCE_NOTE
-    ]
-    best_checkpoint_notes = find_adapter(
-        top.model_copy(update={"checkpoint_step": 10}), small, criterion=criterion
-    ).notes
-    assert best_checkpoint_notes == ["The best checkpoint of rank 64 is used: step 10 of 100.", INDEPENDENCE_NOTE]
-
-
 TRUNCATED = make_trial("cut", 16, 0.002, parent="top")
 
 
@@ -350,14 +300,6 @@ def test_the_best_direct_training_of_the_lowest_rank_is_chosen() -> None:
     assert prefer_direct_training(truncated_answer, [TOP, TRUNCATED, extra], LOSS) is None
 
 
-@pytest.mark.parametrize("remaining_trials", [[TOP], [TRUNCATED]], ids=["no answer", "no reference"])
-def test_an_answer_without_its_trials_is_not_improved(remaining_trials: list[TrialFinished]) -> None:
-    assert (
-        prefer_direct_training(find_adapter(TOP, TRUNCATED), [*remaining_trials, make_trial("direct", 8, -0.1)], LOSS)
-        is None
-    )
-
-
 def make_test_evaluation(value: float, **scores: object) -> TestEvaluated:
     return TestEvaluated.model_validate(
         {"trial_id": "t", "rank": 4, "value": value, "example_losses": [], "example_tokens": []} | scores
@@ -392,20 +334,6 @@ def test_the_test_split_is_compared_by_example(
     assert test_difference[1] > test_difference[0]
 
 
-def test_test_values_are_compared_without_scores_per_example() -> None:
-    reference, candidate = make_test_evaluation(0.7), make_test_evaluation(0.5)
-    assert difference_on_test(reference, candidate, Criterion("bleu", True, None)) == (pytest.approx(-0.2), None)
-    assert difference_on_test(reference, candidate, Criterion("accuracy", True, None)) == (pytest.approx(-0.2), None)
-    assert difference_on_test(reference, candidate, Criterion("cost", False, None)) == (pytest.approx(0.2), None)
-    half = make_test_evaluation(0.7, example_metrics={"bleu": [0.7]})
-    assert difference_on_test(half, candidate, Criterion("bleu", True, None)) == (pytest.approx(-0.2), None)
-    assert difference_on_test(candidate, half, Criterion("bleu", True, None)) == (pytest.approx(0.2), None)
-    one_example = [make_test_evaluation(0.7, example_metrics={"bleu": [value]}) for value in (0.7, 0.5)]
-    assert difference_on_test(*one_example, Criterion("bleu", True, None)) == (pytest.approx(-0.2), None)
-    assert difference_on_test(None, candidate, LOSS) is None
-    assert difference_on_test(reference, None, LOSS) is None
-
-
 @pytest.mark.parametrize(("metric", "scale"), [("accuracy", 1), ("f1", 1), ("f1", 100), ("score", 7)])
 def test_one_differing_test_example_has_the_bound_of_a_rare_difference(metric: str, scale: int) -> None:
     ours, theirs = [scale] * 40, [*[scale] * 39, 0]
@@ -421,42 +349,6 @@ def test_one_differing_test_example_has_the_bound_of_a_rare_difference(metric: s
     assert difference == (pytest.approx(scale / 40), pytest.approx(expected.high))
     assert difference[1] is not None
     assert difference[1] > scale * (1 + 3) / 40
-
-
-def test_a_fraction_on_the_test_split_has_the_range_0_to_1() -> None:
-    """Bound a score between 0 and 1 by its range, even if no example reaches 1."""
-    ours, theirs = [0.5] * 40, [*[0.5] * 39, 0.0]
-    sides = [make_test_evaluation(0.5, example_metrics={"f1": scores}) for scores in (theirs, ours)]
-    difference = difference_on_test(sides[0], sides[1], Criterion("f1", True, None))
-    expected = compute_file_bounds(np.subtract(ours, theirs), np.ones(40), 1.0)
-    assert difference == (pytest.approx(0.5 / 40), pytest.approx(expected.high))
-
-
-def test_the_provenance_describes_training_and_truncation() -> None:
-    truncated = TRUNCATED.model_copy(update={"truncation": "kfac"})
-    plain = make_trial("plain", 8, 0.0, parent="top")
-    finished = [TRUNCATED, TOP, plain]
-    trained = "trained at rank 64 (learning rate 0.001, 100 steps)"
-    assert build_provenance(TOP, finished).format_sentence() == trained
-    assert build_provenance(truncated, finished).format_sentence() == f"{trained}, truncated to rank 16 by K-FAC"
-    assert build_provenance(plain, finished).format_sentence() == f"{trained}, truncated to rank 8 by SVD"
-    at_checkpoint = TOP.model_copy(update={"checkpoint_step": 40})
-    assert (
-        build_provenance(at_checkpoint, [at_checkpoint]).format_sentence()
-        == "trained at rank 64 (learning rate 0.001, step 40 of 100 steps)"
-    )
-    custom_trained = TOP.model_copy(update={"steps": 0})
-    assert (
-        build_provenance(custom_trained, [custom_trained]).format_sentence()
-        == "trained at rank 64 (learning rate 0.001)"
-    )
-    provenance = build_provenance(truncated, finished)
-    assert (provenance.rank, provenance.trained_rank, provenance.steps, provenance.checkpoint_step) == (
-        16,
-        64,
-        100,
-        None,
-    )
 
 
 def test_a_trained_adapter_is_compared_with_the_given_reference() -> None:

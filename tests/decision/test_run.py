@@ -9,14 +9,10 @@ import numpy as np
 import pytest
 
 from rightrank.api.runs import decide
-from rightrank.decision.adapter import Provenance
 from rightrank.decision.records import (
     Answers,
     Records,
-    build_answers,
-    build_criterion,
     build_run_table,
-    compare_run_adapters,
     count_trainings,
     decide_if_possible,
     decide_run,
@@ -28,7 +24,7 @@ from rightrank.decision.table import build_table
 from rightrank.report.status import build_run_status, find_last_decision
 from rightrank.runs.frame import build_trials_frame
 from rightrank.schema.errors import ResultsError, RunFolderError
-from rightrank.schema.events import DecisionRecorded, JournalRecord, RunContinued, TestEvaluated
+from rightrank.schema.events import DecisionRecorded, JournalRecord
 from rightrank.schema.trials import (
     TrialDiverged,
     TrialEvaluated,
@@ -51,14 +47,6 @@ def change_trial(trial: TrialFinished, **changes: object) -> TrialFinished:
     return trial.model_copy(update=changes)
 
 
-def test_records_are_sorted_by_kind() -> None:
-    records = make_run(diverged=[(4, 1e-3)])
-    records_read = read_records(build_journal(records), "run")
-    assert records_read == records
-    assert len(records_read.list_finished()) == len(records_read.outcomes) - 1
-    assert all(isinstance(trial, TrialFinished) for trial in records_read.list_finished())
-
-
 @pytest.mark.parametrize("headless", [[], [make_trial_start(make_run().list_finished()[0])]], ids=["empty", "no start"])
 def test_a_journal_without_a_start_is_no_run(headless: list[JournalRecord]) -> None:
     with pytest.raises(RunFolderError, match=r"here: no run has started here; give the run folder"):
@@ -76,18 +64,6 @@ def test_the_last_record_of_a_trial_counts() -> None:
         failed,
         third,
     ]
-
-
-def test_every_kind_of_record_is_kept_apart() -> None:
-    records = make_run()
-    answered = make_answered_run().adapters
-    records_read = Records.from_journal(records.started, [*answered, *records.tests])
-    assert (records_read.adapters, records_read.tests, records_read.outcomes, records_read.evaluations) == (
-        answered,
-        records.tests,
-        [],
-        {},
-    )
 
 
 def test_a_repeated_evaluation_replaces_all_later_ones_and_a_new_start_drops_them() -> None:
@@ -278,60 +254,6 @@ def test_a_perplexity_of_weighted_examples_is_the_weighted_mean_of_logarithms() 
     assert cell.loss == pytest.approx((3 * np.log(2.0) + np.log(8.0)) / 4)
 
 
-def test_a_continued_run_has_the_settings_that_it_was_last_continued_with() -> None:
-    records = make_run()
-    continued = [RunContinued(settings={"margin": 0.5, "seeds": [0, 1]}), RunContinued(settings={"margin": 0.25})]
-    started = read_records([*build_journal(records), *continued], "run").started
-    assert started.settings == records.started.settings | {"margin": 0.25, "seeds": [0, 1]}
-    assert started.model_dump(exclude={"settings"}) == records.started.model_dump(exclude={"settings"})
-    assert read_records([records.started, RunContinued(settings={})], "run").started == records.started
-
-
-def change_settings(records: Records, **settings: object) -> Records:
-    started = records.started.model_copy(update={"settings": records.started.settings | settings})
-    return Records.from_journal(started, [*records.outcomes, *records.adapters])
-
-
-def test_the_criterion_of_a_run_is_its_metric_at_its_margin() -> None:
-    records = make_run()
-    criterion = build_criterion(records)
-    assert (criterion.metric, criterion.higher_is_better, criterion.margin, criterion.loss) == (
-        "loss",
-        False,
-        0.02,
-        "token_loss",
-    )
-    assert criterion.points_use_metric
-    assert not criterion.trusts_values
-    assert build_criterion(change_settings(records, margin=None)).margin is None
-    assert build_criterion(change_settings(records, margin=1)).margin == 1.0
-    started = records.started.model_copy(
-        update={
-            "metric": "f1",
-            "higher_is_better": True,
-            "points_metric": "loss",
-            "data": records.started.data.model_copy(update={"form": "preference"}),
-        }
-    )
-    f1_criterion = build_criterion(Records.from_journal(started, []))
-    assert (f1_criterion.metric, f1_criterion.higher_is_better, f1_criterion.loss) == ("f1", True, "pair_loss")
-    assert not f1_criterion.points_use_metric
-    same = records.started.model_copy(update={"points_metric": "loss"})
-    assert build_criterion(Records.from_journal(same, [])).points_use_metric
-
-
-def test_every_adapter_of_a_run_is_compared_with_the_reference_of_its_last_answer() -> None:
-    records = make_answered_run(direct=[4])
-    adapters = compare_run_adapters(records)
-    assert [(adapter.rank, adapter.method) for adapter in adapters] == [
-        (64, "trained"), (32, "truncated"), (16, "truncated"), (8, "truncated"), (4, "trained"), (4, "truncated"),
-    ]  # fmt: skip
-    assert [
-        adapter.difference for adapter in adapters if adapter.trial_id == records.adapters[-1].answer.reference_id
-    ] == [0.0]
-    assert compare_run_adapters(make_run()) == []
-
-
 def test_the_cost_of_a_run_is_counted_in_whole_trainings() -> None:
     records = make_run((1, 4), (1e-3,))
     assert count_trainings(records) == 2.0  # the base is evaluated, not trained
@@ -349,71 +271,6 @@ def test_the_cost_of_a_run_is_counted_in_whole_trainings() -> None:
     assert count_trainings(Records.from_journal(records.started, [])) == 0.0
 
 
-def test_both_answers_are_one_document() -> None:
-    records = make_answered_run(direct=[1, 4, 16])
-    decision, adapter = decide_run(records), records.adapters[-1]
-    document = build_answers(records, decision, "training-rank").build_document()
-    assert {name: document[name] for name in ("metric", "higher_is_better", "goal")} == {
-        "metric": "loss",
-        "higher_is_better": False,
-        "goal": "training-rank",
-    }
-    assert (document["rank"], document["verdict"], document["sentence"]) == (
-        decision.rank,
-        decision.verdict,
-        decision.sentence,
-    )
-    assert document["flags"] == list(decision.flags)
-    assert document["adapter_sentence"] == adapter.answer.sentence
-    assert document["cost"] == {"trainings": count_trainings(records), "trainings_to_adapter": 1.2}
-    assert document["adapter_provenance"].startswith(
-        "trained at rank 64 (learning rate 0.003, 40 steps), truncated to rank "
-    )
-    assert document["handed_over"] == adapter.handed_over.model_dump(mode="json")
-    assert document["adapter_answer"] == adapter.answer.model_dump(mode="json")
-
-
-def test_an_answer_that_was_not_requested_is_none_in_the_document() -> None:
-    first = build_answers(make_answered_run(), None, "adapter").build_document()
-    assert [first[name] for name in ("rank", "verdict", "confidence", "sentence")] == [None] * 4
-    assert "flags" not in first
-    assert (first["metric"], first["higher_is_better"], first["goal"]) == ("loss", False, "adapter")
-    records = make_run()
-    second = build_answers(records, decide_run(records), "training-rank").build_document()
-    of_the_adapter = ("adapter_sentence", "adapter_provenance", "handed_over", "adapter_answer")
-    assert {name: second[name] for name in of_the_adapter} == dict.fromkeys(of_the_adapter)
-    assert second["cost"] == {"trainings": 8.0, "trainings_to_adapter": None}
-
-
-def test_the_direction_that_is_given_is_that_of_a_custom_trainer_s_metric() -> None:
-    run = make_run((1, 4), (1e-3,))
-    started = run.started.model_copy(
-        update={"metric": "score", "data": run.started.data.model_copy(update={"form": "custom"})}
-    )
-    records = Records.from_journal(
-        started, [change_trial(trial, metrics={"score": 1.0}) for trial in run.list_finished()[1:]]
-    )
-    assert not build_run_table(records).higher_is_better
-    assert build_run_table(records, higher=True).higher_is_better
-
-
-def test_a_metric_without_a_direction_is_named() -> None:
-    run = make_run((1, 4), (1e-3,))
-    records = Records.from_journal(
-        run.started, [change_trial(trial, metrics={"colour": 1.0}) for trial in run.list_finished()]
-    )
-    line = "metric 'colour': its name does not tell whether higher or lower is better; give --higher-is-better or"
-    with pytest.raises(ResultsError, match=line):
-        build_run_table(records, metric="colour")
-
-
-def test_learning_rates_of_stopped_trainings_count_as_tried_in_a_run() -> None:
-    records = make_run((1, 4), (1e-3,))
-    stopped = change_trial(records.list_finished()[1], trial_id="stopped", learning_rate=0.1, stop_at=5)
-    records.outcomes.append(stopped)
-    assert build_run_table(records).tried_rates[1] == {1e-3, 0.1}
-
-
 def test_the_kept_step_is_in_the_table() -> None:
     rank_1 = make_run((1,), (1e-3,)).list_finished()[1]
     table = build_table([change_trial(rank_1, checkpoint_step=20)], "loss", False)
@@ -426,74 +283,6 @@ def test_trainings_scored_on_other_examples_are_compared_by_their_values() -> No
     assert [cell.examples for cell in build_table([rank_1, fewer], "loss", False).cells.values()] == [0, 0]
     table = build_table([rank_1, rank_4], "loss", False)
     assert [(cell.examples, cell.score_range) for cell in table.cells.values()] == [(ITEMS, 0.0)] * 2
-
-
-def test_the_range_of_a_weighted_score_is_that_of_the_score() -> None:
-    trial = make_run((1, 4), (1e-3,)).list_finished()[1]
-    weighted_trial = change_trial(trial, metrics={"score": 4.0}, example_scores=[5.0, 2.0], example_weights=[2.0, 1.0])
-    (cell,) = build_table([weighted_trial], "score", True).cells.values()
-    assert (cell.sums.tolist(), cell.score_range) == ([-10.0, -2.0], 5.0)
-
-
-def test_a_copy_has_the_same_records_and_changes_alone() -> None:
-    records, trial = make_answered_run(), make_run().list_finished()[1]
-    evaluation = TrialEvaluated(trial_id="other", step=5, value=5.0)
-    on_test = TestEvaluated(trial_id=trial.trial_id, rank=trial.rank, value=1.0, example_losses=[], example_tokens=[])
-    records = Records.from_journal(records.started, [*records.outcomes, *records.adapters, on_test, evaluation])
-    copied, unchanged = records.copy(), records.copy()
-    assert copied == records
-    again = change_trial(records.list_finished()[-1], value=9.0)
-    for record in (
-        again,
-        trial,
-        *records.tests,
-        *records.adapters,
-        evaluation.model_copy(update={"trial_id": "third"}),
-    ):
-        copied.add(record)
-    assert records == unchanged
-    assert copied.by_id[again.trial_id] == again
-    assert len(copied.outcomes) == len(records.outcomes) + (trial.trial_id not in records.by_id)
-    assert all(
-        len(getattr(copied, kind)) > len(getattr(records, kind)) for kind in ("tests", "adapters", "evaluations")
-    )
-
-
-def test_the_provenance_may_be_the_rank_alone() -> None:
-    assert Provenance(4, 4, 0.0, 0, None, None).format_sentence() == "trained at rank 4"
-    assert (
-        Provenance(2, 8, 0.0, 50, None, "SVD").format_sentence()
-        == "trained at rank 8 (50 steps), truncated to rank 2 by SVD"
-    )
-
-
-def test_trials_are_a_table() -> None:
-    records = make_run(diverged=[(4, 1e-3)], seeds=(0, 1))
-    table = build_trials_frame(records, examples=False)
-    assert list(table.trial_id) == [outcome.trial_id for outcome in records.outcomes]
-    assert set(table.status) == {"finished", "diverged"}
-    assert set(table.stage) == {"whole"}
-    finished = [outcome for outcome in records.outcomes if isinstance(outcome, TrialFinished)]
-    assert list(table[table.status == "finished"].loss) == [outcome.metrics["loss"] for outcome in finished]
-    assert list(table[table.status == "diverged"].reason) == ["training loss is nan"] * 2
-    assert build_trials_frame(Records.from_journal(records.started, []), examples=False).empty
-    assert build_trials_frame(Records.from_journal(records.started, []), examples=True).empty
-
-
-@pytest.mark.parametrize("examples", [False, True])
-def test_an_exported_run_decides_without_its_longer_training(examples: bool) -> None:
-    records = make_run(seeds=(0, 1))
-    usual = next(trial for trial in records.list_finished() if trial.rank == 64 and trial.seed == 0)
-    losses = [0.5 * loss for loss in usual.example_losses]
-    changes = {"metrics": {"loss": 0.5 * usual.metrics["loss"]}, "value": 0.5 * usual.value, "example_losses": losses}
-    longer = change_trial(usual, trial_id="longer", steps=2 * usual.steps, **changes)
-    expected = decide_run(records)
-    records.outcomes.append(longer)
-    table: Any = build_trials_frame(records, examples=examples)
-    assert set(table[table.stage == "longer"].trial_id) == {"longer"}
-    decision = decide(table, metric="loss", margin=expected.margin, where={"stage": "whole"}).decision
-    assert [evidence.value for evidence in decision.ranks] == pytest.approx([e.value for e in expected.ranks])
-    assert "unequal_length" not in decision.flags
 
 
 @pytest.mark.parametrize("kind", ["trials", "examples", "csv", "csv of examples", "csv with the index"])
