@@ -16,10 +16,9 @@ selected = select_rank(
     out=arguments.out,
     goal="training-rank",
     ranks=(1, 4, 16),
-    metrics=["reward_accuracy"],
     max_steps=arguments.steps,
     max_eval_examples=arguments.held_out,
-    settings=SelectSettings(beta=0.1),
+    settings=SelectSettings(beta=0.1, metrics=["reward_accuracy"]),
 )
 assert selected.decision is not None
 print(selected.decision)

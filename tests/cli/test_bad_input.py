@@ -39,7 +39,7 @@ SETTINGS: list[tuple[list[str], str]] = [
     (["--metric", "accuracy"], r"metric 'accuracy' needs `text` and `label`"),
     (["--target-modules", "q_proj,v_prj"], r"no module is named 'v_prj'; the model's linear modules are: .*v_proj"),
     (["--target-modules", "all-linear,q_proj"], r"'all-linear' beside other names"),
-    (["--layers-to-transform", "7"], r"layers_to_transform: got 7; the model's layers are 0 to 2"),
+    (["--set", "layers_to_transform=7"], r"layers_to_transform: got 7; the model's layers are 0 to 2"),
     (["--set", "lora_dropout"], r"give NAME=VALUE"),
     (["--set", "lora_dropout=2"], r"lora_dropout: got '2'; input should be less than 1"),
     (["--set", "num_train_epochs=1"], r"max_steps and num_train_epochs were both given"),

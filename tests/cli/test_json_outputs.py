@@ -117,7 +117,7 @@ FAILING = [
     "select model table.jsonl --out run --ranks",
     "select model table.jsonl --out run --metric bleurt",
     "select model table.jsonl --out run --metric wer=no_such_file.py:wer",
-    "select model table.jsonl --out run --metrics acc=nowhere:score",
+    "select model table.jsonl --out run --set metrics=acc=nowhere:score",
     "select model table.jsonl --out run --report-to nobody",
     "select model data.jsonl --out run --set nonsense=1",
     "demo --out table.jsonl/below",

@@ -28,8 +28,8 @@ SCREEN_ROWS = re.compile(r"^(adapter|load|next|details)\b", re.MULTILINE)  # of 
 FAST = [
     "--max-steps",
     "4",
-    "--checkpoint",
-    "last",
+    "--set",
+    "checkpoint=last",
     "--batch-size",
     "4",
     "--seq-len",

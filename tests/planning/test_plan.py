@@ -90,8 +90,8 @@ def test_a_smaller_budget_never_allows_a_larger_rank(config_folder: Path, capsys
         (("--dtype", "int3"), "dtype"),
         (("--load-in-4bit", "--set", "load_in_8bit=true"), "give one of them"),
         (("--set", "paddin=true"), "did you mean 'padding'"),
-        (("--layers-to-transform", "9"), "layers_to_transform: got 9"),
-        (("--set", "adapters_per_pass=2", "--use-dora"), "leave out use_dora"),
+        (("--set", "layers_to_transform=9"), "layers_to_transform: got 9"),
+        (("--set", "adapters_per_pass=2", "--set", "use_dora=true"), "leave out use_dora"),
         (("--set", "num_labels=3", "--set", "loss=chunked"), "give loss 'full'"),
     ],
 )

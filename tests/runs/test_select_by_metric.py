@@ -56,7 +56,7 @@ def test_one_metric_decides_and_the_others_are_kept(
         "max:mine.py:total",
         "min:count.py:length",
     ]
-    options = [word for name in arguments for word in ("--metrics", name)]
+    options = ["--set", f"metrics={','.join(arguments)}"]
     status, out, err = select(model_folder, completion_file, tmp_path / "run", capsys, "--metric", "rougeL", *options)
     assert status == 0, err
     answer = json.loads(out)

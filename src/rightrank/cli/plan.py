@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -41,9 +40,8 @@ SILENT_SECONDS = 2.0  # after which `plan` reports what it traces
 @click.option(
     "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Any other setting; see docs/how-to/plan.md."
 )
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
-def _plan(model: str, config_file: Path | None, assignments: tuple[str, ...], as_json: bool, **options: Any) -> int:
+def _plan(model: str, assignments: tuple[str, ...], as_json: bool, **options: Any) -> int:
     """Predict the memory of every rank and which ranks fit, from MODEL's config.json alone.
 
     MODEL is a folder that holds at least config.json, a GGUF file, or a hub name. To plan a selection on your data and estimate its
@@ -51,7 +49,7 @@ def _plan(model: str, config_file: Path | None, assignments: tuple[str, ...], as
     """
     from rightrank.planning import plan
 
-    values = gather_settings(config_file, assignments, options)
+    values = gather_settings(None, assignments, options)
     announce("tracing a training step of the model without weights")
     start_time = time.monotonic()
 

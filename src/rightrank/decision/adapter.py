@@ -66,7 +66,7 @@ def describe_checkpoint(trial: TrialFinished, criterion: Criterion, margin: floa
         return []
     return [
         f"The held-out value of rank {trial.rank} was best at step {best.step} of {trial.steps}: train again with "
-        f"--max-steps {best.step}, or with --checkpoint best."
+        f"--max-steps {best.step}, or with --set checkpoint=best."
     ]
 
 

@@ -16,12 +16,8 @@ class SelectKeywords(TypedDict, total=False):
     seeds: Sequence[int] | int
     metric: str
     margin: float
-    checkpoint: Literal["last", "best"]
-    metrics: Sequence[str] | str
     budget_hours: float
     target_modules: Sequence[str] | str
-    layers_to_transform: Sequence[int] | int
-    use_dora: bool
     lora_alpha: float
     batch_size: int
     seq_len: int
@@ -34,7 +30,6 @@ class SelectKeywords(TypedDict, total=False):
     load_in_4bit: bool
     dtype: Literal["auto", "float32", "bfloat16", "float16", "bf16", "fp16", "fp32"]
     device: str
-    adapters_per_pass: int
     workers: int
     ray: str
     report_to: Sequence[str] | str
@@ -45,8 +40,6 @@ class PlanKeywords(TypedDict, total=False):
 
     ranks: Sequence[int] | int
     target_modules: Sequence[str] | str
-    layers_to_transform: Sequence[int] | int
-    use_dora: bool
     batch_size: int
     seq_len: int
     memory_bytes: int | str

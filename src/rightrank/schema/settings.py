@@ -192,14 +192,14 @@ class PeftFields(Settings):
         foreign_names=("targets", "lora_target_modules"),
         split=True,
     )
-    layers_to_transform: tuple[int, ...] | None = option(
+    layers_to_transform: tuple[int, ...] | None = setting(
         None, ADAPTER, "layer numbers, such as 26,27; by default all", foreign_names=("layers",), split=True
     )
     exclude_modules: tuple[str, ...] = setting((), ADAPTER, "module names to leave out", split=True)
     modules_to_save: tuple[str, ...] = setting(
         (), ADAPTER, "modules that are trained in full and saved with the adapter", split=True
     )
-    use_dora: bool = option(
+    use_dora: bool = setting(
         False,
         ADAPTER,
         "DoRA, a trained magnitude for each row of a weight ([kinds of adapters](../how-to/adapter-kinds.md))",
@@ -358,16 +358,14 @@ class SelectSettings(StepSettings, _TrainerFields):
         continuable=True,
         gt=0,
     )
-    checkpoint: Checkpoint = option(
+    checkpoint: Checkpoint = setting(
         "best",
         DECIDE,
         "`best` or `last`: the checkpoint of each training that counts and is kept; `best` is the best evaluation of the factors or of their mean since the warm-up",
         foreign_names=("load_best_model_at_end",),
     )
-    metrics: tuple[str, ...] = option(
-        (),
-        DECIDE,
-        "an additional metric to measure; may be repeated",
+    metrics: tuple[str, ...] = setting(
+        (), DECIDE, "additional metrics to measure, such as exact_match,rougeL", split=True
     )
     max_new_tokens: int = setting(64, DECIDE, "maximum length of an answer, in tokens", gt=0)
 
@@ -457,7 +455,7 @@ class SelectSettings(StepSettings, _TrainerFields):
         MACHINE,
         "`auto`, `cpu`, `cuda`, `cuda:1` or `mps`",
     )
-    adapters_per_pass: int | None = option(
+    adapters_per_pass: int | None = setting(
         None,
         MACHINE,
         "adapters trained in one pass over the base model (multi-LoRA, [engine](../explanation/engine.md)); by default "
