@@ -119,14 +119,10 @@ def test_a_configuration_ends_in_an_adapter_or_in_one_line(
     ("arguments", "word"),
     [
         ([], "exactly one of"),
-        (["--rank", 2, "--energy", 0.9], "exactly one of"),
+        (["--rank", 2, "--data", "none.jsonl"], "exactly one of"),
         (["--rank", 0], "from 1"),
         (["--rank", 64], "can have"),
-        (["--energy", 1.5], "up to 1"),
-        (["--energy", "nan"], "up to 1"),
         (["--rank", 2, "--margin", 0.1], "works only with --data"),
-        (["--data", "none.jsonl", "--ranks", "4,x"], "whole numbers"),
-        (["--data", "none.jsonl", "--ranks", "64"], "1 to 8"),
         (["--data", "none.jsonl"], "no such file"),
     ],
 )

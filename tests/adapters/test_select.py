@@ -54,7 +54,7 @@ def test_experts_are_selected_with_their_own_ranks(run: Run, folder: Path, tmp_p
     assert modules["model.layers.0.mlp.experts.gate_up_proj.3"]["kind"] == "expert"
     status, out, err = run(
         "plan", str(folder / "mixtral"), "--ranks", "4,8", "--target-modules", "q_proj", "--seq-len", "32",
-        "--dtype", "float32", "--set", EXPERTS, "--json",
+        "--set", "dtype=float32", "--set", EXPERTS, "--json",
     )  # fmt: skip
     assert status == 0, err
     four, eight = (row["trainable_parameters"] for row in json.loads(out)["ranks"])

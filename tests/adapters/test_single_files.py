@@ -194,4 +194,4 @@ def test_a_file_is_not_loaded_onto_a_base(tmp_path: Path, capsys: pytest.Capture
     options = [str(tmp_path / "style.safetensors"), str(tmp_path / "out"), "--data", str(tmp_path / "rows.jsonl")]
     status, _, message = run(["resize", *options, "--base", "model"], capsys)
     assert status == 2
-    assert "choose by --rank or --energy" in message
+    assert "choose by --rank" in message

@@ -27,7 +27,8 @@ print([n for n in ("torch", "transformers", "numpy", "pandas") if n in sys.modul
 
 
 def test_every_count_is_of_sweeps_that_agree_in_all_that_is_asked() -> None:
-    answer = rightrank.expect(task="language", parameters=1.5e9, metric="eval_loss", rows=1000)
+    answer = rightrank.expect("1.5B", task="language", metric="eval_loss", rows=1000)
+    assert answer.next_command == "rightrank select MODEL DATA"
     like = [
         sweep
         for sweep in load_atlas().sweeps
@@ -41,7 +42,7 @@ def test_every_count_is_of_sweeps_that_agree_in_all_that_is_asked() -> None:
     assert answer.sweeps == len(like) == sum(answer.sources.values()) > 0
     assert [rank["rank"] for rank in answer.ranks] == list(RANKS)
     for count in answer.ranks:
-        verdicts = [is_enough for sweep in like if (is_enough := sweep.is_enough(count["rank"], None)) is not None]
+        verdicts = [is_enough for sweep in like if (is_enough := sweep.is_enough(count["rank"])) is not None]
         assert (count["enough_in"], count["of"]) == (sum(verdicts), len(verdicts))
     addresses = {source["address"] for source in load_atlas().sources.values()}
     assert answer.sources.keys() <= addresses
@@ -67,7 +68,6 @@ def test_where_nothing_is_like_it_less_is_asked_and_a_note_says_so() -> None:
 @pytest.mark.parametrize(
     ("inputs", "complaint"),
     [
-        ({"margin": -1}, "margin is -1"),
         ({"rows": 0}, "rows is 0"),
         ({"ranks": (0, 4)}, "rank 0 is not valid; give ranks of at least 1"),
         ({"task": "poems"}, "'poems' is not a task family of the atlas; allowed families: language"),

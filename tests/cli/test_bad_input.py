@@ -31,7 +31,7 @@ SETTINGS: list[tuple[list[str], str]] = [
     (["--batch-size", "0"], r"batch_size: got '0'"),
     (["--batch-size", "100000"], r"examples for the train split, at least 100000 needed"),
     (["--lora-alpha", "-1"], r"lora_alpha: got '-1'; input should be greater than 0"),
-    (["--dtype", "int3"], r"dtype: got 'int3'; input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
+    (["--set", "dtype=int3"], r"dtype: got 'int3'; input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
     (["--device", "tpu9"], r"device 'tpu9' is unknown"),
     (["--device", "cuda:7"], r"device 'cuda:7' does not exist; this machine has cpu"),
     (["--strategy", "gird"], r"unknown strategy 'gird' \(did you mean 'grid'\?\)"),

@@ -87,7 +87,7 @@ def test_a_smaller_budget_never_allows_a_larger_rank(config_folder: Path, capsys
         (("--ranks", "33"), "above the 32 that model.layers.0.self_attn.v_proj"),
         (("--target-modules", "q_proj,nothing"), "no module is named 'nothing'"),
         (("--seq-len", "257"), "larger than the model's 256 positions"),
-        (("--dtype", "int3"), "dtype"),
+        (("--set", "dtype=int3"), "dtype"),
         (("--load-in-4bit", "--set", "load_in_8bit=true"), "give one of them"),
         (("--set", "paddin=true"), "did you mean 'padding'"),
         (("--set", "layers_to_transform=9"), "layers_to_transform: got 9"),

@@ -95,7 +95,7 @@ class ForeignFile:
         tensors: Mapping[str, torch.Tensor],
     ) -> None:
         if config["rank_pattern"] or config["alpha_pattern"]:
-            raise ModelError("mlx-lm loads one rank for all modules: add --uniform, or give one rank")
+            raise ModelError("mlx-lm loads one rank for all modules: give one rank")
         parameters = {"rank": config["r"], "scale": config["lora_alpha"] / config["r"]}
         changed = dict(mlx_config) | {"lora_parameters": dict(mlx_config["lora_parameters"]) | parameters}
         with create_output(out), replace_folder(out) as temporary:

@@ -81,9 +81,7 @@ def resize(
     if choice:
         on_event(Notice(text=choice))
     if len(names) != 1:
-        raise SettingsError(
-            f"{' and '.join(names) or 'no rule'} given; give exactly one of --rank, --energy and --data"
-        )
+        raise SettingsError(f"{' and '.join(names) or 'no rule'} given; give exactly one of --rank and --data")
 
     from rightrank.adapters.adapter_reader import open_adapter
     from rightrank.adapters.resize import choose_ranks_by_energy, choose_uniform_rank, resize_adapter

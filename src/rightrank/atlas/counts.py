@@ -55,26 +55,27 @@ class Sweep:
     rows: int | None = None  # of training data
     diverges: bool = False  # whether ranks diverge at the only learning rate; then the sweep is never counted
 
-    def resolve_margin(self, margin: float | None) -> float:
-        """Return the margin in the units of the values; None gives the default of the kind of metric."""
+    @property
+    def margin(self) -> float:
+        """Return the margin of the kind of metric in the units of the values."""
         if self.kind == "other":
-            return max(map(abs, self.values)) * (MARGINS["other"] if margin is None else margin)
-        return MARGINS[self.kind] if margin is None else margin
+            return max(map(abs, self.values)) * MARGINS["other"]
+        return MARGINS[self.kind]
 
-    def find_smallest_rank(self, margin: float | None) -> int:
+    def find_smallest_rank(self) -> int:
         """Return the smallest rank that is within the margin of the best, or indistinguishable from it given the sweep's noise."""
         sign = 1 if self.better == "low" else -1
         losses = [sign * value for value in self.values]
-        allowed = min(losses) + max(self.resolve_margin(margin), self.noise or 0.0) + 1e-12
+        allowed = min(losses) + max(self.margin, self.noise or 0.0) + 1e-12
         return next(rank for rank, loss in zip(self.ranks, losses, strict=True) if loss <= allowed)
 
-    def is_rising(self, margin: float | None) -> bool:
+    def is_rising(self) -> bool:
         """Return whether the highest rank beats every other, so that a still higher rank may be needed."""
-        return self.find_smallest_rank(margin) == self.ranks[-1]
+        return self.find_smallest_rank() == self.ranks[-1]
 
-    def is_enough(self, rank: int, margin: float | None) -> bool | None:
+    def is_enough(self, rank: int) -> bool | None:
         """Return whether the rank was enough; None for a rank between or beyond the sweep's ranks that it cannot judge."""
-        smallest_rank = self.find_smallest_rank(margin)
+        smallest_rank = self.find_smallest_rank()
         if rank >= smallest_rank:
             return None if smallest_rank == self.ranks[-1] else True
         return (
@@ -114,7 +115,6 @@ class Question:
     kind: str | None = None
     parameters: float | None = None
     rows: int | None = None
-    margin: float | None = None
 
     def select_sweeps(self, atlas: Atlas) -> list[Sweep]:
         """Return the sweeps that agree with every property of the question."""
@@ -169,9 +169,9 @@ def count_sweeps(
     return Expectation(
         sweeps=len(sweeps),
         like=str(relaxed_question),
-        ranks=tuple(_count_rank(rank, sweeps, question.margin) for rank in shown_ranks),
+        ranks=tuple(_count_rank(rank, sweeps) for rank in shown_ranks),
         sources=dict(sources.most_common()),
-        notes=(*notes, *relaxation_notes, *_build_notes(sweeps, question.margin)),
+        notes=(*notes, *relaxation_notes, *_build_notes(sweeps)),
         next_command=next_command,
     )
 
@@ -180,20 +180,20 @@ def _is_near(value: float | None, reference: float | None, factor: float) -> boo
     return value is None or (bool(reference) and 1 / factor <= value / (reference or 1) <= factor)
 
 
-def _count_rank(rank: int, sweeps: Sequence[Sweep], margin: float | None) -> dict[str, int]:
-    answers = [answer for sweep in sweeps if (answer := sweep.is_enough(rank, margin)) is not None]
+def _count_rank(rank: int, sweeps: Sequence[Sweep]) -> dict[str, int]:
+    answers = [answer for sweep in sweeps if (answer := sweep.is_enough(rank)) is not None]
     return {"rank": rank, "enough_in": sum(answers), "of": len(answers)}
 
 
-def _build_notes(sweeps: Sequence[Sweep], margin: float | None) -> list[str]:
+def _build_notes(sweeps: Sequence[Sweep]) -> list[str]:
     """Return what a reader should consider before trusting a count."""
     all_sweeps = Question().select_sweeps(load_atlas())
-    top = _count_rank(TOP_RANK, all_sweeps, margin)
+    top = _count_rank(TOP_RANK, all_sweeps)
     tuned, seeded = sum(sweep.tuned for sweep in sweeps), sum(sweep.seeds > 1 for sweep in sweeps)
     notes = [f"{tuned} of {len(sweeps)} chose the learning rate by rank, {seeded} have seeds"]
-    if not any(sweep.noise is not None and sweep.noise <= sweep.resolve_margin(margin) for sweep in sweeps):
-        notes.append("none of these sweeps has enough seeds or examples to resolve this margin")
-    rising = sum(sweep.is_rising(margin) for sweep in sweeps)
+    if not any(sweep.noise is not None and sweep.noise <= sweep.margin for sweep in sweeps):
+        notes.append("none of these sweeps has enough seeds or examples to resolve the margin")
+    rising = sum(sweep.is_rising() for sweep in sweeps)
     if 2 * rising > len(sweeps):
         notes.append(
             f"in {rising} of {len(sweeps)} the highest rank tried was the best, so a higher rank may be needed"
@@ -231,13 +231,14 @@ def build_question(model: str | None, data: str | Path | None, inputs: Question)
         raise SettingsError(
             f"{inputs.family!r} is not a task family of the atlas; allowed families: {', '.join((*FAMILIES, *ALIASES))}"
         )
-    for name, value in (("parameters", inputs.parameters), ("rows", inputs.rows), ("margin", inputs.margin)):
-        if value is not None and not value > 0:
-            raise SettingsError(f"{name} is {value:g}; give a number above 0")
+    if inputs.rows is not None and inputs.rows <= 0:
+        raise SettingsError(f"rows is {inputs.rows}; give a number above 0")
     question, notes = Question() if data is None else _read_data(Path(data)), list[str]()
-    if model is not None and inputs.parameters is None:
+    if model is not None:
         question = replace(question, parameters=parse_model_size(model))
-        notes += [] if question.parameters else [f"the size of {model} is unknown; give --parameters"]
+        notes += (
+            [] if question.parameters else [f"the size of {model} is unknown; give a size such as 1.5B in its place"]
+        )
     return replace(question, **{name: value for name, value in asdict(inputs).items() if value is not None}), notes
 
 

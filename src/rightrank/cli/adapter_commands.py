@@ -14,8 +14,6 @@ from rightrank.cli.options import (
     announce,
     format_json,
     gather_settings,
-    parse_integers,
-    split_commas,
 )
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
@@ -51,7 +49,6 @@ def _inspect(adapter: Path, as_json: bool) -> None:
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--rank", type=int, help="One rank for all modules; a rank above the current one pads.")
-@click.option("--energy", type=float, help="Per module, the fewest singular values with this fraction of the energy.")
 @click.option(
     "--data", type=click.Path(path_type=Path), help="The smallest rank that is enough on held-out rows of this file."
 )
@@ -65,16 +62,13 @@ def _inspect(adapter: Path, as_json: bool) -> None:
     type=float,
     help="With --data: the accepted loss of quality (default 0.005 nats per token).",
 )
-@click.option("--ranks", callback=split_commas, help="With --data: ranks to measure (default: powers of two).")
 @click.option("--base", help="With --data: the base model (default: the one that the adapter names).")
-@click.option("--uniform", is_flag=True, help="With --energy: one rank for all modules, the largest needed.")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --data: a setting of select.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def _resize(
     adapter: Path,
     out: Path,
     margin: float | None,
-    ranks: list[str] | None,
     assignments: tuple[str, ...],
     as_json: bool,
     **rule: Any,
@@ -82,7 +76,7 @@ def _resize(
     """Write ADAPTER to OUT at another rank and report the truncation error."""
     from rightrank.api import adapters as api
 
-    data_options = {"--margin": margin, "--ranks": ranks, "--set": assignments}
+    data_options = {"--margin": margin, "--set": assignments}
     data_options |= {f"--{name}": rule[name] for name in ("train", "base")}
     orphan = next((option for option, value in data_options.items() if value), None)
     if orphan is not None and rule["data"] is None:
@@ -91,7 +85,6 @@ def _resize(
         resized = api.resize(
             adapter,
             out,
-            ranks=parse_integers(ranks, "--ranks"),
             settings=SelectSettings(**gather_settings(None, assignments, {"margin": margin})),
             on_event=view.on_event,
             **rule,

@@ -21,15 +21,9 @@ from rightrank.cli.options import format_json, parse_integers, split_commas
 @click.argument("model", required=False)
 @click.argument("data", required=False, type=click.Path(path_type=Path))
 @click.option("--task", metavar="FAMILY", help=f"chat, {', '.join(FAMILIES[:-1])}, or {FAMILIES[-1]}.")
-@click.option(
-    "--parameters", type=float, help="Parameters of the base model, such as 1.5e9 (default: from MODEL's name)."
-)
 @click.option("--rows", type=int, help="Number of training rows (default: the rows of DATA).")
 @click.option("--metric", help="loss, accuracy, or another.")
 @click.option("--ranks", callback=split_commas, help="Ranks to show (default: powers of two to 256).")
-@click.option(
-    "--margin", type=float, help="Margin as in `decide`: nats, a share of answers, or a share of another metric."
-)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def _expect(ranks: list[str] | None, as_json: bool, **inputs: Any) -> None:
     """Count in how many public sweeps each rank was enough. `--json` lists the sources.

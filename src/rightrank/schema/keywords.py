@@ -28,7 +28,6 @@ class SelectKeywords(TypedDict, total=False):
     max_eval_examples: int
     memory_bytes: int | str
     load_in_4bit: bool
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "bf16", "fp16", "fp32"]
     device: str
     workers: int
     ray: str
@@ -44,4 +43,3 @@ class PlanKeywords(TypedDict, total=False):
     seq_len: int
     memory_bytes: int | str
     load_in_4bit: bool
-    dtype: Literal["float32", "bfloat16", "float16", "bf16", "fp16", "fp32"]

@@ -61,7 +61,7 @@ class PlanSettings(StepSettings):
     eval_batch_size: int | None = setting(None, DATA, "examples in a forward pass of an evaluation", gt=0)
 
     # the device and the budget
-    dtype: DtypeName = option(
+    dtype: DtypeName = setting(
         "bfloat16",
         MACHINE,
         "the frozen weights' type: `bf16`, `fp16` or `fp32`",

@@ -442,7 +442,7 @@ class SelectSettings(StepSettings, _TrainerFields):
     num_evaluations: int = setting(
         4, DATA, "number of held-out evaluations of a training, including the one at its end", gt=0
     )
-    dtype: AutoDtype = option(
+    dtype: AutoDtype = setting(
         "auto",
         MACHINE,
         "type of the frozen base model, `auto`, `bf16`, `fp16` or `fp32`; `auto` is bfloat16 on a CUDA device that "

@@ -69,7 +69,7 @@ def make_adapter_runtime(adapter: AdapterFolder, base: str | None, inputs: Runti
         DataError: the data cannot be used.
     """
     if adapter.path.is_file():
-        raise ModelError(f"{adapter.path}: PEFT loads no such file onto a base model; choose by --rank or --energy")
+        raise ModelError(f"{adapter.path}: PEFT loads no such file onto a base model; choose by --rank")
     name = base or adapter.base_model
     if name is None:
         raise ModelError(f"{adapter.path}: the configuration names no base model; give one with --base MODEL")
