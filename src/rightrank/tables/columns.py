@@ -103,7 +103,7 @@ class Table:
         cells = self.columns[name].cells
         if "_" not in "".join(map(str, cells)):
             with suppress(TypeError, ValueError, OverflowError):
-                return list(map(float, cells))
+                return [float(cell) for cell in cells]
         return list(map(parse_number, cells))
 
     def find_row(self, name: str, code: int) -> int:
