@@ -95,9 +95,20 @@ def test_the_plan_gives_the_adapters_that_fit_in_a_pass() -> None:
         changed = Estimator(
             config, build_step_settings(config, settings.model_copy(update={"memory_bytes": 2**40}), 32, "cpu", None)
         ).build_variant(adapters_per_pass=arms)
+        changed.num_means = 2
         needs[arms] = changed.estimate(8).needed_bytes
     between = settings.model_copy(update={"memory_bytes": (needs[4] + needs[6]) // 2})
     assert plan_selection(config, between, 32, "cpu").max_adapters_per_pass == 4
+
+
+def test_the_means_of_the_factors_are_planned() -> None:
+    config, settings = one_block(), build_small_settings(ranks=(1, 8), checkpoint="last")
+    step = build_step_settings(config, settings, 32, "cpu", None)
+    adapter_bytes = 4 * Estimator(config, step).get_inventory(8).trainable_parameters
+    without = Estimator(config, step).estimate(8).peak_bytes
+    best = settings.model_copy(update={"checkpoint": "best"})
+    peaks = [plan_selection(config, setting, 32, "cpu").peak_bytes[8] for setting in (settings, best)]
+    assert [peak - without for peak in peaks] == [adapter_bytes, 2 * adapter_bytes]
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -79,6 +79,7 @@ class Estimator:
     ) -> None:
         self._config, self._on_progress = config, on_progress
         self.settings = settings
+        self.num_means = 0  # sums over steps that the training keeps of each trained tensor
         lowest, highest = min(settings.ranks), max(settings.ranks)
         self._traced_ranks = (lowest, highest if highest > lowest else 2 * lowest)
         self._skeletons: dict[tuple[int, int], Skeleton] = {}  # by rank and number of arms
@@ -97,7 +98,9 @@ class Estimator:
             changes["eval_batch_size"] = 2 * changes["batch_size"]  # as in a selection
         settings = self.settings.model_copy(update=changes)
         if not MODEL_SETTINGS.isdisjoint(changes):
-            return Estimator(self._config, settings, self._on_progress)
+            rebuilt = Estimator(self._config, settings, self._on_progress)
+            rebuilt.num_means = self.num_means
+            return rebuilt
         variant = copy.copy(self)
         variant.settings = settings
         if not UNTRACED_SETTINGS.issuperset(changes):
@@ -163,6 +166,7 @@ class Estimator:
             for tensor in inventory.stored
             for _ in range(settings.adapters_per_pass if tensor.requires_grad else 1)
         ]
+        residents += [("means", tensor.nbytes) for tensor in trained for _ in range(self.num_means)]
         if settings.device == "cuda":
             residents.append(("workspace", CUBLAS_BYTES))
         optimizer = estimate_optimizer_memory(trained, settings.optim, settings.device)

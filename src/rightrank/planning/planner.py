@@ -209,6 +209,7 @@ def plan_selection(
     plan_settings = build_step_settings(config, settings, longest, device, num_labels, sequences)
     memory = plan_settings.memory_bytes
     estimator = Estimator(config, plan_settings)
+    estimator.num_means = 2 if settings.checkpoint == "best" else 1  # of a training in the search of the learning rate
     ranks = settings.ranks
     if "ranks" not in settings.model_fields_set:  # Default ranks above the smallest matrix's limit are left out.
         allowed_ranks = tuple(rank for rank in ranks if rank <= estimator.rank_limit)
