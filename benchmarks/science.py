@@ -122,17 +122,6 @@ def format_shares() -> str:
     return format_table(["margin", "median rank", "lost of the gain, mean", "largest", "exceeded"], lines)
 
 
-def format_searches() -> str:
-    """Format what ways to spend trainings hand over, in test loss minus that of rank 16 tuned by four whole trainings."""
-    rows = read_stored("early_rates/searches.json")["rows"]
-    names = {"default", "default, rates at an eighth", "64, tuned", "rank 16 at 0.001", "rank 16 at 0.003"}
-    rows = [row for row in rows if row["search"] in names or row["trainings"] in (2, 4, 8)]
-    return format_table(
-        ["search", "trainings", "minus rank 16 tuned", "worst grid"],
-        [[row["search"], f"{row['trainings']:g}", _format_signed(row), f"{row['worst']:+.3f}"] for row in rows],
-    )
-
-
 def _format_signed(interval: dict[str, Any]) -> str:
     return f"{interval['mean']:+.3f} ({interval['low']:+.3f} to {interval['high']:+.3f})"
 
@@ -209,7 +198,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "endpoints": format_endpoints,
     "families": format_families,
     "shares": format_shares,
-    "searches": format_searches,
     "published": format_published,
     "coverage": format_coverage,
     "rerankers": format_rerankers,

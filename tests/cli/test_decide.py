@@ -76,8 +76,8 @@ def test_a_table_has_a_report(table: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--margin", "0"], "margin 0 is not allowed"),
-        (["--margin", "nan"], "margin nan is not allowed"),
+        (["--margin", "0"], "margin: got '0'; give a share of the gain such as 1%"),
+        (["--margin", "nan"], "margin: got 'nan'; give a share of the gain such as 1%"),
         (["--metric", "nothing_like_it", "--columns", "value=x"], "has no column 'x'"),
         (["--columns", "rank"], "give NAME=COLUMN"),
     ],

@@ -18,7 +18,7 @@ from rightrank.schema.events import (
     SplitSummary,
     TestEvaluated,
 )
-from rightrank.schema.settings import SelectSettings
+from rightrank.schema.settings import Goal, SelectSettings
 from rightrank.schema.trials import Arm, EvalPoint, TrialDiverged, TrialFinished, TrialStarted, compute_trial_id
 from rightrank.search.truncations import choose_adapter
 
@@ -136,6 +136,18 @@ def make_answered_run(*, direct: Sequence[int] = ()) -> Records:
     )
     records.adapters.append(AdapterRecorded(answer=answer, handed_over=handed_over, trainings=1.2))
     return records
+
+
+def make_adapter_without_gain() -> tuple[Records, Goal]:
+    """Make a run whose adapter is as good as the base."""
+    records = make_answered_run()
+    (recorded,) = records.adapters
+    copied = records.by_id[recorded.answer.reference_id].model_dump(include={"value", "metrics", "example_losses"})
+    records.outcomes[0] = records.outcomes[0].model_copy(update=copied)
+    answer = choose_adapter(records.outcomes, build_criterion(records))
+    assert answer is not None
+    records.adapters[:] = [recorded.model_copy(update={"answer": answer})]
+    return records, "adapter"
 
 
 def _make_truncation(top: TrialFinished, rank: int, loss: float, generator: random.Random) -> TrialFinished:

@@ -17,20 +17,20 @@ from rightrank.report.html import render_model_card, render_report
 from rightrank.runs.journal import Journal
 from rightrank.schema.events import RunContinued
 from tests.report.elements import Elements
-from tests.report.runs import make_answered_run, write_answered_run, write_records
+from tests.report.runs import make_adapter_without_gain, make_answered_run, write_answered_run, write_records
 
 
 def test_the_table_has_each_candidate_with_its_bound() -> None:
     answer = make_answered_run().adapters[-1].answer
     table = build_candidate_table(answer, "loss")
-    assert table[0] == ["rank", "method", "loss", "worse by", "95% bound", "enough"]
+    assert table[0] == ["rank", "method", "keeps", "at least", "loss", "worse by", "95% bound", "enough"]
     assert [row[:2] for row in table[1:]] == [
         [str(candidate.rank), candidate.method] for candidate in answer.candidates
     ]
-    assert [row[5] for row in table[1:]] == [
+    assert [row[7] for row in table[1:]] == [
         "yes" if candidate.is_within_margin else "no" for candidate in answer.candidates
     ]
-    assert [row[3] for row in table[1:]].count("reference") == 1
+    assert [row[5] for row in table[1:]].count("reference") == 1
 
 
 def test_with_goal_adapter_the_training_rank_is_one_line() -> None:
@@ -73,21 +73,14 @@ def test_an_adapter_at_the_highest_learning_rate_is_flagged_in_every_view(
     assert ("lr_edge" in page) == is_flagged
 
 
-@pytest.mark.parametrize("has_scores", [True, False])
-def test_an_adapter_that_gains_nothing_is_flagged_in_every_view(tmp_path: Path, has_scores: bool) -> None:
-    records = make_answered_run()
-    base = next(trial for trial in records.list_finished() if trial.rank == 0)
-    chosen = records.by_id[records.adapters[-1].answer.trial_id]
-    scores = {"example_losses": chosen.example_losses if has_scores else [], "example_tokens": chosen.example_tokens}
-    scores |= {} if has_scores else {"example_tokens": []}
-    copied = base.model_copy(update={"value": chosen.value, "metrics": chosen.metrics, **scores})
-    assert build_answers(records, None, "adapter").build_document()["adapter_flags"] == []
-    records.outcomes[records.outcomes.index(base)] = copied
-    answers = build_answers(records, None, "adapter")
-    assert answers.build_document()["adapter_flags"] == ["no_gain"]
+def test_an_adapter_that_gains_nothing_is_flagged_in_every_view(tmp_path: Path) -> None:
+    records, goal = make_adapter_without_gain()
+    answers = build_answers(records, None, goal)
+    document = answers.build_document()
+    assert (document["adapter_flags"], document["share_kept"]) == (["no_gain"], None)
     run = write_records(tmp_path / "run", [records.started, *records.outcomes, *records.adapters])
-    sentence = "No gain is shown: the base model differs from it by +0"
-    assert any(note.startswith(sentence) for note in status(run).adapter_notes)
+    sentence = "No gain shown: rank 64 differs from the base by +0"
+    assert (status(run).adapter_sentence or "").startswith(sentence)
     assert sentence in Elements(render_report(records, answers)).text
 
 

@@ -32,7 +32,7 @@ from rightrank.schema.events import RunKind
 from rightrank.schema.settings import Goal
 from tests.commands import COMMANDS
 from tests.decision.worlds import build_world_table, build_worlds
-from tests.report.runs import make_answered_run, make_run
+from tests.report.runs import make_adapter_without_gain, make_answered_run, make_run
 
 Case = Callable[[], tuple[Records, Goal]]
 
@@ -69,10 +69,6 @@ def make_no_gain_run() -> tuple[Records, Goal]:
     return records, "training-rank"
 
 
-def make_adapter_without_gain() -> tuple[Records, Goal]:
-    return make_no_gain_run()[0], "adapter"
-
-
 def make_undecided_run() -> tuple[Records, Goal]:
     """Make a run whose margin its examples cannot resolve."""
     return set_settings(make_run((512, 1024), (1e-3,)), margin=0.0001), "training-rank"
@@ -83,7 +79,7 @@ def make_run_out_of_budget() -> tuple[Records, Goal]:
     records = make_run((64,), (3e-3,))
     (trial,) = [trial for trial in records.list_finished() if trial.rank]
     (answered,) = make_answered_run().adapters
-    answer = build_trained_answer(trial, build_criterion(records))
+    answer = build_trained_answer(trial, build_criterion(records), outcomes=records.outcomes)
     exported = answered.handed_over.model_copy(update={"rank": 64, "method": "trained"})
     records.adapters.append(answered.model_copy(update={"answer": answer, "handed_over": exported}))
     return set_settings(records, budget_trainings=1.5), "adapter"
@@ -161,17 +157,17 @@ def test_commands_and_paths_stay_whole_in_any_terminal() -> None:
 @pytest.mark.parametrize(
     ("case", "texts"),
     [
-        (make_adapter_run, ["Rank 8 is enough: truncated from rank 64 (learning rate 0.003), at most ", " nats worse",
-                            "(95% confidence, margin 0.02); it took 1 training.", "next (twice the steps): rightrank select --out"]),
-        (make_best_adapter_run, ["Rank 8 is enough", "train:   r=64, lora_alpha=32, learning_rate=0.003, target_modules='all-linear'",
+        (make_adapter_run, ["Rank 8 keeps 98", "% of what rank 64 gained (at least 98", "%, 95% confidence). 90%: rank 4. It took 1 training.",
+                            "per_device_train_batch_size=8, ", "next (twice the steps): rightrank select --out"]),
+        (make_best_adapter_run, ["Rank 8 keeps ", "train:   r=64, lora_alpha=32, learning_rate=0.003, target_modules='all-linear'",
                                  "next (serve it): rightrank export data-model --to vllm"]),
-        (make_training_rank_run, ["Train at rank 16 (over 99% likely within 0.02 nats of the best", "the adapter has rank 8",
+        (make_training_rank_run, ["Train at rank 16 (over 99% likely within 0.02 nats of the best", "Rank 8 keeps ",
                                   "next (more seeds): rightrank select --out data-model --seeds 0,1"]),
         (make_edge_run, ["next (another learning rate): rightrank select --out data-model --learning-rates"]),
         (make_no_gain_run, ["No gain: the base model is probably within 0.02 nats", "next:    Check that the labels"]),
-        (make_adapter_without_gain, ["No gain is shown: the base model is within 0.02 nats of the adapter (rank 8, learning rate 0.003)"]),
+        (make_adapter_without_gain, ["No gain shown: rank 64 differs from the base by +0 (95% bounds ", "Train at other learning rates, for more steps, or on more data"]),
         (make_undecided_run, ["Undecided; use rank "]),
-        (make_run_out_of_budget, ["Rank 64: learning rate 0.003, no smaller adapter was compared",
+        (make_run_out_of_budget, ["The adapter is the one trained at rank 64; no truncation was compared.",
                                   "next (a larger budget): rightrank select --out data-model --set budget_trainings=3"]),
         (make_custom_run, ["adapter: the trainer saved none", "next:    "]),
     ],

@@ -261,7 +261,7 @@ def test_with_evaluate_the_adapter_is_truncated_and_handed_over(tmp_path: Path) 
         strategy="bracket",
     ).decision
     assert decision.adapter_sentence == decide(tmp_path / "run").decision.adapter_sentence
-    assert decision.adapter_sentence.startswith("The smallest adapter")
+    assert decision.adapter_sentence.startswith("Rank 4")
 
 
 @pytest.mark.trains

@@ -34,6 +34,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {  # values of settings that allow l
         unique=True,
     ),
     "budget_hours": st.floats(1e-6, 1e6),
+    "margin": st.sampled_from(["1%", "2.5%", 0.005, 3.0]),
     "test_fraction": st.floats(0, 0.7),
     "validation_fraction": st.floats(0.001, 0.7),
 }

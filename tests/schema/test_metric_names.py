@@ -16,7 +16,7 @@ from rightrank.schema.metrics import (
     HIGHER_IS_BETTER,
     LOWER_IS_BETTER,
     MetricSpec,
-    compute_default_margin,
+    compute_margin,
     has_percentages,
     infer_direction,
     infer_metric_kind,
@@ -350,17 +350,18 @@ def test_values_above_one_are_percentages() -> None:
     assert has_percentages([0.2, 1.6])
 
 
-def test_default_margin() -> None:
+def test_the_margin_without_a_base_or_without_a_gain() -> None:
     for kind, reference, values, margin in [
         ("token_loss", 2.0, [2.0], 0.005),
-        ("pair_loss", 0.5, [0.5], 0.02),
+        ("pair_loss", 0.5, [0.5], 0.005),
         ("perplexity", 8.0, [8.0], 0.04),
         ("accuracy", 0.8, [0.8], 0.005),
         ("accuracy", 80.0, [80.0], 0.5),
-        ("loss", -2.0, [2.0], 0.02),
-        ("other", -50.0, [50.0], 0.5),
+        ("other", 0.3, [0.3], 0.003),
+        ("other", 27.0, [27.0], 0.27),
     ]:
-        assert compute_default_margin(kind, reference, values) == pytest.approx(margin)
+        for gain in (None, -0.1):
+            assert compute_margin(None, kind, reference, values, gain) == pytest.approx(margin)
 
 
 def test_a_metric_is_named_by_its_text() -> None:

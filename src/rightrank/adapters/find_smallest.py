@@ -22,6 +22,7 @@ class SmallestAdapterAnswer(Generic[Adapter]):
     adapter: Adapter
     answer: AdapterAnswer
     scored: list[ScoredAdapter]  # the largest adapter first, then its truncations by descending rank
+    base: ScoredAdapter | None  # the zero update, if there is one
 
 
 def find_smallest(
@@ -35,21 +36,23 @@ def find_smallest(
 
     Args:
         ranks: the candidates; those that are not below the adapter's own rank are left out.
-        truncate: returns the adapter at a rank, or None if there is none, which is no evidence against the rank.
+        truncate: returns the adapter at a rank, or None if there is none, which is no evidence against the rank. Rank 0 is the adapter
+            with a zero update, from which the gain is measured; without it the margin is one in the metric's unit.
         evaluate: scores an adapter on the same held-out examples as all others.
         criterion: the metric and the margin.
     """
-    top = evaluate(adapter)
+    top, zero = evaluate(adapter), truncate(0)
+    base = None if zero is None else evaluate(zero)
     chosen, chosen_adapter, scored = top, adapter, {top.name: top}
-    for rank in sorted({rank for rank in ranks if rank < top.rank}, reverse=True):
+    for rank in sorted({rank for rank in ranks if 0 < rank < top.rank}, reverse=True):
         truncated = truncate(rank)
         if truncated is None:
             continue
         candidate = evaluate(truncated)
         scored[candidate.name] = candidate
-        if not ReferenceComparison(top, scored, criterion).build_candidate(candidate).is_within_margin:
+        if not ReferenceComparison(top, scored, criterion, base).build_candidate(candidate).is_within_margin:
             break
         chosen, chosen_adapter = candidate, truncated
-    comparison, truncations = ReferenceComparison(top, scored, criterion), list(scored.values())[1:]
+    comparison, truncations = ReferenceComparison(top, scored, criterion, base), list(scored.values())[1:]
     answer = build_truncation_answer(chosen, truncations, comparison)
-    return SmallestAdapterAnswer(chosen_adapter, answer, [top, *truncations])
+    return SmallestAdapterAnswer(chosen_adapter, answer, [top, *truncations], base)

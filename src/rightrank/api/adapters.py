@@ -17,6 +17,7 @@ from rightrank.bases.model_sources import BASE_SIDE
 from rightrank.bases.safetensors_files import read_sizes
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.events import EvaluationProgress, Notice
+from rightrank.schema.metrics import Margin
 from rightrank.schema.results import AdapterComparison, AdapterContent, Inspection, Resized
 from rightrank.schema.setting_table import get_explicit_values
 from rightrank.schema.settings import SelectSettings
@@ -47,7 +48,7 @@ def resize(
     rank: int | None = None,
     energy: float | None = None,
     data: str | Path | None = None,
-    margin: float | None = None,
+    margin: Margin | None = None,
     train: str | Path | None = None,
     ranks: Sequence[int] | None = None,
     base: str | None = None,
@@ -63,7 +64,8 @@ def resize(
         rank: one rank for all modules; a rank above the current one pads. Give exactly one of `rank`, `energy` and `data`.
         energy: use for each module the fewest singular values that hold this fraction of its energy.
         data: held-out rows; use the smallest rank whose loss on them is not worse by the margin.
-        margin: with data: the accepted loss of quality; None for the metric's default.
+        margin: with data: the accepted loss of quality, a share of the gain over the base such as "2%" or a number in the metric's
+            unit; None for 1% of the gain.
         train: with data: the training data of the adapter. These rows are not scored.
         ranks: with data: the ranks to measure; None for the powers of two.
         base: with data: the base model; None for the one that the adapter names.

@@ -27,7 +27,7 @@ from rightrank.schema.command import build_next_commands
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import JournalRecord
-from rightrank.schema.metrics import Checkpoint
+from rightrank.schema.metrics import Checkpoint, Margin
 from rightrank.schema.trials import TrialOutcome
 
 if TYPE_CHECKING:  # functions import their own dependencies, so that `status` is quick
@@ -135,7 +135,7 @@ def decide(
     *,
     metric: str | None = None,
     higher_is_better: bool | None = None,
-    margin: float | None = None,
+    margin: Margin | None = None,
     confidence: float | None = None,
     columns: Mapping[str, str] | None = None,
     ignore: Iterable[str] = (),
@@ -149,7 +149,8 @@ def decide(
             frame, or mappings with `rank`, a held-out metric and, if there are any, `lr`, `seed`, `std`, `item`.
         metric: the column of the held-out number, or the metric's name if the column is `value`.
         higher_is_better: None for the direction of a metric with a known name; other metrics need it.
-        margin: the loss of quality that you accept, in the metric's unit; None for the metric's default.
+        margin: the loss of quality that you accept: a share of the gain over rank 0 such as "2%", or a number in the metric's unit;
+            None for 1% of the gain.
         confidence: name the smallest rank that is enough with this probability, if per-example scores give one; None for
             that of a run folder, else 0.6.
         columns: canonical name → column, for columns with other names; `group` says which examples belong together.
@@ -194,7 +195,7 @@ def decide(
 
 
 def _decide_run_folder(
-    folder: RunFolder, metric: str | None, margin: float | None, options: Mapping[str, Any]
+    folder: RunFolder, metric: str | None, margin: Margin | None, options: Mapping[str, Any]
 ) -> DecisionResult:
     """Decide on a run folder, at the run's own metric and margin unless others are given."""
     records = read_records(folder.journal.read(), str(folder.path))

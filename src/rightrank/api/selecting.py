@@ -16,6 +16,7 @@ from rightrank.schema.configs import read_configs
 from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.events import Notice
 from rightrank.schema.keywords import SelectKeywords
+from rightrank.schema.metrics import Margin
 from rightrank.schema.results import Preflight
 from rightrank.schema.setting_table import get_explicit_values
 from rightrank.schema.settings import SelectSettings
@@ -158,7 +159,7 @@ def select_rank_with(
     learning_rates: Sequence[float] | float = (3e-4, 1e-3, 3e-3, 1e-2),
     seeds: Sequence[int] | int = (0,),
     metric: str | None = None,
-    margin: float | None = None,
+    margin: Margin | None = None,
     evaluate: EvaluateFunction | None = None,
     callbacks: Sequence[Hook] = (),
     **settings: Unpack[TrainerSettings],
@@ -175,7 +176,8 @@ def select_rank_with(
         seeds: the seeds of the trainings.
         metric: the name of the deciding metric, after `max:` or `min:` if its direction is not known from the name
             (`accuracy`, `reward`, `loss`, … are known); None for "loss".
-        margin: the loss of quality that you accept; None for the metric's default.
+        margin: the loss of quality that you accept: a share of the gain over rank 0 such as "2%", or a number in the metric's unit;
+            None for 1% of the gain.
         evaluate: called with a PEFT adapter folder and a `TrialTask`; returns the same as `train`. With it, the adapter that
             `train` saved for the largest rank is truncated to every lower rank, and the smallest one within the margin is
             exported (the deployment rank).

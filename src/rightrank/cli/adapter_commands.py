@@ -16,6 +16,7 @@ from rightrank.cli.options import (
     gather_settings,
 )
 from rightrank.schema.errors import SettingsError
+from rightrank.schema.metrics import Margin
 from rightrank.schema.settings import SelectSettings
 
 if TYPE_CHECKING:
@@ -59,8 +60,7 @@ def _inspect(adapter: Path, as_json: bool) -> None:
 )
 @click.option(
     "--margin",
-    type=float,
-    help="With --data: the accepted loss of quality (default 0.005 nats per token).",
+    help="With --data: the accepted loss of quality, a share of the gain over the base (default 1%) or a number in the metric's unit.",
 )
 @click.option("--base", help="With --data: the base model (default: the one that the adapter names).")
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="With --data: a setting of select.")
@@ -68,7 +68,7 @@ def _inspect(adapter: Path, as_json: bool) -> None:
 def _resize(
     adapter: Path,
     out: Path,
-    margin: float | None,
+    margin: Margin | None,
     assignments: tuple[str, ...],
     as_json: bool,
     **rule: Any,

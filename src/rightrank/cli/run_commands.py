@@ -139,8 +139,7 @@ def _parse_conditions(context: click.Context, parameter: click.Parameter, texts:
 )
 @click.option(
     "--margin",
-    type=float,
-    help="Accepted loss of quality, in the metric's unit (default 0.005 nats per token, 0.005 of accuracy, else 1%).",
+    help="Accepted loss of quality: a share of the gain over rank 0 such as 2% (default 1%), or a number in the metric's unit.",
 )
 @click.option(
     "--confidence",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,12 +14,13 @@ from rightrank.decision.adapter_comparison import (
     ScoredAdapter,
     build_answer,
     format_claim,
+    format_steps,
 )
 from rightrank.decision.comparison import compute_file_bounds, compute_score_range, is_within
-from rightrank.decision.table import MetricUnit, build_table, compute_paired_difference, find_best_point, number_groups
+from rightrank.decision.table import find_best_point, number_groups
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate
 from rightrank.schema.events import TestEvaluated
-from rightrank.schema.metrics import infer_metric_kind
+from rightrank.schema.metrics import Margin, infer_metric_kind
 from rightrank.schema.trials import Floats, TrialFinished, TrialOutcome
 
 
@@ -53,6 +54,26 @@ def score_trials(outcomes: Sequence[TrialOutcome], criterion: Criterion) -> dict
     }
 
 
+def find_base(outcomes: Sequence[TrialOutcome], criterion: Criterion, top_id: str) -> ScoredAdapter | None:
+    """Return the base of a training: its own zero update where modules other than adapters were trained, else the trial of rank 0."""
+    metric = criterion.metric
+    bases = [
+        outcome
+        for outcome in outcomes
+        if isinstance(outcome, TrialFinished)
+        and (outcome.rank, outcome.stop_at) == (0, None)
+        and outcome.truncate_from in (None, top_id)
+        and metric in outcome.metrics
+    ]
+    if not bases:
+        return None
+    trial = max(bases, key=lambda base: base.truncate_from == top_id)
+    scores = trial.get_weighted_scores(metric)
+    return ScoredAdapter.from_scores(
+        trial.trial_id, 0, trial.metrics[metric], scores, criterion, groups=trial.example_groups
+    )
+
+
 def describe_checkpoint(trial: TrialFinished, criterion: Criterion, margin: float) -> list[str]:
     """Say which evaluation of the training at the top rank is used, or that an earlier one was better."""
     points = trial.points if criterion.points_use_metric and trial.value_metric is None else []
@@ -71,17 +92,22 @@ def describe_checkpoint(trial: TrialFinished, criterion: Criterion, margin: floa
 
 
 def build_trained_answer(
-    trial: TrialFinished, criterion: Criterion, reference: TrialFinished | None = None
+    trial: TrialFinished,
+    criterion: Criterion,
+    reference: TrialFinished | None = None,
+    outcomes: Sequence[TrialOutcome] = (),
 ) -> AdapterAnswer:
     """Return the answer for a trained adapter if no truncation was compared.
 
-    The reference is the best adapter of the run, by default the trained adapter itself.
+    Args:
+        reference: the best adapter of the run; None: the trained adapter itself.
+        outcomes: the outcomes of the run, for its base.
     """
-    adapters = score_trials([trial, *([] if reference is None else [reference])], criterion)
-    comparison, adapter = (
-        ReferenceComparison(adapters[(reference or trial).trial_id], adapters, criterion),
-        adapters[trial.trial_id],
-    )
+    reference = reference or trial
+    adapters = score_trials([trial, reference], criterion)
+    base = find_base(outcomes, criterion, reference.trial_id)
+    comparison = ReferenceComparison(adapters[reference.trial_id], adapters, criterion, base)
+    adapter = adapters[trial.trial_id]
     chosen = comparison.build_candidate(adapter)
     sentence = f"The adapter is the one trained at rank {trial.rank}; no truncation was compared."
     return build_answer(chosen, adapter, comparison, [chosen], sentence)
@@ -98,7 +124,7 @@ def prefer_direct_training(
     adapters = score_trials(outcomes, criterion)
     if answer.reference_id not in adapters or answer.trial_id not in adapters:
         return None
-    comparison, present = _compare_with_reference(answer, adapters, criterion), adapters[answer.trial_id]
+    comparison, present = _compare_with_reference(answer, outcomes, criterion), adapters[answer.trial_id]
     better: list[AdapterCandidate] = []
     for adapter in adapters.values():
         if adapter.method != "trained" or adapter.rank > answer.rank or adapter is present:
@@ -109,11 +135,11 @@ def prefer_direct_training(
     if not better:
         return None
     best = min(better, key=lambda candidate: (candidate.rank, candidate.difference, candidate.trial_id))
-    shown = format_claim(best, "the reference", comparison)
-    sentence = f"The smallest adapter within the margin has rank {best.rank}, trained at that rank: {shown}"
+    steps = format_steps(answer.staircase, best.rank)
+    claim = format_claim(best, f"rank {comparison.reference.rank}", comparison)
     return answer.model_copy(
         update={name: getattr(best, name) for name in ANSWER_FIELDS}
-        | {"candidates": [*answer.candidates, best], "sentence": sentence}
+        | {"candidates": [*answer.candidates, best], "sentence": f"{claim} It was trained at that rank.{steps}"}
     )
 
 
@@ -130,7 +156,7 @@ def compare_adapters(
     if not named_ids <= adapters.keys():
         return answer.candidates
     parents = {outcome.trial_id: outcome.truncate_from for outcome in outcomes}
-    comparison = _compare_with_reference(answer, adapters, criterion)
+    comparison = _compare_with_reference(answer, outcomes, criterion)
     shown = [adapters[trial_id] for trial_id in sorted(named_ids, key=lambda trial_id: adapters[trial_id].cell.loss)]
     shown_keys = {(adapter.rank, adapter.method) for adapter in shown}
     for adapter in sorted(adapters.values(), key=lambda adapter: adapter.cell.loss):
@@ -142,29 +168,6 @@ def compare_adapters(
         comparison.build_candidate(adapter)
         for adapter in sorted(shown, key=lambda adapter: (-adapter.rank, adapter.method))
     ]
-
-
-def describe_missing_gain(trial: TrialFinished, base: TrialFinished | None, criterion: Criterion, margin: float) -> str:
-    """Say that the base model is within the margin of an adapter; empty if the adapter is better, or the base was not measured."""
-    if base is None:
-        return ""
-    table = build_table([base, trial], criterion.metric, criterion.higher_is_better, loss=criterion.loss)
-    cells = {rank: cell for (rank, *_), cell in table.cells.items()}
-    if len(cells) < 2:
-        return ""
-    unit = MetricUnit(table.kind, criterion.higher_is_better, cells[trial.rank].value)
-    worse_by = compute_paired_difference(cells[0], cells[trial.rank])
-    difference, bounds_text = round(unit.convert_difference(worse_by.loss), 12) + 0.0, ""
-    if not is_within(difference, margin):
-        return ""
-    if cells[0].examples:
-        bounds = compute_file_bounds(worse_by.sums, worse_by.weights, worse_by.score_range, worse_by.groups)
-        low, high = unit.convert_difference(bounds.low), unit.convert_difference(bounds.high)
-        bounds_text = f" (95% bounds {low:+.2g} and {high:+.2g})"
-    return (
-        f"No gain is shown: the base model differs from it by {difference:+.2g}{bounds_text}, and the margin is {margin:.4g}. Check that the "
-        "data match the task; then train at higher learning rates, or for more steps."
-    )
 
 
 def compute_test_difference(
@@ -197,10 +200,13 @@ def _get_test_scores(test: TestEvaluated, metric: str) -> tuple[Floats, Floats] 
 
 
 def _compare_with_reference(
-    answer: AdapterAnswer, adapters: Mapping[str, ScoredAdapter], criterion: Criterion
+    answer: AdapterAnswer, outcomes: Sequence[TrialOutcome], criterion: Criterion
 ) -> ReferenceComparison:
     """Return the comparison with the reference of an answer, at the answer's margin."""
-    return ReferenceComparison(adapters[answer.reference_id], adapters, replace(criterion, margin=answer.margin))
+    adapters = score_trials(outcomes, criterion)
+    share, base = answer.margin_share, find_base(outcomes, criterion, answer.trained_id)
+    margin: Margin = answer.margin if share is None else f"{100 * share:g}%"
+    return ReferenceComparison(adapters[answer.reference_id], adapters, replace(criterion, margin=margin), base)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,36 +1,69 @@
 """Compare adapters with a reference adapter on the same held-out examples, and put the smallest one within the margin into words.
 
 Two adapters are compared on the same examples, so the claim does not depend on seeds: the only noise is which examples were drawn. Ranks are
-tested in a fixed sequence from the top downward, each by the 95% upper bound of its paired difference from the top. The first failure ends
-the search (`adapters.find_smallest`), so no correction for multiplicity is needed.
+tested in a fixed sequence from the top downward. The first failure ends the search (`adapters.find_smallest`), so no correction for
+multiplicity is needed.
+
+The margin is a share m of what the reference t gained over the base b. An adapter s is enough if the 95% upper bound of the mean of
+(s - t) - m·(b - t) is at most 0, paired over examples. This needs no ratio of noisy numbers, and shares are not cut at 0% or 100%. The base
+is the trained state with a zero update: trained heads stay. Without a base, the upper bound of s - t is compared with a margin in the metric's
+unit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from rightrank.decision.comparison import CONFIDENCE, Bounds, compute_file_bounds, compute_score_range, is_within
+from rightrank.decision.comparison import (
+    CONFIDENCE,
+    Bounds,
+    compute_file_bounds,
+    compute_required_examples,
+    compute_score_range,
+    estimate_file_difference,
+    is_within,
+)
 from rightrank.decision.table import (
     Cell,
     MetricUnit,
     compute_distribution,
     compute_paired_difference,
-    format_distribution,
     number_groups,
     orient_scores,
 )
-from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, AdapterMethod
-from rightrank.schema.metrics import LossKind, MetricKind, compute_default_margin, infer_metric_kind
+from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, AdapterMethod, Gain, ShareStep
+from rightrank.schema.metrics import (
+    LossKind,
+    Margin,
+    MetricKind,
+    compute_margin,
+    get_margin_share,
+    infer_metric_kind,
+)
+from rightrank.schema.results import MetricComparison
 
 SEARCH_OPTION = "(--goal training-rank)"  # the option that searches the training rank, for notes
 # Fields that an answer copies from the chosen candidate.
-ANSWER_FIELDS = {"rank", "method", "trial_id", "difference", "difference_high", "distribution"}
+ANSWER_FIELDS = {
+    "rank",
+    "method",
+    "trial_id",
+    "difference",
+    "difference_high",
+    "share_kept",
+    "share_kept_low",
+    "distribution",
+}
 MAX_DIRECT_RANK = 4  # at these ranks a direct training can beat a truncation (docs/explanation/science.md)
+STEP_SHARES = (0.99, 0.98, 0.95, 0.9)  # shares of the gain for which an answer names the smallest rank
+MAX_STEPS = 60  # of the search for a bound of a share
+SHARE_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +72,7 @@ class Criterion:
 
     metric: str
     higher_is_better: bool
-    margin: float | None  # None: the metric's default
+    margin: Margin | None  # None: the default
     loss: LossKind = "token_loss"  # the kind of a loss
     points_use_metric: bool = True  # False: values during training are losses for every metric
     trusts_values: bool = False  # whether a difference without example scores is treated as exact, as in a replay
@@ -86,21 +119,55 @@ class ScoredAdapter:
         return cls(name, rank, method, cell, kind)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ReferenceComparison:
-    """A comparison of adapters with a reference adapter."""
+    """A comparison of adapters with a reference adapter and with the base."""
 
     reference: ScoredAdapter
-    adapters: Mapping[str, ScoredAdapter]  # by name; the default margin may depend on their values
+    adapters: Mapping[str, ScoredAdapter]  # by name; their values tell a percentage from a fraction
     criterion: Criterion
+    base: ScoredAdapter | None = None  # the trained state with a zero update; None: not measured
+
+    @cached_property
+    def unit(self) -> MetricUnit:
+        return MetricUnit(self.reference.kind, self.criterion.higher_is_better, self.reference.cell.value)
+
+    @cached_property
+    def gain_bounds(self) -> Bounds | None:
+        """Return how much worse than the reference the base is, in the oriented unit; None without a base."""
+        if self.base is None:
+            return None
+        if self.base.cell.examples == self.reference.cell.examples:
+            return self.compute_bounds(self.base.cell)
+        gain = self.base.cell.loss - self.reference.cell.loss  # a base with one number: treated as exact
+        return Bounds(gain, gain, gain)
+
+    @property
+    def gain(self) -> Gain | None:
+        """Return what the reference gained over the base, in the metric's unit; None without a base."""
+        bounds = self.gain_bounds
+        if bounds is None:
+            return None
+        return Gain(**{name: self.unit.convert_difference(getattr(bounds, name)) for name in ("mean", "low", "high")})
+
+    @property
+    def has_no_gain(self) -> bool:
+        """Return whether the reference is not shown to be better than the base. No adapter is enough then."""
+        return self.gain_bounds is not None and self.gain_bounds.low <= 0
+
+    @property
+    def share(self) -> float | None:
+        """Return the margin as a share of the gain; None for a margin in the metric's unit, and without a base."""
+        return None if self.base is None else get_margin_share(self.criterion.margin)
 
     @property
     def margin(self) -> float:
         """Return the margin in the metric's unit."""
-        if self.criterion.margin is not None:
-            return self.criterion.margin
+        reference, gain, margin = self.reference, self.gain, self.criterion.margin
         values = [adapter.cell.value for adapter in self.adapters.values()]
-        return compute_default_margin(self.reference.kind, self.reference.cell.value, values)
+        # After a training there is always an answer, so a share without a base becomes the default, and a note says so.
+        margin = None if gain is None and isinstance(margin, str) else margin
+        return compute_margin(margin, reference.kind, reference.cell.value, values, None if gain is None else gain.mean)
 
     def compute_bounds(self, cell: Cell, reference: Cell | None = None) -> Bounds:
         """Compute the difference from the reference with its bounds, paired over examples; above 0 is worse.
@@ -112,19 +179,74 @@ class ReferenceComparison:
             return Bounds(worse_by.loss, worse_by.loss, worse_by.loss)
         return compute_file_bounds(worse_by.sums, worse_by.weights, worse_by.score_range, worse_by.groups)
 
+    def compute_contrast(self, cell: Cell, share: float) -> Bounds:
+        """Compute the bounds of (s - t) - share·(b - t) for the adapter s; there must be a base.
+
+        The contrast of losses is paired by example. For bounded scores, whose bounds allow for examples that have not been drawn, the
+        bounds of both differences are combined as in Zou and Donner (2008, "Construction of confidence limits about effect measures",
+        Statistics in Medicine 27).
+        """
+        worse, gain, base = self.compute_bounds(cell), self.gain_bounds, self.base
+        assert gain is not None
+        assert base is not None
+        mean = worse.mean - share * gain.mean
+        paired = compute_paired_difference(cell, self.reference.cell)
+        is_paired = base.cell.examples == cell.examples > 0
+        if is_paired and not paired.score_range:
+            return compute_file_bounds(self._compute_contrast_sums(cell, share), paired.weights, groups=paired.groups)
+        nearer, farther = (gain.low, gain.high) if share >= 0 else (gain.high, gain.low)
+        return Bounds(
+            mean,
+            mean - math.hypot(worse.mean - worse.low, share * (farther - gain.mean)),
+            mean + math.hypot(worse.high - worse.mean, share * (gain.mean - nearer)),
+        )
+
+    def _compute_contrast_sums(self, cell: Cell, share: float) -> Any:
+        assert self.base is not None
+        gain = compute_paired_difference(self.base.cell, self.reference.cell)
+        return compute_paired_difference(cell, self.reference.cell).sums - share * gain.sums
+
+    def compute_lost_share(self, cell: Cell) -> Bounds | None:
+        """Compute the share of the gain that an adapter loses, with the shares at which a bound of the contrast is 0.
+
+        None if there is no gain, or no scores by example.
+        """
+        gain = self.gain_bounds
+        if gain is None or gain.low <= 0:
+            return None
+        lost = self.compute_bounds(cell).mean / gain.mean
+        if not cell.examples:
+            return Bounds(lost, lost, lost)
+        low = _find_zero(lambda share: self.compute_contrast(cell, share).low, lost, gain.mean)
+        high = _find_zero(lambda share: self.compute_contrast(cell, share).high, lost, gain.mean)
+        return Bounds(lost, low, high)
+
+    def compute_needed_examples(self, adapter: ScoredAdapter) -> int | None:
+        """Compute the number of examples that are expected to tell whether the adapter is within the margin; None: unknown, or too many."""
+        cell, share = adapter.cell, self.share
+        if not cell.examples or (share is not None and self.base and self.base.cell.examples != cell.examples):
+            return None
+        paired = compute_paired_difference(cell, self.reference.cell)
+        sums = paired.sums if share is None else self._compute_contrast_sums(cell, share)
+        margin = self.unit.convert_margin(self.margin) if share is None else 0.0
+        return compute_required_examples(
+            estimate_file_difference(sums, paired.weights, paired.score_range, paired.groups), margin
+        )
+
     def build_candidate(self, adapter: ScoredAdapter) -> AdapterCandidate:
         difference, cell, reference = 0.0, adapter.cell, self.reference
         low = high = 0.0 if adapter is reference else None  # 0 is exact
         distribution = None
+        lost = None if self.gain_bounds is None or self.has_no_gain else Bounds(0.0, 0.0, 0.0)
+        is_within_margin = True
         if adapter.name != reference.name:
-            bounds = self.compute_bounds(cell)
-            unit = MetricUnit(reference.kind, self.criterion.higher_is_better, reference.cell.value)
+            bounds, unit, lost = self.compute_bounds(cell), self.unit, self.compute_lost_share(cell)
             difference = unit.convert_difference(bounds.mean)
             if cell.examples:
                 low, high = unit.convert_difference(bounds.low), unit.convert_difference(bounds.high)
                 paired = compute_paired_difference(cell, reference.cell)
                 distribution = compute_distribution(paired, self.margin, unit.convert_difference)
-        tested_bound = high if high is not None else difference if self.criterion.trusts_values else math.inf
+            is_within_margin = self._is_within_margin(cell, high, difference)
         return AdapterCandidate(
             rank=adapter.rank,
             method=adapter.method,
@@ -133,9 +255,42 @@ class ReferenceComparison:
             difference=difference,
             difference_low=low,
             difference_high=high,
-            is_within_margin=is_within(tested_bound, self.margin),
+            is_within_margin=is_within_margin,
+            share_kept=lost and 1 - lost.mean,
+            share_kept_low=None if lost is None or high is None else 1 - lost.high,
+            share_kept_high=None if lost is None or high is None else 1 - lost.low,
             distribution=distribution,
         )
+
+    def _is_within_margin(self, cell: Cell, high: float | None, difference: float) -> bool:
+        """Return whether the adapter is shown to be within the margin. `high` and `difference` are in the metric's unit."""
+        if self.has_no_gain or (high is None and not self.criterion.trusts_values):
+            return False
+        if self.share is None:
+            return is_within(difference if high is None else high, self.margin)
+        return is_within(self.compute_contrast(cell, self.share).high, 0.0)
+
+
+def _find_zero(bound: Callable[[float], float], start: float, slope: float) -> float:
+    """Find where a bound that falls with about this slope is 0, from a start near it, by the method of Illinois."""
+    left, right = start, start + bound(start) / slope
+    low, high = bound(left), bound(right)
+    for _ in range(MAX_STEPS):
+        if low == 0 or high * low < 0:
+            break
+        left, low, right = right, high, right + 2 * (right - left or SHARE_TOLERANCE)
+        high = bound(right)
+    for _ in range(MAX_STEPS):
+        if low == high or abs(right - left) < SHARE_TOLERANCE:
+            break
+        middle = right - high * (right - left) / (high - low)
+        value = bound(middle)
+        if value * high < 0:
+            left, low = right, high
+        else:
+            low /= 2
+        right, high = middle, value
+    return right
 
 
 def build_truncation_answer(
@@ -151,15 +306,31 @@ def build_truncation_answer(
     """
     top, descending = comparison.reference, sorted(truncations, key=lambda adapter: -adapter.rank)
     candidates = [comparison.build_candidate(adapter) for adapter in descending]
-    answer = comparison.build_candidate(chosen)
+    answer, steps = comparison.build_candidate(chosen), build_share_steps(candidates)
     return build_answer(
         answer,
         top,
         comparison,
         [comparison.build_candidate(top), *candidates],
-        _format_answer(answer, comparison, candidates),
+        _format_answer(answer, comparison, candidates, descending) + format_steps(steps, answer.rank),
         notes=[*_collect_notes(answer, candidates, comparison), *notes, *filter(None, [top.cell.assumption])],
+        staircase=steps,
     )
+
+
+def build_share_steps(candidates: Iterable[AdapterCandidate]) -> list[ShareStep]:
+    """Return the smallest rank that keeps at least each of `STEP_SHARES`, by the same fixed sequence for each share, without repetitions."""
+    steps: list[ShareStep] = []
+    descending = sorted(candidates, key=lambda candidate: -candidate.rank)
+    for share in STEP_SHARES:
+        smallest = None
+        for candidate in descending:
+            if candidate.share_kept_low is None or candidate.share_kept_low < share:
+                break
+            smallest = candidate.rank
+        if smallest is not None and (not steps or smallest < steps[-1].rank):
+            steps.append(ShareStep(share=share, rank=smallest))
+    return steps
 
 
 def build_answer(
@@ -177,47 +348,116 @@ def build_answer(
         trained_id=top.name,
         reference_id=comparison.reference.name,
         margin=comparison.margin,
+        margin_share=comparison.share,
+        gain=comparison.gain,
         candidates=list(candidates),
         sentence=sentence,
         **optional_fields,
     )
 
 
-def format_claim(candidate: AdapterCandidate, reference_name: str, comparison: ReferenceComparison) -> str:
-    """Format the evidence for an adapter within the margin as the end of a sentence, and a sentence on the distribution."""
-    margin = f"{comparison.margin:.4g}"
-    if candidate.trial_id == comparison.reference.name:
-        return f"it is {reference_name} itself."
-    if candidate.difference_high is None:
-        return f"its held-out difference from {reference_name} is {candidate.difference:+.2g}, within the margin of {margin}."
-    sampling_unit = "tokens" if comparison.reference.kind == "token_loss" else "examples"
-    distribution_sentence = "" if candidate.distribution is None else f" {format_distribution(candidate.distribution)}"
+def format_share(share: float) -> str:
+    """Format a share of the gain with one digit after the point, and two near 100%."""
+    digits = 2 if 0.9995 <= share < 1 else 1
+    return f"{share:.{digits}%}".replace(".0%", "%")
+
+
+def format_margin(answer: AdapterAnswer | MetricComparison) -> str:
+    """Format the margin of an answer or of a comparison as a share of the gain if it is one, with its value in the metric's unit."""
     return (
-        f"it is no worse than {reference_name} by more than the margin of {margin}, with {CONFIDENCE:.0%} confidence, on average over "
-        f"held-out {sampling_unit} (difference {candidate.difference:+.2g}, upper bound {candidate.difference_high:+.2g}).{distribution_sentence}"
+        f"{answer.margin:.4g}"
+        if answer.margin_share is None
+        else f"{format_share(answer.margin_share)} of the gain ({answer.margin:.2g})"
     )
 
 
-def _format_answer(
-    answer: AdapterCandidate, comparison: ReferenceComparison, candidates: Sequence[AdapterCandidate]
-) -> str:
-    margin, top = comparison.margin, comparison.reference
-    if answer.rank < top.rank:
-        return (
-            f"The smallest adapter of this training within the margin has rank {answer.rank}: "
-            f"{format_claim(answer, f'the rank {top.rank} adapter', comparison)}"
+def format_claim(candidate: AdapterCandidate, reference_name: str, comparison: ReferenceComparison) -> str:
+    """Format the evidence for an adapter within the margin as a sentence that begins with its rank."""
+    name, amount = f"Rank {candidate.rank}", f"{candidate.difference:+.2g}"
+    if candidate.trial_id == comparison.reference.name:
+        return f"{name} is {reference_name} itself."
+    if candidate.share_kept is not None:
+        bound = (
+            f" (at least {format_share(candidate.share_kept_low)}, {CONFIDENCE:.0%} confidence)"
+            if candidate.share_kept_low is not None
+            else ""
         )
-    lower = max((candidate.rank for candidate in candidates if candidate.rank < top.rank), default=None)
-    reason = "no lower rank is measured" if lower is None else f"rank {lower} is not shown"
+        return f"{name} keeps {format_share(candidate.share_kept)} of what {reference_name} gained{bound}."
+    margin = f"{comparison.margin:.4g}"
+    if candidate.difference_high is None:
+        return f"{name} differs from {reference_name} by {amount}, within the margin of {margin}."
+    return (
+        f"{name} is no worse than {reference_name} by more than the margin of {margin} "
+        f"(difference {amount}, at most {candidate.difference_high:+.2g} with {CONFIDENCE:.0%} confidence)."
+    )
+
+
+def format_steps(steps: Iterable[ShareStep], rank: int) -> str:
+    """Format the ranks below `rank` that keep less as a sentence such as "98%: rank 4 · 95%: rank 2."; empty if there are none."""
+    texts = [f"{format_share(step.share)}: rank {step.rank}" for step in steps if step.rank < rank]
+    return f" {' · '.join(texts)}." if texts else ""
+
+
+def _format_answer(
+    answer: AdapterCandidate,
+    comparison: ReferenceComparison,
+    candidates: Sequence[AdapterCandidate],
+    truncations: Sequence[ScoredAdapter],
+) -> str:
+    top, gain = comparison.reference, comparison.gain
+    if gain is not None and comparison.has_no_gain:
+        return (
+            f"No gain shown: rank {top.rank} differs from the base by {gain.mean:+.2g} (95% bounds {gain.low:+.2g} and {gain.high:+.2g}), so no "
+            "rank is called enough. Train at other learning rates, for more steps, or on more data, and check that the data match the task."
+        )
+    if answer.rank < top.rank:
+        return format_claim(answer, f"rank {top.rank}", comparison)
+    lower = max(
+        (candidate for candidate in candidates if candidate.rank < top.rank), key=lambda c: c.rank, default=None
+    )
+    if lower is None:
+        return f"Rank {top.rank} is kept: no lower rank was measured."
     if not top.cell.examples:
-        reason = "without example scores no truncation can be shown"
-    return f"The adapter keeps rank {top.rank}: {reason} to be within the margin of {margin:.4g}."
+        return f"Rank {top.rank} is kept: without a score for each example no lower rank can be shown to be enough."
+    adapter = next(adapter for adapter in truncations if adapter.name == lower.trial_id)
+    return _format_top_rank(lower, adapter, comparison)
+
+
+def _format_top_rank(lower: AdapterCandidate, adapter: ScoredAdapter, comparison: ReferenceComparison) -> str:
+    """Say why the top rank is kept: the next lower one loses more than the margin, or the examples cannot tell."""
+    top, rows = comparison.reference, f"{comparison.reference.cell.examples:,} held-out rows"
+    share, low, high = comparison.share, lower.share_kept_low, lower.share_kept_high
+    if share is not None and low is not None and high is not None:
+        is_open = high > 1 - share
+        limits = f"keeps between {format_share(low)} and {format_share(high)}"
+        needed_margin, evidence = f"{math.ceil(100 * (1 - low) - 1e-9)}%", f"{limits} of what rank {top.rank} gained"
+        bound = format_share(1 - share)
+    else:
+        worst, best = lower.difference_high, lower.difference_low
+        assert worst is not None
+        assert best is not None
+        is_open = is_within(best, comparison.margin)
+        needed_margin, bound = f"{worst:.2g}", f"within {comparison.margin:.4g}"
+        evidence = f"is worse than rank {top.rank} by between {best:+.2g} and {worst:+.2g}"
+    if not is_open:
+        return f"Rank {top.rank} is kept: rank {lower.rank} {evidence} ({CONFIDENCE:.0%} bounds), not {bound}."
+    needed = comparison.compute_needed_examples(adapter)
+    more = "more held-out rows" + (f" (about {needed:,})" if needed else "")
+    return (
+        f"Undecided below rank {top.rank}: with these {rows} rank {lower.rank} {evidence}. To decide: {more}, or --margin "
+        f"{needed_margin}, which costs no training."
+    )
 
 
 def _collect_notes(
     answer: AdapterCandidate, candidates: Sequence[AdapterCandidate], comparison: ReferenceComparison
 ) -> list[str]:
     notes, top = [], comparison.reference
+    if comparison.base is None and get_margin_share(comparison.criterion.margin) is not None:
+        notes.append(
+            f"The base was not measured, so there is no gain to keep {1 - (get_margin_share(comparison.criterion.margin) or 0):.0%} of, and the "
+            f"margin is {comparison.margin:.4g} in the metric's unit."
+        )
     failed_ranks = [
         candidate.rank for candidate in candidates if candidate.rank < answer.rank and not candidate.is_within_margin
     ]

@@ -63,7 +63,7 @@ from rightrank.decision.table import (
     select_contender,
 )
 from rightrank.schema.decision import Basis
-from rightrank.schema.metrics import compute_default_margin
+from rightrank.schema.metrics import Margin, compute_margin
 from rightrank.schema.trials import Floats
 
 MAX_EQUAL_ERRORS = 2.0  # A rank within so many standard errors of the best is treated as equally good.
@@ -108,15 +108,25 @@ class Evidence:
         unit = MetricUnit(self.table.kind, self.table.higher_is_better, 0.0)
         return replace(unit, reference=unit.convert_value(self.reference.loss))
 
-    def resolve_margin(self, margin: float | None) -> float:
-        """Return the margin in the metric's unit: the given one, or the default of the metric."""
-        if margin is not None:
-            return margin
-        return compute_default_margin(self.table.kind, self.unit.reference, self.table.list_values())
+    def resolve_margin(self, margin: Margin | None, base_loss: float | None = None) -> float:
+        """Return the margin in the metric's unit.
 
-    def convert_margin(self, margin: float | None) -> float:
+        Args:
+            base_loss: the oriented value of the base, if the table has none.
+        """
+        base_loss = self.base.loss if self.base is not None else base_loss
+        gain = None if base_loss is None else self.unit.convert_difference(base_loss - self.reference.loss)
+        return compute_margin(margin, self.table.kind, self.unit.reference, self.table.list_values(), gain)
+
+    def convert_margin(self, margin: Margin | None, base_loss: float | None = None) -> float:
         """Return the margin in the oriented unit."""
-        return self.unit.convert_margin(self.resolve_margin(margin))
+        return self.unit.convert_margin(self.resolve_margin(margin, base_loss))
+
+    @property
+    def margin_without_base(self) -> float:
+        """Return the default margin of a table without a base, in the oriented unit."""
+        margin = compute_margin(None, self.table.kind, self.unit.reference, self.table.list_values(), None)
+        return self.unit.convert_margin(margin)
 
     def is_within(self, rank: int, margin: float) -> bool:
         """Return whether the value of the rank is within the margin (oriented unit) of the reference; False without a result."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
+from rightrank.decision.adapter import find_base
 from rightrank.decision.adapter_comparison import Criterion
 from rightrank.decision.comparison import compute_bounds, is_within
 from rightrank.decision.table import Cell, MetricUnit, build_table, estimate_pairs
 from rightrank.schema.decision import LearningRateAnswer, LearningRateCandidate
-from rightrank.schema.metrics import compute_default_margin
+from rightrank.schema.metrics import compute_margin
 from rightrank.schema.trials import TrialDiverged, TrialFinished, TrialOutcome
 
 # From benchmarks/early_rates/judged.json: at rank 64, a rate that was chosen at a quarter ended within .005 nats of the best of four.
@@ -55,9 +57,11 @@ def describe_learning_rate(
         return None
     reference = cells[chosen.learning_rate]
     unit = MetricUnit(table.kind, higher_is_better, reference.value)
-    margin = criterion.margin if metric == criterion.metric else None
-    if margin is None:
-        margin = compute_default_margin(table.kind, abs(reference.value), [abs(value) for value in table.list_values()])
+    base = find_base(outcomes, replace(criterion, metric=metric, higher_is_better=higher_is_better), trained.trial_id)
+    gain = None if base is None else unit.convert_difference(base.cell.loss - reference.loss)
+    given = criterion.margin if metric == criterion.metric else None
+    given = None if base is None and isinstance(given, str) else given
+    margin = compute_margin(given, table.kind, abs(reference.value), list(map(abs, table.list_values())), gain)
     final_values = {
         outcome.learning_rate: outcome.metrics.get(criterion.metric)
         for outcome in trainings

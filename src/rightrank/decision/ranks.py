@@ -64,9 +64,13 @@ class Comparison:
 
     @property
     def is_base_enough(self) -> bool:
+        """Return whether the base is within the margin, or the reference is not shown to be better than it."""
         if 0 not in self.by_rank:
             return False
-        return self.by_rank[0].is_enough if self.confidence is None else self.require_probability(0) >= self.confidence
+        base = self.by_rank[0]
+        if self.confidence is None:
+            return base.is_enough or is_within(base.difference.mean, self.evidence.margin_without_base)
+        return self.require_probability(0) >= self.confidence or base.low <= 0
 
     @property
     def is_indication(self) -> bool:

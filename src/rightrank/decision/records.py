@@ -6,17 +6,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from rightrank.decision.adapter import build_provenance, compare_adapters, describe_missing_gain
+from rightrank.decision.adapter import build_provenance, compare_adapters
 from rightrank.decision.adapter_comparison import Criterion
 from rightrank.decision.learning_rate import describe_learning_rate
 from rightrank.decision.next_run import plan_rate_run
 from rightrank.decision.ranks import DEFAULT_CONFIDENCE
 from rightrank.decision.rule import decide_table
 from rightrank.decision.table import ScoreTable, build_table
-from rightrank.schema.decision import AdapterCandidate, Decision, LearningRateAnswer, NextRun
+from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision, LearningRateAnswer, NextRun
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import AdapterRecorded, JournalRecord, RunContinued, RunStarted, TestEvaluated
-from rightrank.schema.metrics import Checkpoint, format_unknown_direction
+from rightrank.schema.metrics import Checkpoint, Margin, format_unknown_direction
 from rightrank.schema.settings import Goal, SelectSettings
 from rightrank.schema.trials import (
     OUTCOMES,
@@ -125,7 +125,7 @@ def decide_by_metric(
     records: Records,
     outcomes: Sequence[TrialOutcome],
     metric: str,
-    margin: float | None = None,
+    margin: Margin | None = None,
     *,
     higher: bool | None = None,
     confidence: float | None = None,
@@ -192,8 +192,10 @@ def get_metric_direction(started: RunStarted, metric: str) -> bool | None:
 
 
 def list_comparable_outcomes(records: Records) -> list[TrialOutcome]:
-    """List the outcomes that may be compared: complete trainings."""
-    return exclude_longer_trainings([o for o in records.outcomes if o.is_direct])
+    """List the outcomes that may be compared: complete trainings, and the base with their trained heads if there are any."""
+    zero = [outcome for outcome in records.outcomes if outcome.rank == 0 and outcome.truncate_from is not None][-1:]
+    direct = [outcome for outcome in records.outcomes if outcome.is_direct and (outcome.rank > 0 or not zero)]
+    return exclude_longer_trainings([*zero, *direct])
 
 
 Outcome = TypeVar("Outcome", bound=TrialOutcome)
@@ -280,12 +282,12 @@ class Answers:
     adapter: AdapterRecorded | None = None
     provenance: str | None = None  # how the adapter was made, as a sentence
     adapter_rate: float = 0.0  # the learning rate of the adapter's training; 0: unknown
+    adapter_steps: int = 0  # its optimizer steps; 0: unknown
     trainings: float = 0.0  # so far
     started: RunStarted | None = None  # None: the results are not from a run
     # at a learning rate beyond the adapter's, if that is the lowest or the highest one tried
     adapter_run: NextRun | None = None
     learning_rate: LearningRateAnswer | None = None  # of the adapter; None if only one was tried
-    missing_gain: str = ""  # a sentence if the base model is within the margin of the adapter
 
     @property
     def next_runs(self) -> list[NextRun]:
@@ -311,9 +313,11 @@ class Answers:
             | fields
             | {
                 "adapter_sentence": adapter and adapter.answer.sentence,
+                **_dump_shares(None if adapter is None else adapter.answer),
                 "cost": self.cost,
                 "adapter_provenance": self.provenance,
-                "adapter_flags": ["lr_edge"] * (self.adapter_run is not None) + ["no_gain"] * bool(self.missing_gain),
+                "adapter_flags": ["lr_edge"] * (self.adapter_run is not None)
+                + ["no_gain"] * (adapter is not None and adapter.answer.has_no_gain),
                 "handed_over": _dump_record(adapter and adapter.handed_over),
                 "learning_rate": self.adapter_rate or fields.get("learning_rate"),
                 "learning_rates": [candidate.model_dump() for candidate in self.learning_rate.candidates]
@@ -334,29 +338,32 @@ def build_answers(
     chosen = records.by_id.get(adapter.answer.trial_id) if adapter else None
     provenance = None if chosen is None else build_provenance(chosen, records.list_finished())
     sentence = run = None
-    adapter_rate = 0.0
+    adapter_rate, adapter_steps = 0.0, 0
     if provenance is not None:
-        adapter_rate = provenance.learning_rate
+        adapter_rate, adapter_steps = provenance.learning_rate, provenance.steps
         sentence, rank = provenance.format_sentence(), provenance.trained_rank
         run = plan_rate_run(build_run_table(records), rank, provenance.learning_rate, [rank])
     trained = chosen and records.by_id.get(chosen.truncate_from or chosen.trial_id)
     rate = None if trained is None else describe_learning_rate(trained, records.outcomes, build_criterion(records))
-    missing_gain = ""
-    if adapter is not None and chosen is not None:
-        base = next((trial for trial in records.list_finished() if trial.rank == 0), None)
-        missing_gain = describe_missing_gain(chosen, base, build_criterion(records), adapter.answer.margin)
     return Answers(
         decision,
         goal,
         adapter,
         sentence,
         adapter_rate,
+        adapter_steps,
         count_trainings(records),
         records.started,
         run,
         rate,
-        missing_gain,
     )
+
+
+def _dump_shares(answer: AdapterAnswer | None) -> dict[str, Any]:
+    """Return what the adapter keeps of the gain."""
+    if answer is None:
+        return dict.fromkeys(("gain", "share_kept", "share_kept_low"))
+    return answer.model_dump(include={"gain", "share_kept", "share_kept_low"})
 
 
 def _dump_record(record: Record | None) -> Any:

@@ -12,7 +12,6 @@ would; the decision has the flag `underpowered`, and `non_inferior` is None.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from rightrank.decision.comparison import CONFIDENCE, TWO_SIDED
@@ -33,12 +32,12 @@ from rightrank.decision.verdicts import (
 )
 from rightrank.schema.decision import Decision, RankEvidence
 from rightrank.schema.errors import ResultsError
-from rightrank.schema.metrics import Checkpoint
+from rightrank.schema.metrics import Checkpoint, Margin, parse_margin
 
 
 def decide_table(
     table: ScoreTable,
-    margin: float | None = None,
+    margin: Margin | None = None,
     *,
     confidence: float = DEFAULT_CONFIDENCE,
     checkpoint: Checkpoint = "last",
@@ -46,7 +45,8 @@ def decide_table(
     """Decide on a table.
 
     Args:
-        margin: how much worse than the best is still enough, in the metric's unit; None for the default of the metric.
+        margin: how much worse than the best is still enough: a number in the metric's unit, or a share of the gain over the base
+            such as "2%"; None for 1%.
         confidence: choose the smallest rank that is enough with this probability.
         checkpoint: the evaluation of each training that is compared, if the table has evaluations during training.
 
@@ -97,17 +97,18 @@ def _build_probability_fields(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _prepare_comparison(table: ScoreTable, margin: float | None) -> tuple[Evidence, MetricUnit, float]:
+def _prepare_comparison(table: ScoreTable, margin: Margin | None) -> tuple[Evidence, MetricUnit, float]:
     ranks = table.list_ranks()
     if len(ranks) < 2:
         raise ResultsError(
             f"{len(ranks)} rank(s) with a finished trial: a comparison needs two or more; train more ranks"
         )
     evidence = Evidence(table)
-    margin = evidence.resolve_margin(margin)
-    if not (margin > 0 and math.isfinite(margin)):
-        raise ResultsError(f"margin {margin:g} is not allowed: give a number above 0 in the metric's unit")
-    return evidence, evidence.unit, margin
+    try:
+        margin = parse_margin(margin)
+    except ValueError as error:
+        raise ResultsError(str(error)) from None
+    return evidence, evidence.unit, evidence.resolve_margin(margin)
 
 
 def _build_rank_evidence(comparison: Comparison, compared: RankComparison, unit: MetricUnit) -> RankEvidence:

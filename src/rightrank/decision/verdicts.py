@@ -3,7 +3,8 @@
 The verdict is the first row that applies, from the most sobering to the plainest:
 
     ===========  =====================================================================================
-    no_gain      the base model itself is within the margin of the best adapter
+    no_gain      the base model is within the margin of the best adapter, or the adapter is not shown to be better
+                 than it (for one number per rank: within the margin of a table without a base)
     undecided    no rank has the requested probability; a rank above the reference is clearly worse than it
                  without a reason (`find_unexplained_rank`); or the answer rests on a rank of which one of
                  two seeds is far from the other (`find_doubtful_rank`)

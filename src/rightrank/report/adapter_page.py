@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rightrank.decision.adapter_comparison import format_share
 from rightrank.report.figure import (
     INSTALL_HINT,
     RANK,
@@ -31,17 +32,23 @@ METHODS = {"trained": "trained at that rank", "truncated": "truncated from the h
 
 
 def build_candidate_table(answer: AdapterAnswer, metric: str) -> list[list[str]]:
-    """Return the candidate adapters as rows of text, heading first."""
-    heading = ["rank", "method", metric, "worse by", "95% bound", "enough"]
-    return [heading, *(_build_candidate_row(candidate, answer) for candidate in answer.candidates)]
+    """Return the candidate adapters as rows of text, heading first. Shares of the gain come before the differences, if there is a gain."""
+    has_shares = any(candidate.share_kept is not None for candidate in answer.candidates)
+    heading = ["rank", "method", *["keeps", "at least"] * has_shares, metric, "worse by", "95% bound", "enough"]
+    return [heading, *(_build_candidate_row(candidate, answer, has_shares) for candidate in answer.candidates)]
 
 
-def _build_candidate_row(candidate: AdapterCandidate, answer: AdapterAnswer) -> list[str]:
+def _build_candidate_row(candidate: AdapterCandidate, answer: AdapterAnswer, has_shares: bool) -> list[str]:
     is_reference = candidate.trial_id == answer.reference_id
     bound = "–" if candidate.difference_high is None else f"{candidate.difference_high:+.4f}"
+    shares = [
+        "" if share is None or is_reference else format_share(share)
+        for share in (candidate.share_kept, candidate.share_kept_low)
+    ]
     return [
         str(candidate.rank),
         candidate.method,
+        *shares * has_shares,
         f"{candidate.value:.4f}",
         "reference" if is_reference else f"{candidate.difference:+.4f}",
         "" if is_reference else bound,

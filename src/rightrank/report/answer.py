@@ -98,7 +98,6 @@ def _format_adapter_notes(answers: Answers) -> list[str]:
     answer, handed_over = answers.adapter.answer, answers.adapter.handed_over
     return [
         f"It was {answers.provenance}." if answers.provenance else "",
-        answers.missing_gain,
         f"Rank {answer.rank} is the largest rank that was trained, so a larger one may be better. Training rank "
         f"{2 * answer.rank} too, with --ranks, takes about the cost of this answer."
         if answer.is_top_rank_required
@@ -136,7 +135,7 @@ def format_training_settings(answers: Answers) -> str:
         rank, rate = adapter.answer.trained_rank, answers.adapter_rate
     else:
         return ""
-    settings = started.select_settings
+    settings, steps = started.select_settings, answers.adapter_steps
     alpha, use_rslora = convert_scaling(settings.scaling, settings.lora_alpha, rank)
     modules = list(settings.target_modules)
     values = {
@@ -145,6 +144,9 @@ def format_training_settings(answers: Answers) -> str:
         "use_rslora": use_rslora,
         "learning_rate": rate,
         "target_modules": modules[0] if modules == ["all-linear"] else modules,
+        "per_device_train_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "max_steps": steps or settings.max_steps,
     }
     return ", ".join(f"{name}={value!r}" for name, value in values.items() if value)
 

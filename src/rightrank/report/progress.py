@@ -13,6 +13,7 @@ from rightrank.report.answer import format_trial_end
 from rightrank.report.format import format_bytes, format_duration, format_metric_label
 from rightrank.schema.events import DurationEstimated, EvaluationProgress, Event, SelectionPlanned, StepDone
 from rightrank.schema.trials import (
+    Arm,
     ArmFields,
     TrialDiverged,
     TrialEvaluated,
@@ -156,8 +157,8 @@ class Progress:
         if not running:
             return []
         if len(running) == 1:
-            arm = running[0].arm
-            label = "base model" if arm.rank == 0 else f"rank {arm.rank}, learning rate {arm.learning_rate:g}"
+            arm = running[0].arm.arm
+            label = _name_base(arm) if arm.rank == 0 else f"rank {arm.rank}, learning rate {arm.learning_rate:g}"
         else:
             ranks = sorted({trial.arm.rank for trial in running})
             label = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
@@ -197,10 +198,16 @@ class Progress:
             text = format_trial_end(event)
         seconds = self._record_end(event)
         name = (
-            "base model" if event.rank == 0 else f"rank {event.rank:>3}  lr {event.learning_rate:<7g} seed {event.seed}"
+            _name_base(event.arm)
+            if event.rank == 0
+            else f"rank {event.rank:>3}  lr {event.learning_rate:<7g} seed {event.seed}"
         )
         stage = event.arm.format_stage()
         return f"{name:<32} {text}  ({stage + ', ' if stage else ''}{format_duration(seconds)})"
+
+
+def _name_base(arm: Arm) -> str:
+    return "base model" if arm.is_direct else "base with the trained head"
 
 
 def _estimate_seconds_left(trial: _RunningTrial, pace: float) -> float:

@@ -15,12 +15,12 @@ from rightrank.adapters.rank_math import format_slot
 from rightrank.decision.comparison import CONFIDENCE
 from rightrank.decision.records import Answers
 from rightrank.decision.sentences import format_probability
-from rightrank.report.answer import format_brief, format_labelled_rows, format_training_settings
+from rightrank.report.answer import format_labelled_rows, format_training_settings
 from rightrank.report.format import format_metric_label, format_quantity, make_visible
 from rightrank.report.status import RunStatus
 from rightrank.report.terminal_curve import CURVE_LINES, Points, draw_terminal_curve
 from rightrank.schema.command import build_budget_options
-from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, Decision
+from rightrank.schema.decision import AdapterCandidate, Decision
 from rightrank.schema.events import RunKind
 from rightrank.schema.settings import LONGER_TRAININGS
 
@@ -118,58 +118,16 @@ def collect_curves(answers: Answers, candidates: Sequence[AdapterCandidate]) -> 
 def describe_result(answers: Answers, is_done: bool = True) -> str:
     """Describe the result in a sentence: the rank, the learning rate, the certainty and the cost."""
     trainings = format_quantity(round(answers.trainings, 1), "training")
-    cost = f"it took {trainings}" if is_done else f"{trainings} so far"
+    cost = f"It took {trainings}." if is_done else f"{trainings} so far."
     if not is_done and answers.decision is None and answers.adapter is None:
-        return f"No answer yet; {cost}."
-    if answers.decision is None:
-        return f"{_describe_adapter(answers)}; {cost}."
-    saved = ""
-    if answers.adapter is not None:
-        answer = answers.adapter.answer
-        claim = f", {_format_claim(answers, answer, with_margin=False)}"
-        is_compared = answer.trial_id != answer.reference_id and answers.decision.verdict != "no_gain"
-        saved = f"the adapter has rank {answer.rank}{claim if is_compared else ''}"
-    return f"{'; '.join(filter(None, [_describe_decision(answers.decision), saved, cost]))}."
-
-
-def _describe_adapter(answers: Answers) -> str:
-    """Describe the adapter that is handed over, if the training rank is not the goal."""
-    if answers.adapter is None:
-        return "The trainer saved no adapter"
-    answer = answers.adapter.answer
-    rate = f"learning rate {answers.adapter_rate:g}" if answers.adapter_rate else ""
-    if answers.missing_gain:
-        margin = _format_amount(f"{answer.margin:.4g}", answers.started.metric if answers.started else "value")
-        details = ", ".join(filter(None, [f"rank {answer.rank}", rate]))
-        return f"No gain is shown: the base model is within {margin} of the adapter ({details})"
-    claim = _format_claim(answers, answer, with_margin=True)
-    if answer.trial_id == answer.reference_id:
-        return f"Rank {answer.rank}: {', '.join(filter(None, [rate, claim]))}"
-    source = f"truncated from rank {answer.trained_rank}" if answer.method == "truncated" else "trained at this rank"
-    return f"Rank {answer.rank} is enough: {source}{f' ({rate})' if rate else ''}, {claim}"
-
-
-def _format_claim(answers: Answers, answer: AdapterAnswer, with_margin: bool) -> str:
-    """Describe the evidence for the adapter's rank, compared with its reference."""
-    metric = answers.started.metric if answers.started else "value"
-    margin = _format_amount(f"{answer.margin:.4g}", metric)
-    if answer.trial_id == answer.reference_id:
-        has_lower = any(candidate.rank < answer.rank for candidate in answer.candidates)
-        unshown = f"no lower rank is shown to be within {f'the margin of {margin}' if with_margin else 'the margin'}"
-        return unshown if has_lower else "no smaller adapter was compared"
-    ranks = [candidate.rank for candidate in answer.candidates if candidate.trial_id == answer.reference_id]
-    is_source = answer.method == "truncated" and ranks == [answer.trained_rank] and with_margin
-    named = f"rank {ranks[0]}" if ranks and ranks[0] != answer.rank else f"another rank {answer.rank} adapter"
-    reference = "it" if is_source else named
-    margin_text = f"margin {answer.margin:.4g}" if with_margin else ""
-    if answer.difference_high is None:
-        amount = _format_amount(format_brief(abs(answer.difference)), metric)
-        limits = ", ".join(filter(None, ["no confidence bound", margin_text]))
-        return f"{amount} {'worse' if answer.difference > 0 else 'better'} than {reference} ({limits})"
-    bound = _format_amount(format_brief(abs(answer.difference_high)), metric)
-    limits = ", ".join(filter(None, [f"{CONFIDENCE:.0%} confidence", margin_text]))
-    direction = f"at least {bound} better" if answer.difference_high < 0 else f"at most {bound} worse"
-    return f"{direction} than {reference} ({limits})"
+        return f"No answer yet; {cost}"
+    decision = answers.decision
+    is_hopeless = decision is not None and decision.verdict == "no_gain"  # the adapter's sentence would repeat it
+    saved = "" if answers.adapter is None or is_hopeless else answers.adapter.answer.sentence
+    if decision is None and not saved:
+        saved = "The trainer saved no adapter."
+    decided = "" if decision is None else f"{_describe_decision(decision)}."
+    return " ".join(filter(None, [decided, saved, cost]))
 
 
 def _describe_decision(decision: Decision) -> str:

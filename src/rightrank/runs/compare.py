@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,15 @@ from rightrank.bases.model_sources import BASE_SIDE
 from rightrank.bases.safetensors_files import read_header
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.data.splits import DataSplits, load_data, load_held_out
+from rightrank.decision.adapter_comparison import Criterion, ReferenceComparison, ScoredAdapter, format_margin
 from rightrank.decision.comparison import (
     compute_file_bounds,
-    compute_required_examples,
-    estimate_file_difference,
 )
-from rightrank.decision.table import build_table, compute_distribution, compute_paired_difference, format_distribution
+from rightrank.decision.table import compute_distribution, compute_paired_difference, format_distribution
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.events import EvaluationProgress, RunStarted
-from rightrank.schema.metrics import LossKind, compute_default_margin
+from rightrank.schema.metrics import LossKind, get_margin_share
 from rightrank.schema.results import AdapterComparison, ComparisonVerdict, MetricComparison
 from rightrank.schema.settings import SPLIT_SETTINGS, SelectSettings
 from rightrank.schema.trials import TrialFinished
@@ -82,8 +81,9 @@ def compare_adapters(
     cause: str | None = None
     for path in data:
         first, second, trained_on = _evaluate_sides(sides, model, path, settings, on_event, base_b, run_splits)
+        base = _evaluate_base(first) if get_margin_share(settings.margin) is not None else None
         results = (
-            compare_trials(first.scores, second.scores, spec.name, str(path), settings)
+            compare_trials(first.scores, second.scores, spec.name, str(path), settings, base)
             for spec in settings.metric_specs
         )
         left_out = max(
@@ -144,6 +144,11 @@ def _evaluate_sides(
         adapter = Path(side_name) if is_adapter else None
         compared_sides.append(_ComparedSide(side_name, runtime, adapter, evaluate_adapter(runtime, side_name, adapter)))
     return compared_sides[0], compared_sides[1], trained_on
+
+
+def _evaluate_base(a: _ComparedSide) -> TrialFinished | None:
+    """Evaluate the adapter A with its update set to zero, which keeps a trained head; None if A is a full model or the base."""
+    return None if a.adapter is None else evaluate_adapter(a.runtime, "base", a.adapter, is_zero=True)
 
 
 def drop_training_examples(
@@ -209,9 +214,9 @@ def _is_adapter_dropped(a: _ComparedSide, b: _ComparedSide) -> bool:
     return deviation > IGNORED_CHANGE * effect and distance * CLOSENESS_RATIO <= deviation
 
 
-def evaluate_adapter(runtime: Runtime, name: str, adapter: Path | None) -> TrialFinished:
+def evaluate_adapter(runtime: Runtime, name: str, adapter: Path | None, *, is_zero: bool = False) -> TrialFinished:
     """Evaluate the base model, or an adapter on it, on the validation split by every metric of the settings."""
-    with attach_adapter(runtime, adapter):
+    with attach_adapter(runtime, adapter, is_zero=is_zero):
         scores, measured = runtime.evaluate("validation"), measure_metrics(runtime, "validation")
     measured.require_values(list(measured.failures))
     trial = build_trial_record(name, 1, scores, "loss")
@@ -224,11 +229,14 @@ def compare_trials(
     metric: str,
     data: str,
     settings: SelectSettings,
+    base: TrialFinished | None = None,
 ) -> MetricComparison:
     """Compare the scores of B with those of A on the same examples by one metric.
 
     Args:
         data: The name of the examples.
+        base: The base with the same examples. A margin that is a share is one of A's gain over it. Without a gain that is shown, the
+            default in the metric's unit holds.
 
     Raises:
         ModelError: The models have different tokenizers or chat templates.
@@ -243,17 +251,21 @@ def compare_trials(
     higher = settings.is_higher_better(metric)
     loss: LossKind = "token_loss" if a.example_correct is None else "loss"
     loss = "pair_loss" if "reward_accuracy" in a.example_metrics else loss
-    tables = [build_table([trial], metric, higher, loss=loss) for trial in (a, b)]
-    cells = [next(iter(table.cells.values())) for table in tables]
+    criterion = Criterion(metric, higher, settings.margin, loss)
+    side_a, side_b = (_score_trial(trial, name, criterion) for trial, name in ((a, "A"), (b, "B")))
+    cells = side_a.cell, side_b.cell
     if not all(cell.examples for cell in cells):
         raise SettingsError(f"metric {metric!r} gives no score per example, so two adapters can't be compared in pairs")
     paired = compute_paired_difference(cells[1], cells[0])
     difference = paired.sums, paired.weights, paired.score_range, paired.groups
     bounds = compute_file_bounds(*difference)
-    margin = settings.margin
-    if margin is None:
-        margin = compute_default_margin(tables[0].kind, cells[0].value, [cells[0].value])
-    verdict = VERDICTS[bounds.is_enough(margin)]
+    comparison = ReferenceComparison(
+        side_a, {"A": side_a}, criterion, None if base is None else _score_trial(base, "base", criterion)
+    )
+    comparison = replace(comparison, base=None) if comparison.has_no_gain else comparison
+    margin, share = comparison.margin, comparison.share
+    contrast = bounds if share is None else comparison.compute_contrast(side_b.cell, share)
+    verdict = VERDICTS[contrast.is_enough(margin if share is None else 0.0)]
     return MetricComparison(
         data=data,
         metric=metric,
@@ -265,11 +277,18 @@ def compare_trials(
         difference_high=bounds.high,
         distribution=compute_distribution(paired, margin),
         margin=margin,
+        margin_share=share,
+        gain=comparison.gain,
         examples=cells[0].examples,
         groups=cells[0].num_groups if cells[0].groups is not None else None,
-        examples_needed=compute_required_examples(estimate_file_difference(*difference), margin)
-        if verdict == "cannot_tell"
-        else None,
+        examples_needed=comparison.compute_needed_examples(side_b) if verdict == "cannot_tell" else None,
+    )
+
+
+def _score_trial(trial: TrialFinished, name: str, criterion: Criterion) -> ScoredAdapter:
+    scores = trial.get_weighted_scores(criterion.metric)
+    return ScoredAdapter.from_scores(
+        name, 1, trial.metrics[criterion.metric], scores, criterion, groups=trial.example_groups
     )
 
 
@@ -282,7 +301,7 @@ def _format_sentence(a: str, b: str, worst: MetricComparison, count: int, cause:
     grouped = ", taken as independent" if worst.groups is None else f" in {worst.groups} groups"
     figures = (
         f"{worst.metric} differs by {worst.difference:+.3g} (95% bounds {worst.difference_low:+.3g} to "
-        f"{worst.difference_high:+.3g}) on {worst.examples} examples{grouped}{left_out}, margin {worst.margin:g}"
+        f"{worst.difference_high:+.3g}) on {worst.examples} examples{grouped}{left_out}, margin {format_margin(worst)}"
     )
     worst_text = "" if count == 1 else f" The worst of {count} comparisons is on {Path(worst.data).name}."
     if cause is not None:

@@ -84,7 +84,7 @@ def finish_run(run: Run, decision: Decision | None) -> Selected:
     """
     records, folder = run.records, run.folder
     answer = run.hooks.apply_hooks(_choose_final_adapter(run, decision), run.records.copy)
-    shown = [trial.trial_id for trial in records.list_finished() if trial.rank == 0]
+    shown = [trial.trial_id for trial in records.list_finished() if trial.rank == 0 and trial.arm.is_direct]
     shown += [answer.trial_id, answer.reference_id]
     if decision is not None:
         ranks = (decision.recommended_rank, decision.reference_rank)
@@ -201,10 +201,11 @@ def _choose_final_adapter(run: Run, decision: Decision | None) -> AdapterAnswer:
     if decision is not None:
         ranks = (decision.recommended_rank, decision.reference_rank)
         chosen, reference = (find_best_trial(records, decision, rank) for rank in ranks)
-        return build_trained_answer(chosen, criterion, reference)
+        return build_trained_answer(chosen, criterion, reference, plain)
     direct = [trial for trial in records.list_finished() if trial.rank > 0 and trial.arm.is_direct]
     sign = -1 if criterion.higher_is_better else 1
-    return build_trained_answer(min(direct, key=lambda trial: (-trial.rank, sign * trial.value)), criterion)
+    best = min(direct, key=lambda trial: (-trial.rank, sign * trial.value))
+    return build_trained_answer(best, criterion, outcomes=plain)
 
 
 def _describe_exported_adapter(records: Records, answer: AdapterAnswer, saved: Path) -> ExportedAdapter:

@@ -18,7 +18,6 @@ from rightrank.schema.trials import Arm, TrialFinished
 from rightrank.training.pace import Pace, measure_pace
 
 MEASURING = "measuring a few steps at the highest rank"
-WITH_MARGIN = ("token_loss", "pair_loss", "accuracy")  # kinds of metrics whose default margin is a number
 
 
 def run_preflight(prepared: LoadedSelection, announce: Callable[[str], None]) -> Preflight:
@@ -66,9 +65,8 @@ def _build_preflight(prepared: LoadedSelection, pace: Pace | None) -> tuple[Pref
         expected = pace.predict_seconds(fmean(settings.ranks), trainings.expected, arms, points)
         at_most = pace.predict_seconds(max(settings.ranks), trainings.maximum, trainings.max_arms, points)
         time_text = format_time_estimate(expected, at_most, settings.budget_hours)
-    has_margin = space.margin is not None or space.kind in WITH_MARGIN  # otherwise it is a fraction of a value
     peaks, needed = (planned.peak_bytes, planned.needed_bytes) if planned else ({}, {})
-    margin = space.get_margin(0.0) if has_margin else None
+    margin = space.margin if isinstance(space.margin, float) else None  # a share of the gain is not known yet
     resolution, examples_needed = estimate_resolution(space.kind, data.splits["validation"].examples, margin)
     preflight = Preflight(
         metric=settings.metric_name,

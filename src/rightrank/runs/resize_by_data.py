@@ -31,7 +31,7 @@ from rightrank.adapters.truncation import Moments
 from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
 from rightrank.data.splits import DataSplits, load_data, load_held_out
-from rightrank.decision.adapter_comparison import SEARCH_OPTION, Criterion, ReferenceComparison, ScoredAdapter
+from rightrank.decision.adapter_comparison import SEARCH_OPTION, Criterion, ScoredAdapter, format_margin
 from rightrank.runs.compare import load_run_splits, read_labels
 from rightrank.schema.command import build_reproduce_command
 from rightrank.schema.configs import convert_configs
@@ -130,12 +130,10 @@ def _load_training_splits(
 
 @dataclass(frozen=True, slots=True)
 class MeasuredTruncations:
-    """The smallest adapter within the margin, the scores of the base model, and the moments of the truncations."""
+    """The smallest adapter within the margin, and the moments of the truncations."""
 
     smallest: SmallestAdapterAnswer[RankedAdapter]
-    base: ScoredAdapter  # at rank 0
     gathered: GatheredMoments
-    criterion: Criterion
 
 
 MANY_EXAMPLES = 2000  # above this number, the message proposes to score fewer examples
@@ -166,7 +164,7 @@ def resize_by_data(adapter: AdapterFolder, out: Path, request: ResizeRequest) ->
     rank_list = ", ".join(map(str, sorted(ranks, reverse=True)))
     count = len(evaluation_data.splits.examples["validation"])
     hint = "" if count <= MANY_EXAMPLES else "; --set max_eval_examples=1000 measures on fewer"
-    text = f"measuring the base model, then ranks {rank_list}, each on {count:,} examples{hint}"
+    text = f"measuring rank {max(ranks)}, the base, then lower ranks ({rank_list}), each on {count:,} examples{hint}"
     request.on_event(Notice(text=text))
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
         use = RuntimeInputs(request.data, request.settings, Path(name) / "cache", splits=evaluation_data.splits)
@@ -213,28 +211,17 @@ def _describe_result(
             "of lora_alpha and r (alpha_pattern)"
         )
     notes += [f"the select command leaves out {', '.join(unstated_names)}"] if unstated_names else []
-    missing_gain = _describe_missing_gain(measured)
     answer_notes = [note.replace(SEARCH_OPTION, f"({search})") for note in answer.notes]
-    scored = [measured.base, *measured.smallest.scored]
+    scored = [*filter(None, [measured.smallest.base]), *measured.smallest.scored]
     return {
         "rank": answer.rank,
         "bytes_after": chosen.weights_file.stat().st_size,
-        "chosen_by": f"data, margin {answer.margin:g}",
+        "chosen_by": f"data, margin {format_margin(answer)}",
         "held_out": [HeldOutValue(rank=each.rank, value=each.cell.value) for each in scored],
-        "answer": answer.model_copy(update={"sentence": missing_gain + answer.sentence, "notes": answer_notes}),
-        "no_gain": bool(missing_gain),
+        "answer": answer.model_copy(update={"notes": answer_notes}),
+        "no_gain": answer.has_no_gain,
         "notes": notes,
     }
-
-
-def _describe_missing_gain(measured: MeasuredTruncations) -> str:
-    """Return a sentence if the adapter is not better than the base model by more than the margin; else an empty text."""
-    top, margin = measured.smallest.scored[0], measured.smallest.answer.margin
-    comparison = ReferenceComparison(top, {top.name: top}, measured.criterion)
-    if not comparison.compute_bounds(measured.base.cell).is_enough(margin):
-        return ""
-    base, best = measured.base.cell.value, top.cell.value
-    return f"No gain: the base model alone has {base:.4f} and the adapter {best:.4f}, within the margin of {margin:g}, so every rank is within it. "
 
 
 def measure_truncations(
@@ -246,7 +233,7 @@ def measure_truncations(
     cross_fit: bool = False,
     on_event: Callable[[EvaluationProgress | Notice], None] = lambda _: None,
 ) -> MeasuredTruncations:
-    """Measure the base model, the adapter and its truncations downward until one is not within the margin.
+    """Measure the adapter, the base and truncations downward until one is not within the margin.
 
     Args:
         ranks: the adapter's rank and lower ones; `working_folder` keeps the truncations as r1, r2, …
@@ -266,26 +253,30 @@ def measure_truncations(
     ascending, top_rank = sorted(ranks), max(ranks)
 
     def truncate(rank: int) -> RankedAdapter:
+        if rank == 0:
+            return RankedAdapter(0, adapter)  # evaluated with its update set to zero
         return write_truncation(adapter, working_folder / f"r{rank}", rank, gathered.moments)
 
     def evaluate(candidate: RankedAdapter) -> ScoredAdapter:
         rank, folder = candidate.rank, candidate.folder.path
-        num_evaluations = (ascending.index(rank) + 1) * (2 if folds else 1)
-        report_evaluation_progress(runtime, f"rank {rank}", on_event, num_evaluations)
-        if folds:
+        remaining = [lower for lower in ascending if lower <= (rank or top_rank)]
+        label = f"rank {rank}" if rank else "the base"
+        report_evaluation_progress(runtime, label, on_event, len(remaining) * (2 if folds else 1))
+        if rank == 0:
+            with attach_adapter(runtime, folder, is_zero=True):
+                scores = runtime.evaluate("validation")
+        elif folds:
             scores = _evaluate_folds(adapter, runtime, folds, rank, working_folder)
         else:
             with attach_adapter(runtime, folder):
                 scores = runtime.evaluate("validation")
         method: AdapterMethod = "trained" if rank == top_rank else "truncated"
-        scored = scores.build_scored_adapter(folder.name, rank, criterion, method=method)
-        on_event(Notice(text=f"rank {rank}: held-out {scored.cell.value:.4f}"))
+        scored = scores.build_scored_adapter(f"r{rank}", rank, criterion, method=method)
+        on_event(Notice(text=f"{label}: held-out {scored.cell.value:.4f}"))
         return scored
 
-    report_evaluation_progress(runtime, "the base", on_event, len(ranks) + 1)
-    base = runtime.evaluate("validation").build_scored_adapter("base", 0, criterion)
     smallest = find_smallest(truncate(top_rank), ranks, truncate, evaluate, criterion)
-    return MeasuredTruncations(smallest, base, gathered, criterion)
+    return MeasuredTruncations(smallest, gathered)
 
 
 _Fold: TypeAlias = tuple[list[int], Mapping[str, Moments]]  # half of the scored examples, moments over the other half

@@ -11,6 +11,7 @@ from typing import Any
 
 from rightrank.schema.decision import NextRun
 from rightrank.schema.events import RunStarted
+from rightrank.schema.metrics import Margin
 from rightrank.schema.setting_table import Row, list_rows
 from rightrank.schema.settings import MAX_SEED, SelectSettings
 
@@ -80,7 +81,7 @@ def build_next_commands(
     started: RunStarted,
     runs: Sequence[NextRun],
     run: str,
-    margin: float | None = None,
+    margin: Margin | None = None,
     tried_rates: Collection[float] = (),
 ) -> list[str | None]:
     """Return the command of each next run, or None if options of `select` can't express it.

@@ -109,6 +109,21 @@ class DifferenceDistribution(Record):
 AdapterMethod: TypeAlias = Literal["trained", "truncated"]
 
 
+class Gain(Record):
+    """What a training gained over the base, in the metric's unit; above 0 is better."""
+
+    mean: float
+    low: float  # 95% bounds, one-sided, over examples
+    high: float
+
+
+class ShareStep(Record):
+    """The smallest rank that is shown to keep at least this share of the gain."""
+
+    share: float
+    rank: BoundedInt
+
+
 class AdapterCandidate(Record):
     """An adapter compared with the reference adapter on the same validation examples."""
 
@@ -119,7 +134,11 @@ class AdapterCandidate(Record):
     difference: float  # how much worse than the reference, metric's unit
     difference_low: float | None = None  # its 95% lower bound, one-sided, over examples; None without example scores
     difference_high: float | None  # its 95% upper bound, the one that is tested
-    is_within_margin: bool  # whether the upper bound is at most the margin
+    is_within_margin: bool  # whether it is shown to be within the margin
+    # The share of the reference's gain over the base; None without a base, and if no gain is shown. It may be above 1 or below 0.
+    share_kept: float | None = None
+    share_kept_low: float | None = None  # its 95% bounds, one-sided; None without example scores
+    share_kept_high: float | None = None
     distribution: DifferenceDistribution | None = None  # None: the reference itself, or no example scores
 
 
@@ -134,18 +153,35 @@ class AdapterAnswer(Record):
     reference_id: str
     difference: float  # of the chosen adapter from the reference; 0 where it is the reference
     difference_high: float | None
+    share_kept: float | None = None  # as in `AdapterCandidate`
+    share_kept_low: float | None = None
     distribution: DifferenceDistribution | None = None  # of that difference
-    margin: float
+    margin: float  # in the metric's unit
+    margin_share: float | None = (
+        None  # the margin as a share of the gain; None if it was given in the metric's unit, or without a base
+    )
+    gain: Gain | None = None  # of the reference; None if the base was not measured
+    staircase: list[ShareStep] = Field(default_factory=list)  # by falling share
     candidates: list[AdapterCandidate]  # by descending rank
     sentence: str
     notes: list[str] = Field(default_factory=list)  # other findings for the user, each with what to do
+
+    @property
+    def has_no_gain(self) -> bool:
+        """Return whether the reference is not shown to be better than the base."""
+        return self.gain is not None and self.gain.low <= 0
 
     @property
     def is_top_rank_required(self) -> bool:
         """Return whether even the largest truncation loses more than the margin. The top rank itself may then be too small."""
         lower = [cut for cut in self.candidates if cut.method == "truncated" and cut.rank < self.trained_rank]
         largest = max(lower, key=lambda cut: cut.rank, default=None)
-        return self.rank == self.trained_rank and largest is not None and largest.difference > self.margin
+        return (
+            not self.has_no_gain
+            and self.rank == self.trained_rank
+            and largest is not None
+            and largest.difference > self.margin
+        )
 
 
 class LearningRateCandidate(Record):

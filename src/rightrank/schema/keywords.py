@@ -15,7 +15,7 @@ class SelectKeywords(TypedDict, total=False):
     learning_rates: Sequence[float] | float
     seeds: Sequence[int] | int
     metric: str
-    margin: float
+    margin: float | str
     budget_hours: float
     target_modules: Sequence[str] | str
     lora_alpha: float

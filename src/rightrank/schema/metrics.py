@@ -13,10 +13,12 @@ A function may begin with `max:` or `min:`, which says whether higher or lower i
 
 from __future__ import annotations
 
+import math
 import re
-from typing import Literal, NamedTuple, TypeAlias
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
-from rightrank.schema.errors import suggest_name
+from rightrank.schema.errors import ResultsError, suggest_name
 
 Checkpoint: TypeAlias = Literal["last", "best"]  # the evaluation of a training that counts
 
@@ -161,11 +163,13 @@ LossKind: TypeAlias = Literal["token_loss", "pair_loss", "loss"]  # per label to
 MetricKind: TypeAlias = LossKind | Literal["perplexity", "accuracy", "other"]
 
 LOSS_KINDS: tuple[LossKind, ...] = ("token_loss", "pair_loss", "loss")
-TOKEN_LOSS_MARGIN = 0.005  # nats per token
-PAIR_MARGIN = 0.02  # nats per preference pair: about the noise over seeds between ranks (benchmarks/README.md, archive)
-ACCURACY_MARGIN = 0.005  # half a point, as a fraction
-PERCENT_MARGIN = 0.5  # half a point, as a percentage
-RELATIVE_MARGIN = 0.01  # of the reference, for all other metrics
+Margin: TypeAlias = float | str  # a number in the metric's unit, or a share of the gain over the base such as "1%"
+
+DEFAULT_SHARE = 0.01  # of the gain over the base
+# Margins without a base, and so without a gain, in the metric's unit.
+LOSS_MARGIN = 0.005  # nats
+SCORE_MARGIN = 0.005  # half a point of a score that is a fraction; of a percentage, a hundred times as much
+OTHER_MARGIN = 0.01  # of the best value of a metric that is neither
 
 _PERPLEXITY = re.compile(r"perplexity|\bppl\b")
 _ACCURACY = re.compile(
@@ -188,19 +192,58 @@ def has_percentages(values: list[float]) -> bool:
     return max(values) > 1 + 1e-9  # a fraction is at most 1
 
 
-def compute_default_margin(kind: MetricKind, reference: float, values: list[float]) -> float:
-    """Return the default margin in the metric's unit.
+def parse_margin(margin: Any) -> Any:
+    """Convert the text of a number to a number, and leave a share such as "1%" as text.
 
-    It is 0.005 nats per token, 0.02 per pair, half a point of accuracy, and 1% of the reference for other metrics. For a
-    perplexity, 0.005 nats are half a percent of the reference. For a reference of 0, the margin is 1% of the largest
-    value, or 0.01.
+    Raises:
+        ValueError: A text that is neither, or a margin that is not above 0.
     """
-    if kind == "token_loss":
-        return TOKEN_LOSS_MARGIN
-    if kind == "pair_loss":
-        return PAIR_MARGIN
-    if kind == "accuracy":
-        return PERCENT_MARGIN if has_percentages(values) else ACCURACY_MARGIN
+    if margin is None:
+        return None
+    text = str(margin).strip()
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        number = math.nan
+    if isinstance(margin, bool) or not 0 < number < math.inf or (text.endswith("%") and number >= 100):
+        raise ValueError(
+            f"margin: got {margin!r}; give a share of the gain such as 1% (below 100%), or a number above 0 in the metric's unit"
+        )
+    return f"{number:g}%" if text.endswith("%") else number
+
+
+def get_margin_share(margin: Margin | None) -> float | None:
+    """Return the share of the gain that a margin is, the default if it is None; None for a number in the metric's unit."""
+    if margin is None:
+        return DEFAULT_SHARE
+    return float(margin.removesuffix("%")) / 100 if isinstance(margin, str) else None
+
+
+def compute_margin(
+    margin: Margin | None, kind: MetricKind, reference: float, values: Iterable[float], gain: float | None
+) -> float:
+    """Compute a margin in the metric's unit.
+
+    Args:
+        reference: The value from which a perplexity's margin is computed.
+        values: All values, which tell a percentage from a fraction.
+        gain: How much better the reference is than the base, in the metric's unit; None if no base was measured. Without a gain above 0,
+            a share is as without a base.
+
+    Raises:
+        ResultsError: A share of the gain without a base.
+    """
+    share = get_margin_share(margin)
+    if share is None:
+        return float(cast(float, margin))
+    if gain is not None and gain > 0:
+        return share * gain
+    if margin is not None and gain is None:
+        raise ResultsError(
+            f"margin {margin}: a share of the gain needs the base's result, which is missing; add rank 0, or give a number in the metric's unit"
+        )
     if kind == "perplexity":
-        return abs(reference) * TOKEN_LOSS_MARGIN
-    return RELATIVE_MARGIN * (abs(reference) or max(map(abs, values)) or 1.0)
+        return abs(reference) * LOSS_MARGIN
+    if kind == "other":
+        return abs(reference) * OTHER_MARGIN
+    return LOSS_MARGIN if kind in LOSS_KINDS else SCORE_MARGIN * (100 if has_percentages(list(values)) else 1)

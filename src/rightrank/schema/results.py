@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import Field
 
-from rightrank.schema.decision import AdapterAnswer, DifferenceDistribution
+from rightrank.schema.decision import AdapterAnswer, DifferenceDistribution, Gain
 from rightrank.schema.events import SplitSummary
 from rightrank.schema.trials import BoundedInt, Record
 
@@ -74,7 +74,7 @@ class Preflight(Record):
     """A preview of a selection before its first training."""
 
     metric: str
-    margin: float | None  # None: 1% of a value that is not known yet
+    margin: float | None  # None: a share of the gain, which is not known yet
     goal: str
     form: str
     splits: dict[str, SplitSummary]  # train, validation, test
@@ -189,7 +189,9 @@ class _ComparisonResult(Record):
     difference_low: float  # 95% lower bound of it, one-sided
     difference_high: float  # 95% upper bound of it, one-sided
     distribution: DifferenceDistribution
-    margin: float
+    margin: float  # in the metric's unit
+    margin_share: float | None = None  # of A's gain; None: the margin is one in the metric's unit
+    gain: Gain | None = None  # of A over the base
     examples: BoundedInt
     groups: BoundedInt | None = None  # of examples that belong together; None: each stands for itself
     left_out: BoundedInt = 0  # examples without a label within the maximum length

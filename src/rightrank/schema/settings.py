@@ -15,7 +15,15 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import AfterValidator, BeforeValidator
 
 from rightrank.schema.errors import MAX_EXACT_INTEGER, SettingsError
-from rightrank.schema.metrics import Checkpoint, MetricSpec, format_unknown_direction, infer_direction, parse_metrics
+from rightrank.schema.metrics import (
+    Checkpoint,
+    Margin,
+    MetricSpec,
+    format_unknown_direction,
+    infer_direction,
+    parse_margin,
+    parse_metrics,
+)
 from rightrank.schema.setting_table import Group, Settings, list_rows, option, parse_json_value, setting
 
 COMPARE, DECIDE, BUDGET, ADAPTER, TRAINING, DATA, MACHINE = Group
@@ -126,6 +134,7 @@ Seeds: TypeAlias = Annotated[
 Columns: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_list_columns), AfterValidator(_require_columns)]
 Device: TypeAlias = Annotated[str, AfterValidator(_require_device)]
 Bytes: TypeAlias = Annotated[int | None, BeforeValidator(_parse_bytes)]
+SettingMargin: TypeAlias = Annotated[Margin | None, BeforeValidator(parse_margin)]
 
 
 # Fields of PEFT's LoraConfig without a setting of their own; they are passed on unchanged.
@@ -351,12 +360,12 @@ class SelectSettings(StepSettings, _TrainerFields):
         "the deciding metric: `loss`, `accuracy`, `f1`, `rougeL`, … or a function, after `max:` or `min:` if its name has no "
         "direction ([metrics](../how-to/metrics.md))",
     )
-    margin: float | None = option(
+    margin: SettingMargin = option(
         None,
         DECIDE,
-        "how much worse than the best is still enough; the default depends on the metric: 0.005 nats per token for a loss",
+        "how much worse than the best is still enough: a share of what the training gained over the base such as `2%` (the default is "
+        "`1%`), or a number in the metric's unit",
         continuable=True,
-        gt=0,
     )
     checkpoint: Checkpoint = setting(
         "best",

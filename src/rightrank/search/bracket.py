@@ -212,13 +212,16 @@ def find_deployment_rank(trials: Trials, learning_rate: float) -> Requests:
 
 def _truncate_training(trials: Trials, parent: TrialFinished) -> Generator[Sequence[Arm], None, AdapterAnswer | None]:
     """Request the truncations of a training at the top rank, and choose the smallest adapter within the margin."""
-    yield [make_truncation_arm(parent, rank) for rank in trials.space.truncated_ranks]
-    truncations = [outcome for arm, outcome in trials.outcomes.items() if arm.truncate_from == parent.trial_id]
-    return choose_adapter([parent, *truncations], trials.space.criterion, parent.trial_id)
+    ranks = [*trials.space.truncated_ranks, *([0] if trials.space.trains_other_modules else [])]
+    yield [make_truncation_arm(parent, rank) for rank in ranks]
+    compared = [
+        outcome for arm, outcome in trials.outcomes.items() if parent.trial_id == arm.truncate_from or arm.rank == 0
+    ]
+    return choose_adapter([parent, *compared], trials.space.criterion, parent.trial_id)
 
 
 def _count_truncations(space: Space) -> int:
-    return len(space.truncated_ranks) if space.can_truncate else 0
+    return len(space.truncated_ranks) + space.trains_other_modules if space.can_truncate else 0
 
 
 def walk(trials: Trials, start: int, learning_rate: float) -> Requests:

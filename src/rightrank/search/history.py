@@ -14,7 +14,7 @@ from rightrank.decision.evidence import Evidence
 from rightrank.decision.table import ScoreTable, build_table, estimate_trial_difference
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.metrics import LossKind, MetricKind, compute_default_margin, infer_metric_kind
+from rightrank.schema.metrics import LossKind, Margin, MetricKind, infer_metric_kind
 from rightrank.schema.settings import Goal, SelectSettings
 from rightrank.schema.trials import Arm, TrialDiverged, TrialFinished, TrialOutcome
 
@@ -32,7 +32,7 @@ class Space:
     seeds: tuple[int, ...]
     lora_alpha: float
     steps: int  # optimizer steps of a full training
-    margin: float | None  # None: depends on the kind of metric
+    margin: Margin | None  # None: the default
     metric: str = "loss"
     kind: MetricKind = "loss"
     higher_is_better: bool = False
@@ -41,6 +41,7 @@ class Space:
     goal: Goal = "training-rank"
     can_stop_early: bool = True  # whether trainings can stop early and resume; False for custom trainers
     can_truncate: bool = True  # whether adapters can be truncated and evaluated
+    trains_other_modules: bool = False  # such as a head, which the base of the gain keeps
     trusts_values: bool = False  # whether values without scores by example suffice to accept a truncation (tables)
     budget_steps: float | None = None  # optimizer steps over all arms
     budget_seconds: float | None = None  # time of training and evaluation, over all arms
@@ -65,12 +66,6 @@ class Space:
             seed=self.seeds[0] if seed is None else seed,
             steps=self.steps,
         )
-
-    def get_margin(self, reference_loss: float) -> float:
-        """Return the margin, which depends on the loss of the reference if the settings do not give one."""
-        if self.margin is not None:
-            return self.margin
-        return compute_default_margin(self.kind, abs(reference_loss), [abs(reference_loss)])
 
     @property
     def truncated_ranks(self) -> list[int]:
@@ -122,6 +117,7 @@ def build_space(settings: SelectSettings, steps: int, loss_kind: LossKind = "tok
         metric=name,
         kind=infer_metric_kind(name, higher_is_better, loss_kind),
         higher_is_better=higher_is_better,
+        trains_other_modules=loss_kind == "loss" or bool(settings.modules_to_save),
         points_are_losses=settings.points_metric != name,
         budget_steps=None if settings.budget_trainings is None else settings.budget_trainings * steps,
         budget_seconds=None if settings.budget_hours is None else settings.budget_hours * 3600,
@@ -214,7 +210,17 @@ class Trials:
     def margin(self) -> float:
         """Return the margin in the unit of the losses. There must be a result."""
         assert self.evidence is not None
-        return self.evidence.convert_margin(self.space.margin)
+        base = self._find_base()
+        return self.evidence.convert_margin(self.space.margin, None if base is None else orient_value(base, self.space))
+
+    def _find_base(self) -> TrialFinished | None:
+        """Return the base of the gain: a zero update with the trained heads, else the base alone; None if neither was evaluated."""
+        bases = [
+            outcome
+            for arm, outcome in self.outcomes.items()
+            if arm.rank == 0 and isinstance(outcome, TrialFinished) and outcome.value_metric is None
+        ]
+        return max(bases, key=lambda base: base.truncate_from is not None, default=None)
 
     def is_within_margin(self, rank: int) -> bool:
         """Return whether the rank is within the margin of the best by the values. The search uses no bounds."""

@@ -73,7 +73,7 @@ def try_rank(trials: Trials, rank: int, learning_rate: float) -> Requests:
         yield from find_learning_rate(trials, rank, rates)
         return
     best_loss = trials.get_training_loss(space.top, trials.find_best_learning_rate(space.top) or learning_rate)
-    limit = best_loss + MAX_DEFICIT_AT_TOP * space.get_margin(best_loss)
+    limit = best_loss + MAX_DEFICIT_AT_TOP * trials.margin
     yield [space.make_arm(rank, rate) for rate in rates if trials.get_training_loss(space.top, rate) <= limit]
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from rightrank.adapters.find_smallest import find_smallest
-from rightrank.decision.adapter import describe_checkpoint, score_trials
+from rightrank.decision.adapter import describe_checkpoint, find_base, score_trials
 from rightrank.decision.adapter_comparison import Criterion, ReferenceComparison, build_truncation_answer
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.trials import TrialFinished, TrialOutcome
@@ -29,10 +28,10 @@ def choose_adapter(
         return None
     top = min(tops, key=lambda adapter: (-adapter.rank, adapter.cell.loss, adapter.name))
     truncations = [adapters[name] for name, parent in parents.items() if parent == top.name]
-    by_rank = {adapter.rank: adapter for adapter in truncations}
-    margin = ReferenceComparison(top, adapters, criterion).margin
-    comparison = ReferenceComparison(top, adapters, replace(criterion, margin=margin))
-    smallest = find_smallest(top, by_rank, by_rank.get, lambda adapter: adapter, comparison.criterion)
+    base = find_base(outcomes, criterion, top.name)
+    by_rank = {adapter.rank: adapter for adapter in [*truncations, *([base] if base else [])]}
+    smallest = find_smallest(top, by_rank, by_rank.get, lambda adapter: adapter, criterion)
+    comparison = ReferenceComparison(top, adapters, criterion, base)
     # A pass over the base evaluates all truncations together, so the answer also lists those below the first that fails.
-    notes = describe_checkpoint(trials[top.name], criterion, margin)
+    notes = describe_checkpoint(trials[top.name], criterion, comparison.margin)
     return build_truncation_answer(smallest.adapter, truncations, comparison, notes)

@@ -75,7 +75,7 @@ class Upward(Strategy):
                 "give seeds=(0, 1, 2) or more to measure it."
             )
             return space.seeds
-        margin = space.get_margin(float(np.mean(values)))
+        margin = trials.margin
         needed = max(2, compute_needed_seeds(deviation, margin))
         trials.notes.append(_format_noise_note(space, rank, len(values), deviation, margin, needed))
         return space.seeds[:needed]

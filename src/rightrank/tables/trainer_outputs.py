@@ -98,7 +98,7 @@ def _list_evaluations(state: Mapping[str, Any], fields: Mapping[str, Any]) -> li
     entries = [entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
     rates = [rate for entry in entries if isinstance(rate := entry.get("learning_rate"), int | float)]
     values = {**fields, "lr": max(rates)} if rates else {**fields}
-    evaluations = []
+    evaluations: list[tuple[int, Mapping[str, Any]]] = []
     for entry in entries:
         values |= {"train_loss": entry["loss"]} if "loss" in entry else {}
         held_out = {name: value for name, value in entry.items() if name.startswith("eval_")}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rightrank.schema.errors import ResultsError, quote_value
-from rightrank.schema.metrics import format_unknown_direction, has_percentages, infer_metric_kind
+from rightrank.schema.metrics import Margin, format_unknown_direction, has_percentages, infer_metric_kind
 from rightrank.schema.trials import Arm, EvalPoint, Floats, TrialFailed, TrialFinished, TrialOutcome
 from rightrank.tables.columns import Codes, Table, format_names, is_blank
 from rightrank.tables.conditions import require_same_conditions
@@ -36,7 +36,7 @@ def read_result_table(
     *,
     metric: str | None = None,
     higher_is_better: bool | None = None,
-    margin: float | None = None,
+    margin: Margin | None = None,
     columns: Mapping[str, str] | None = None,
     ignore: Iterable[str] = (),
     where: Mapping[str, object] | None = None,
@@ -71,9 +71,9 @@ def read_result_table(
         raise ResultsError(f"{table.name}: a perplexity of {lowest:g} is not possible; perplexities are above 0")
     if kind == "accuracy":
         _require_one_unit(finished, roles.metric, table.name)
-    if margin is None and kind == "other":
+    if margin is None and all(outcome.rank for outcome in finished):
         notes.append(
-            f"margin: 1% of the best value, because the name {roles.metric!r} states no unit (--metric NAME or --margin changes it)"
+            "margin: no row has rank 0, so there is no gain over the base to take 1% of; --margin sets another one"
         )
     found = [
         f"{role} from column {name}"

@@ -8,13 +8,14 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 from transformers import TrainerCallback
 
+from rightrank.schema.metrics import Margin
 from rightrank.trainers.smallest import SmallestAdapter
 
 
 class SmallestAdapterArguments(BaseModel):
     """The settings in axolotl's configuration."""
 
-    rightrank_margin: float | None = None
+    rightrank_margin: Margin | None = None
     rightrank_ranks: list[int] | None = None
 
 

@@ -161,6 +161,11 @@ def build_custom_request(
     # The trainer's adapter is that of its last step.
     settings = SelectSettings(**values, checkpoint="last", max_steps=trainer_settings.get("max_steps") or None)
     make_strategy(settings.strategy, build_space(settings, 1))  # an unknown name is refused first
+    if isinstance(settings.margin, str) and not evaluates_base:
+        raise SettingsError(
+            f"margin {settings.margin}: a share of the gain needs the base; add 0 to the ranks, for which train returns the base's result, or "
+            "give a number in the metric's unit"
+        )
     trainer_metric, trainer_direction = getattr(train, "metric", None), getattr(train, "higher_is_better", None)
     # The trainer's per-example scores are values of its own metric.
     if isinstance(trainer_metric, str) and metric not in (None, trainer_metric):

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from rightrank.adapters.adapter_reader import AdapterFolder, open_adapter
 from rightrank.adapters.adapter_writer import save_adapter
 from rightrank.adapters.find_smallest import SmallestAdapterAnswer, find_smallest
-from rightrank.adapters.kinds import find_kind, find_lora_modules
+from rightrank.adapters.kinds import find_kind, find_lora_modules, set_update_to_zero
 from rightrank.adapters.kinds.linear import Linear
 from rightrank.adapters.resizing import RankedAdapter, list_candidate_ranks, require_plain_update, write_truncation
 from rightrank.bases.named_base import require_named_base
@@ -91,12 +91,16 @@ def measure_truncations(
         gathered = gather_adapter_moments(in_memory_adapter)
 
         def truncate(rank: int) -> RankedAdapter:
+            if rank == 0:
+                return RankedAdapter(0, trained)  # evaluated with its update set to zero
             with sync_errors():
                 return write_truncation(trained, folder / f"rank-{rank}", rank, gathered.moments)
 
         def evaluate(adapter: RankedAdapter) -> ScoredAdapter:
-            is_trained = adapter.folder is trained
-            if not is_trained:
+            is_trained = adapter.rank == trained.rank
+            if adapter.rank == 0:
+                set_update_to_zero(model, name)
+            elif not is_trained:
                 copy_factors(model, name, adapter.folder)
             scores = scores_by_rank[adapter.rank] = held_out.score()
             if not np.isfinite(scores.losses).all():
@@ -106,7 +110,7 @@ def measure_truncations(
             if len(scores.losses) < 2:
                 raise DataError("fewer than two held-out examples have a label; give more examples")
             return scores.build_scored_adapter(
-                adapter.folder.path.name, adapter.rank, criterion, method="trained" if is_trained else "truncated"
+                f"rank-{adapter.rank}", adapter.rank, criterion, method="trained" if is_trained else "truncated"
             )
 
         top = RankedAdapter(trained.rank, trained)

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import PeftModel
 
 from rightrank.schema.errors import DataError, ModelError
+from rightrank.schema.metrics import Margin
 from rightrank.trainers.batch_scores import Batch, compute_batch_loss
 from rightrank.trainers.distributed import log_failure
 from rightrank.trainers.in_memory import validate_trained_adapter
@@ -29,7 +30,7 @@ class SmallestAdapter(Callback):
     `rightrank.SmallestAdapter`. At the beginning it raises `DataError` if there are no batches, and `ModelError` if the adapter cannot be truncated.
     """
 
-    def __init__(self, held_out: Iterable[Batch], *, margin: float | None = None, metric: str = "loss") -> None:
+    def __init__(self, held_out: Iterable[Batch], *, margin: Margin | None = None, metric: str = "loss") -> None:
         self._held_out, self._margin, self._metric = held_out, margin, metric
         self._start_time = time.monotonic()
         self.result: SmallestAdapterResult | None = None

@@ -22,7 +22,7 @@ from rightrank.data.files import replace_folder, write_text
 from rightrank.decision.adapter_comparison import Criterion
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import ModelError, RunFolderError, SettingsError
-from rightrank.schema.metrics import LossKind
+from rightrank.schema.metrics import LossKind, Margin
 from rightrank.schema.settings import SelectSettings
 from rightrank.trainers.batch_scores import has_class_labels, read_batch
 from rightrank.trainers.distributed import gather_parameters, get_process_index, is_partitioned, sync_errors
@@ -70,7 +70,7 @@ class SmallestAdapterResult:
         return len(self.trained_scores.losses)
 
 
-def build_settings(margin: float | None, ranks: Sequence[int] | int | None, metric: str | None) -> SelectSettings:
+def build_settings(margin: Margin | None, ranks: Sequence[int] | int | None, metric: str | None) -> SelectSettings:
     """Build the settings of a measurement. None selects the default.
 
     Raises:
@@ -96,7 +96,7 @@ def require_result_folder(out: Path) -> None:
 
 
 def build_resize_command(
-    out: Path, margin: float | None = None, ranks: Sequence[int] | None = None, metric: str = "loss"
+    out: Path, margin: Margin | None = None, ranks: Sequence[int] | None = None, metric: str = "loss"
 ) -> str:
     """Return the command that measures the saved adapter in a process of its own, on the user's files."""
     arguments = [
@@ -107,7 +107,7 @@ def build_resize_command(
         "--train",
         "TRAINING.jsonl",
     ]
-    arguments += [] if margin is None else ["--margin", f"{margin:g}"]
+    arguments += [] if margin is None else ["--margin", str(margin)]
     arguments += ["--ranks", ",".join(map(str, ranks))] if ranks else []
     arguments += [] if metric == "loss" else ["--set", f"metric={metric}"]
     return shlex.join(["rightrank", "resize", *arguments])
@@ -118,7 +118,7 @@ def find_smallest_adapter(
     out: Path,
     training: TrainingSummary,
     *,
-    margin: float | None = None,
+    margin: Margin | None = None,
     ranks: Sequence[int] | None = None,
     metric: str = "loss",
     write_tokenizer: Callable[[Path], object] | None = None,
@@ -128,7 +128,7 @@ def find_smallest_adapter(
     If there are several processes, only the first one writes to `out` and logs warnings.
 
     Args:
-        margin: the accepted loss of quality; None for the metric's default.
+        margin: the accepted loss of quality; None for 1% of the gain over the base.
         ranks: the candidates; None for the powers of two below the adapter's rank.
         write_tokenizer: writes the tokenizer into an adapter's folder.
 

@@ -1,6 +1,6 @@
 """Find the smallest adapter within the margin after a training with the Trainer of transformers or TRL.
 
-    trainer.add_callback(SmallestAdapter(trainer, margin=0.005))
+    trainer.add_callback(SmallestAdapter(trainer, margin="1%"))
     trainer.train()   # ends with one sentence, and writes <output_dir>/rightrank/adapter
 
 Problems that can be detected early raise before the first step. After the training no error is raised: a failure is logged in one line,
@@ -26,6 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from rightrank.data.sampling import sample_indices
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, SettingsError
+from rightrank.schema.metrics import Margin
 from rightrank.trainers.batch_scores import (
     BETA,
     CUSTOM_EVALUATION_HINT,
@@ -74,8 +75,8 @@ class SmallestAdapter(TrainerCallback):
     Args:
         trainer: The trainer that the callback is added to. Rows, collator and loss are its own.
         eval_dataset: Other held-out rows than the trainer's `eval_dataset`, in its format: tokenized, with a length and access by index.
-        margin: The loss of quality that you accept, in nats per token. None for the default: 0.005, half a percentage point of accuracy, 0.02 for
-            preference pairs, or 1% of the loss of a classifier.
+        margin: The loss of quality that you accept: a share of what the training gained over the base such as "2%", or a number in the
+            metric's unit. None for 1% of the gain.
         ranks: Candidate ranks; None for the powers of two below the adapter's rank.
         metric: `loss`, or `accuracy` for classifiers. None: `accuracy` if the trainer selects a classifier's best checkpoint by it, else `loss`.
         max_examples: The maximum number of held-out examples to score, as a random sample. None: as many as fit in a tenth of the training's time,
@@ -95,7 +96,7 @@ class SmallestAdapter(TrainerCallback):
     trainer: Trainer
     _: KW_ONLY
     eval_dataset: Any = None
-    margin: float | None = None
+    margin: Margin | None = None
     ranks: Sequence[int] | None = None
     metric: str | None = None
     max_examples: int | None = None
@@ -339,7 +340,7 @@ def keep_smallest(
     train: Iterable[Batch] = (),
     *,
     out: str | Path,
-    margin: float | None = None,
+    margin: Margin | None = None,
     metric: str = "loss",
     seconds: float | None = None,
 ) -> SmallestAdapterResult:

@@ -26,7 +26,7 @@ from rightrank.training.evaluation import Progress, build_finished_trial
 from rightrank.training.metrics import measure_metrics
 from rightrank.training.multi_lora import MultiLora
 from rightrank.training.optimizer import MeanName, take_step
-from rightrank.training.runtime import Runtime
+from rightrank.training.runtime import Runtime, attach_adapter
 from rightrank.training.trial import (
     ArmTraining,
     TrialFolders,
@@ -57,7 +57,7 @@ def train_trials(
     Closing the iterator early writes a checkpoint of every running arm.
 
     Args:
-        trials: the trials to train; rank 0 evaluates the base.
+        trials: the trials to train; rank 0 evaluates the base, with the other modules of the training that it truncates.
         base_loss: the base's held-out loss, which decides whether a training diverged; None only for the base itself.
         adapters_per_pass: the largest number of adapters in one pass.
 
@@ -68,7 +68,9 @@ def train_trials(
     for trial in trials:
         if trial.arm.rank == 0:
             listener.on_event(TrialStarted(**trial.fields))
-            yield _evaluate_base(runtime, trial, folders(trial))
+            trial_folders = folders(trial)
+            with attach_adapter(runtime, trial_folders.truncate_from, is_zero=True):
+                yield _evaluate_base(runtime, trial, trial_folders)
     training_trials = [trial for trial in trials if trial.arm.rank > 0]
     for trial in training_trials:
         trial_folders = folders(trial)
@@ -86,7 +88,7 @@ def train_trials(
 
 
 def _evaluate_base(runtime: Runtime, trial: Trial, folders: TrialFolders) -> TrialFinished:
-    """Evaluate the base itself (rank 0). A metric that fails here would fail for every arm, so the error is raised.
+    """Evaluate the base (rank 0), with a trained head if one is attached. A metric that fails here would fail for every arm, so the error is raised.
 
     Raises:
         MetricError: a metric failed.

@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, PeftType
 
 from rightrank.adapters.adapter_folders import CONFIG_FILE, require_kept_base
 from rightrank.adapters.adapter_writer import ensure_peft_format
+from rightrank.adapters.kinds import set_update_to_zero
 from rightrank.adapters.kinds.base import Routing, set_training_mode
 from rightrank.bases.base_models import LoadedModel
 from rightrank.data.files import read_json_object
@@ -329,11 +330,12 @@ def build_causality_error(name: str) -> ModelError:
 
 
 @contextmanager
-def attach_adapter(runtime: Runtime, folder: Path | None) -> Iterator[Any]:
+def attach_adapter(runtime: Runtime, folder: Path | None, *, is_zero: bool = False) -> Iterator[Any]:
     """Attach an adapter folder to the runtime's base and yield the PeftModel. The base is restored when the block ends.
 
     Args:
         folder: the adapter folder; None yields the base alone.
+        is_zero: set the update to zero; other trained modules, such as a head, stay.
 
     Raises:
         ModelError: PEFT cannot attach this adapter to this base or would change the base, or the adapter's task is not that of the data.
@@ -351,6 +353,8 @@ def attach_adapter(runtime: Runtime, folder: Path | None) -> Iterator[Any]:
             f"{folder}: PEFT cannot attach it to {runtime.loaded.name} ({get_first_line(error)}); {hint}"
         ) from None
     peft_model.train(False)
+    if is_zero:
+        set_update_to_zero(peft_model, peft_model.active_adapter)
     try:
         yield peft_model
     finally:

@@ -199,6 +199,18 @@ def find_lora_modules(peft_model: Any) -> dict[str, Any]:
     return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
 
 
+def set_update_to_zero(peft_model: Any, adapter: str) -> None:
+    """Set the update of an adapter in memory to zero, as for rank 0. Other trained modules keep their values."""
+    with torch.no_grad():
+        for module in find_lora_modules(peft_model).values():
+            module.lora_variant.pop(adapter, None)  # DoRA would scale the rows of the base
+            for factors in (module.lora_B, module.lora_embedding_B):
+                if adapter in factors:
+                    factor = factors[adapter]
+                    for tensor in factor.parameters() if isinstance(factor, torch.nn.Module) else [factor]:
+                        tensor.zero_()
+
+
 def find_kind(module: Any) -> AdapterKind:
     return next(kind for kind in KINDS if kind.can_adapt(module))
 
