@@ -484,25 +484,6 @@ def compute_paired_difference(cell: Cell, reference: Cell) -> Cell:
     return Cell(cell.trial_id, cell.value - reference.value, sums, cell.weights, score_range, groups=cell.groups)
 
 
-def estimate_trial_difference(
-    pairs: Sequence[tuple[TrialFinished, TrialFinished]], metric: str, kind: MetricKind, higher_is_better: bool
-) -> Estimate | None:
-    """Estimate how much worse the first trial of each pair is than the second, paired by example; trials may have stopped early.
-
-    Returns:
-        The estimate, above 0 where the first is worse; None if a pair has no scores by example.
-    """
-    scores = [[trial.get_weighted_scores(metric) for trial in pair] for pair in pairs]
-    complete = [(first, second) for first, second in scores if first and second and len(first[0]) == len(second[0]) > 1]
-    if len(complete) < len(pairs):
-        return None
-    differences = np.array([np.subtract(first[0], second[0]) for first, second in complete])
-    weights = np.asarray(complete[0][0][1], dtype=np.float64)
-    score_range = compute_score_range(kind, [sums for pair in complete for sums, _ in pair], weights)
-    groups = number_groups(pairs[0][0].example_groups, len(weights))
-    return estimate_mean(-differences if higher_is_better else differences, weights, score_range, groups)
-
-
 def compute_distribution(
     difference: Cell, margin: float, convert: Callable[[float], float] = float
 ) -> DifferenceDistribution:

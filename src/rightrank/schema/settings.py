@@ -584,7 +584,6 @@ class SelectSettings(StepSettings, _TrainerFields):
         return steps
 
 
-TRAINER_FIELDS = tuple(_TrainerFields.model_fields)
 # Settings that determine the rows of each split.
 SPLIT_SETTINGS = ("columns", "validation", "test_fraction", "validation_fraction", "max_eval_examples")
 # Settings with which few rows are enough, and no rows are split off.

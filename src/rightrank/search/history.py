@@ -9,9 +9,8 @@ from itertools import pairwise
 from typing import TypeAlias
 
 from rightrank.decision.adapter_comparison import Criterion
-from rightrank.decision.comparison import Estimate
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.table import ScoreTable, build_table, estimate_trial_difference
+from rightrank.decision.table import ScoreTable, build_table
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.metrics import LossKind, Margin, MetricKind, infer_metric_kind
@@ -238,12 +237,3 @@ def orient_value(outcome: TrialFinished, space: Space) -> float:
     """
     is_negated = space.higher_is_better and outcome.value_metric is None
     return -outcome.value if is_negated else outcome.value
-
-
-def estimate_difference(
-    pairs: Sequence[tuple[TrialFinished, TrialFinished]], space: Space, metric: str
-) -> Estimate | None:
-    """Estimate the paired difference by the space's metric or by the loss; None if a pair has no scores by example."""
-    if metric == space.metric:
-        return estimate_trial_difference(pairs, metric, space.kind, space.higher_is_better)
-    return estimate_trial_difference(pairs, metric, space.criterion.loss, higher_is_better=False)
