@@ -92,7 +92,7 @@ def _find_seed(training: Path, root: Path) -> dict[str, str]:
     return {"seed": seeds.pop()} if seeds else {}
 
 
-def _list_evaluations(state: Mapping[str, Any], fields: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any]]]:
+def _list_evaluations(state: Mapping[str, Any], fields: Mapping[str, Any]) -> NumberedRows:
     """List the steps of the log with a held-out value, each with its values, the last training loss before it, and `fields`."""
     log = state.get("log_history")
     entries = [entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
