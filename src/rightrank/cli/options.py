@@ -30,7 +30,7 @@ def split_commas(_context: click.Context, _parameter: click.Parameter, value: st
 
 def format_json(answer: Record | Mapping[str, object]) -> str:
     """Return the one object that `--json` prints, with the version of its fields first."""
-    from rightrank.schema.trials import SCHEMA_VERSION, Record  # imports pydantic, which --help does not need
+    from rightrank.schema.trials import SCHEMA_VERSION, Record  # models that --help does not need
 
     fields = json.loads(answer.model_dump_json()) if isinstance(answer, Record) else answer
     return json.dumps({"schema_version": SCHEMA_VERSION, **fields})

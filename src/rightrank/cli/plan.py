@@ -19,7 +19,6 @@ from rightrank.cli.options import (
     pause_collector,
 )
 from rightrank.report.format import format_bytes
-from rightrank.schema.command import build_arguments
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.setting_table import list_rows
 
@@ -116,6 +115,8 @@ def _format_answer(plan: Plan) -> Iterator[str]:
 
 
 def _format_fit(plan: Plan, memory: int) -> str:
+    from rightrank.schema.command import build_arguments  # records that --help does not need
+
     if plan.max_rank is None:
         rows = list_rows(PlanSettings)
         changes = shlex.join(
