@@ -72,19 +72,16 @@ def plot_adapters(
     adapters: Sequence[AdapterCandidate],
     metric: str,
     higher_is_better: bool,
-    base: float | None = None,
 ) -> Figure:
     """Plot held-out values by rank of trained and truncated adapters.
 
     A whisker spans the 95% bounds of the paired difference, starting from the reference's value. An adapter is good enough if its
-    whisker ends inside the band.
-
-    Args:
-        base: the value of the base; None: not measured. With it, the axis on the right has the share of the gain.
+    whisker ends inside the band. The axis on the right has the share of the gain over the base.
     """
     sign = -1 if higher_is_better else 1
     reference = next(adapter.value - sign * adapter.difference for adapter in adapters)
     edge = reference + sign * answer.margin
+    base = None if answer.gain is None or answer.has_no_gain else reference + sign * answer.gain.mean
     points = {a.trial_id: (a.rank, a.value, *get_whisker_ends(a.value, a, sign)) for a in adapters}
     visible = [adapter for adapter in adapters if adapter.difference <= MAX_MARGINS * answer.margin]
     off_scale_ranks = sorted({adapter.rank for adapter in adapters} - {adapter.rank for adapter in visible})

@@ -241,8 +241,7 @@ def build_adapter_figure(records: Records) -> Figure | None:
     if len(adapters) < 2:
         return None
     started = records.started
-    base = next((trial.metrics.get(started.metric) for trial in records.list_finished() if trial.rank == 0), None)
-    return plot_adapters(records.adapters[-1].answer, adapters, started.metric, started.higher_is_better, base)
+    return plot_adapters(records.adapters[-1].answer, adapters, started.metric, started.higher_is_better)
 
 
 def build_spectrum_figure(inspection: Inspection) -> Figure | None:
