@@ -207,6 +207,7 @@ def test_a_secret_in_a_trainer_s_error_reaches_no_file_and_no_line(
         raise OSError(f"401 for {FORMS['a query']}")
 
     monkeypatch.setattr(trackers, "_write_mlflow", unreachable)
+    monkeypatch.setattr(trackers, "_list_client_errors", lambda _: (OSError,))
     monkeypatch.setattr("rightrank.runs.trackers.find_spec", lambda _: True)
     out = tmp_path / "run"
     ranks = {"ranks": (1, 4, 16), "learning_rates": (1e-3,)}
