@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import sqlite3
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,11 @@ from rightrank.schema.trials import OUTCOMES, TrialFinished, TrialOutcome
 TrackedValue: TypeAlias = str | int | float | bool | None
 
 TRACKERS = ("trackio", "wandb", "mlflow")  # each is also the name of its package
+CLIENT_ERRORS = {
+    "trackio": ("sqlite3", "Error"),
+    "wandb": ("wandb", "Error"),
+    "mlflow": ("mlflow.exceptions", "MlflowException"),
+}
 MAX_BATCH, MAX_TEXT = 100, 6000  # limits of MLflow: parameters per request, characters per parameter
 
 
@@ -89,11 +93,11 @@ class Trackers(Hook):
 
 def _list_client_errors(tracker: str) -> tuple[type[Exception], ...]:
     """Return what a tracker's client raises if its server or its database cannot be reached, or refuses the run."""
-    if tracker == "mlflow":
-        from mlflow.exceptions import MlflowException
-
-        return OSError, MlflowException
-    return (OSError, sqlite3.Error) if tracker == "trackio" else (OSError, import_module(tracker).Error)
+    module, name = CLIENT_ERRORS[tracker]
+    client_error = getattr(
+        sys.modules.get(module), name, None
+    )  # None: the client was not imported, so it raises nothing
+    return (OSError,) if client_error is None else (OSError, client_error)
 
 
 @dataclass(frozen=True, slots=True)
