@@ -11,12 +11,12 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
-from rightrank.adapters.kinds import find_lora_modules
 from rightrank.bases.base_models import load_base
 from rightrank.data.splits import load_data
 from rightrank.schema.events import Event, StepDone
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial, TrialFinished
+from rightrank.training.kinds import find_lora_modules
 from rightrank.training.loop import run_trial
 from rightrank.training.multi_lora import ADAPTER, MultiLora
 from rightrank.training.runtime import Runtime

@@ -7,6 +7,9 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from rightrank.bases.safetensors_files import write_tensors
 from rightrank.schema.settings import SelectSettings
 
 CHAT_TEMPLATE = (
@@ -43,6 +46,23 @@ WORDS = [
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def write_adapter(folder: Path, base: str = "model") -> Path:
+    """Write an adapter of two matrices [6, 5] at rank 4, the first with most of its energy in one direction, without PEFT."""
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    tensors = {}
+    for name, decay in (("q_proj", 0.01), ("v_proj", 1.0)):
+        key = f"base_model.model.model.layers.0.self_attn.{name}"
+        tensors[f"{key}.lora_A.weight"] = generator.standard_normal((4, 5)).astype(np.float32)
+        tensors[f"{key}.lora_B.weight"] = (generator.standard_normal((6, 4)) * [1, decay, decay, decay]).astype(
+            np.float32
+        )
+    write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+    return folder
 
 
 def generate_sentences(count: int, seed: int = 0) -> list[str]:

@@ -16,7 +16,7 @@ from benchmarks.tiny import make_tokenizer
 from rightrank.api.adapters import inspect
 from rightrank.api.folders import status
 from rightrank.api.runs import decide
-from rightrank.bases.safetensors_files import find_shards, read_header
+from rightrank.bases.safetensors_files import find_shards, open_tensors
 from rightrank.cli.options import gather_settings
 from rightrank.data.rows import FILE_TYPES
 from rightrank.data.splits import load_data
@@ -126,7 +126,7 @@ def read_weights(data: bytes, folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_bytes(index)
     (folder / "model-1.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + body)
     for shard in find_shards(folder):
-        read_header(shard)
+        open_tensors(shard)
 
 
 def read_model(data: bytes, folder: Path) -> None:

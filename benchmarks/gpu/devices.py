@@ -53,7 +53,7 @@ from rightrank.training.trial import TrialFolders
 
 STEPS = 3
 SOURCES = Path(base_models.__file__).parents[1]
-COUNTED = ("training", "adapters/kinds", "planning")
+COUNTED = ("training", "planning")
 MIXTURE = SIZES | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
 EXPERTS = {
     "target_modules": ("q_proj", "v_proj"),

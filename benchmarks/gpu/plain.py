@@ -12,8 +12,8 @@ from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
-from rightrank.adapters.kinds import find_lora_modules
 from rightrank.schema.trials import Arm
+from rightrank.training.kinds import find_lora_modules
 from rightrank.training.multi_lora import ADAPTER, MultiLora
 from rightrank.training.optimizer import make_schedule
 from rightrank.training.runtime import Runtime

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rightrank.adapters import kinds
-from rightrank.adapters.kinds.base import StoredPair
-from rightrank.adapters.kinds.linear import Linear
+from rightrank.adapters.kinds import EXPERT, LINEAR, StoredPair, find_stored_kind
 from tests.adapters.kind_checks import CASES, CHECKS, Suite
 
 pytestmark = pytest.mark.trains
@@ -25,13 +23,11 @@ def test_a_kind_keeps(check: str, suite: Suite) -> None:
     getattr(suite, check)()
 
 
-def test_the_first_kind_that_claims_a_pair_describes_it() -> None:
-    pair = StoredPair(
-        "model.layers.0.mlp.experts", False, (8, 4), (6, 8), {"target_parameters": ["mlp.experts.down_proj"]}
-    )
-    kind = kinds.find_stored_kind(pair)
-    assert kind.name == "expert"
-    layout = kind.build_layout(pair, 2)
+def test_factors_of_experts_are_told_from_those_of_a_linear_layer_by_the_configuration() -> None:
+    config = {"target_parameters": ["mlp.experts.down_proj"]}
+    pair = StoredPair("model.layers.0.mlp.experts", False, (8, 4), (6, 8), config)
+    assert find_stored_kind(pair) is EXPERT
+    layout = EXPERT.build_layout(pair, 2)
+    assert layout is not None
     assert layout.names == tuple(f"model.layers.0.mlp.experts.down_proj.{expert}" for expert in range(4))
-    plain = kinds.find_stored_kind(StoredPair("model.layers.0.mlp.down_proj", False, (8, 4), (6, 8), {}))
-    assert isinstance(plain, Linear)
+    assert find_stored_kind(StoredPair("model.layers.0.mlp.down_proj", False, (8, 4), (6, 8), {})) is LINEAR

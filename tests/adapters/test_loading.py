@@ -12,10 +12,10 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from rightrank import TrialResult, TrialTask, resize, select_rank_with
 from rightrank.adapters.adapter_reader import open_adapter
-from rightrank.adapters.loading import require_loadable
 from rightrank.bases.model_sources import ModelSource, find_model
 from rightrank.demo import find_model_file
 from rightrank.schema.errors import ModelError
+from rightrank.training.loading import require_loadable
 from tests.adapters.adapters import KINDS, LINEAR, edit_config, load_base, load_strictly, make_adapter, make_base
 
 

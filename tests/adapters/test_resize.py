@@ -13,8 +13,7 @@ import torch
 
 from rightrank import resize
 from rightrank.adapters.adapter_reader import AdapterFolder, open_adapter
-from rightrank.adapters.resize import resize_adapter
-from rightrank.adapters.resizing import cap_ranks
+from rightrank.adapters.resize import cap_ranks, resize_adapter
 from rightrank.adapters.truncation import Moments, allocate_ranks, decompose_update
 from rightrank.cli import main
 from rightrank.runs.resize_by_data import load_evaluation_data

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rightrank.adapters.spectra import compute_distance
-from rightrank.adapters.truncation import Moments, allocate_ranks, decompose_update, resize_factors
+from rightrank.adapters.truncation import (
+    Moments,
+    allocate_ranks,
+    compute_distance,
+    compute_singular_values,
+    decompose_update,
+    resize_factors,
+)
 from rightrank.schema.trials import Floats
 
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 8), st.integers(0, 10_000))
@@ -27,13 +32,6 @@ def draw_covariance(size: int, seed: int) -> Floats:
     return mixed.T @ mixed / len(mixed)
 
 
-def resize_arrays(
-    b: Floats, a: Floats, rank: int, ratio: float, moments: Moments | None = None, scale: float = 1.0
-) -> tuple[Floats, Floats]:
-    new_b, new_a = resize_factors(torch.from_numpy(b), torch.from_numpy(a), rank, ratio, moments, scale)
-    return new_b.numpy(), new_a.numpy()
-
-
 def compute_moments(b: Floats, a: Floats, scale: float, inputs: Floats, gradients: Floats) -> Moments:
     """Compute the moments that result from covariances C [k, k] and G [d, d]."""
     return Moments(a @ inputs @ a.T, scale**2 * b.T @ gradients @ b)
@@ -45,8 +43,8 @@ def test_identity_covariances_give_the_plain_svd(size: tuple[int, int, int, int]
     rows, columns, present, seed = size
     b, a = draw_factors(rows, columns, present, seed)
     moments = compute_moments(b, a, scale, np.eye(columns), np.eye(rows))
-    plain_b, plain_a = resize_arrays(b, a, rank, scale)
-    ours_b, ours_a = resize_arrays(b, a, rank, scale, moments, scale)
+    plain_b, plain_a = resize_factors(b, a, rank, scale)
+    ours_b, ours_a = resize_factors(b, a, rank, scale, moments, scale)
     size_of = np.linalg.norm(scale * b @ a)
     values = np.linalg.svd(b @ a, compute_uv=False)
     nearest_tie = np.min(-np.diff(values), initial=np.inf)
@@ -91,22 +89,38 @@ def test_no_other_truncation_costs_less(size: tuple[int, int, int, int], rank: i
     assert loss(best.b[:, :rank], best.a[:rank]) <= plain + 1e-6 * scale
 
 
+@settings(max_examples=40, deadline=None)
+@given(sizes, st.integers(1, 7), st.booleans())
+def test_directions_of_a_truncation_are_orthogonal(
+    size: tuple[int, int, int, int], rank: int, has_moments: bool
+) -> None:
+    """Others could nearly cancel each other, and rounding to a file's type would then cost a larger share of the product."""
+    rows, columns, present, seed = size
+    b, a = draw_factors(rows, columns, present, seed)
+    inputs, gradients = draw_covariance(columns, seed + 1), draw_covariance(rows, seed + 2)
+    moments = compute_moments(b, a, 1.0, inputs, gradients) if has_moments else None
+    new_b, new_a = resize_factors(b, a, min(rank, present), 1.0, moments)
+    used = np.linalg.norm(new_b, axis=0) > 0
+    for gram in (new_b[:, used].T @ new_b[:, used], new_a[used] @ new_a[used].T):
+        assert np.allclose(gram, np.diag(np.diag(gram)), atol=1e-6 * gram.max())
+
+
 def test_a_direction_that_the_data_do_not_see_goes_first() -> None:
     """Drop the largest singular direction if it acts on an input that is always zero."""
     b, a = np.diag([10.0, 1.0, 0.5]), np.eye(3)
     inputs = np.diag([0.0, 1.0, 1.0])
-    new_b, new_a = resize_arrays(b, a, 1, 1.0, compute_moments(b, a, 1.0, inputs, np.eye(3)))
+    new_b, new_a = resize_factors(b, a, 1, 1.0, compute_moments(b, a, 1.0, inputs, np.eye(3)))
     assert abs((new_b @ new_a)[1, 1]) == pytest.approx(1.0, rel=0.01)
-    plain_b, plain_a = resize_arrays(b, a, 1, 1.0)
+    plain_b, plain_a = resize_factors(b, a, 1, 1.0)
     assert (plain_b @ plain_a)[0, 0] == pytest.approx(10.0)
 
 
 def test_moments_without_a_gradient_fall_back_to_the_plain_metric() -> None:
     b, a = draw_factors(6, 5, 4, 0)
     nothing = Moments(np.zeros((4, 4)), np.zeros((4, 4)))
-    for factor, plain_factor in zip(resize_arrays(b, a, 2, 1.0, nothing), resize_arrays(b, a, 2, 1.0), strict=True):
+    for factor, plain_factor in zip(resize_factors(b, a, 2, 1.0, nothing), resize_factors(b, a, 2, 1.0), strict=True):
         assert np.allclose(np.abs(factor), np.abs(plain_factor), atol=1e-6)
-    assert np.array_equal(decompose_update(b, a, 2.0, nothing).costs, decompose_update(b, a, 2.0).costs)
+    assert np.allclose(decompose_update(b, a, 2.0, nothing).costs, decompose_update(b, a, 2.0).costs, rtol=1e-9)
 
 
 @settings(max_examples=60, deadline=None)
@@ -144,43 +158,46 @@ def test_a_budget_buys_the_most_energy_a_parameter() -> None:
     assert allocate_ranks([strong, strong], [10, 1000], 1040, 4) == [4, 1]
 
 
-@settings(max_examples=60, deadline=None)
-@given(sizes, st.integers(1, 12), st.floats(0.1, 10))
-def test_truncation_error_is_the_discarded_energy(size: tuple[int, int, int, int], rank: int, ratio: float) -> None:
-    """Eckart and Young: no approximation of that rank is nearer, and its distance is the tail of the spectrum."""
+@settings(max_examples=80, deadline=None)
+@given(sizes, st.integers(1, 12), st.floats(0.1, 10), st.integers(0, 6), st.booleans())
+def test_truncation_error_is_the_discarded_energy(
+    size: tuple[int, int, int, int], rank: int, ratio: float, decay: int, is_padded: bool
+) -> None:
+    """Eckart and Young: no approximation of that rank is nearer, and its distance is the tail of the spectrum.
+
+    Neither columns of B that are nearly dependent or zero, nor columns that differ in size from the rows of A, cost more than the
+    digits that a product of factors loses.
+    """
     rows, columns, present, seed = size
-    generator = np.random.default_rng(seed)
-    b, a = generator.standard_normal((rows, present)), generator.standard_normal((present, columns))
-    new_b, new_a = (x.numpy() for x in resize_factors(torch.from_numpy(b), torch.from_numpy(a), rank, ratio))
+    b, a = draw_factors(rows, columns, present, seed)
+    mixing = np.linalg.qr(draw_factors(present, present, present, seed)[1])[0]
+    b = b * np.logspace(0, -decay, present) @ mixing
+    b[:, -1] *= not is_padded
+    balance = 10.0 ** np.random.default_rng(seed).integers(-6, 7, present)
+    b, a = b * balance, a / balance[:, None]
+    dense = np.linalg.svd(b @ a, compute_uv=False)
+    tolerance = 1e-6 * np.linalg.norm(b / balance, 2) * np.linalg.norm(a.T * balance, 2)
+
+    values = compute_singular_values(b, a)
+    assert len(values) == present
+    count = min(present, len(dense))
+    assert np.allclose(values[:count], dense[:count], rtol=0, atol=tolerance)
+    assert np.allclose(values[count:], 0, atol=tolerance)
+
+    new_b, new_a = resize_factors(b, a, rank, ratio)
     assert new_b.shape == (rows, rank)
     assert new_a.shape == (rank, columns)
-    dense = np.linalg.svd(b @ a, compute_uv=False)
     tail = np.sqrt(np.sum(dense[rank:] ** 2)) * ratio
-    assert np.linalg.norm(new_b @ new_a - ratio * (b @ a)) == pytest.approx(tail, abs=1e-9 * ratio * dense[0])
-    distance = compute_distance(b * ratio, a, new_b, new_a)
-    assert distance == pytest.approx(tail, abs=1e-9 * ratio * dense[0])
-
-
-@pytest.mark.parametrize("rank", [1, 3, 6])
-def test_factors_in_float32_are_truncated_in_float32(rank: int) -> None:
-    torch.manual_seed(0)
-    a, b, ratio = torch.randn(6, 11), torch.randn(9, 6), 1.7
-    new_b, new_a = resize_factors(b, a, rank, ratio)
-    product = ratio * b @ a
-    dropped = torch.linalg.svdvals(product)[rank:]
-    assert (new_b.dtype, new_a.dtype) == (torch.float32, torch.float32)
-    assert (new_b.shape, new_a.shape) == ((9, rank), (rank, 11))
-    assert torch.dist(new_b @ new_a, product) == pytest.approx(float(dropped.norm()), abs=1e-4)
+    assert np.linalg.norm(new_b @ new_a - ratio * (b @ a)) == pytest.approx(tail, abs=ratio * tolerance)
+    assert compute_distance(b * ratio, a, new_b, new_a) == pytest.approx(tail, abs=ratio * tolerance)
 
 
 @pytest.mark.parametrize("rank", [2, 4, 7])
 def test_a_direction_without_energy_can_still_be_trained(rank: int) -> None:
     """B of rank 1 among four columns: the product is kept, and no row of A is zero beside a zero column of B."""
-    torch.manual_seed(0)
-    b = torch.zeros(9, 4)
-    b[:, 0] = torch.randn(9)
-    a = torch.randn(4, 11)
-    for start in (b, torch.zeros(9, 4)):
-        new_b, new_a = resize_factors(start.double(), a.double(), rank, 0.5)
-        assert torch.allclose(new_b @ new_a, 0.5 * (start @ a).double())
-        assert (new_a.norm(dim=1) > 0.1).all()
+    first_b, a = draw_factors(9, 11, 4, 0)
+    b = first_b * [1, 0, 0, 0]
+    for start in (b, np.zeros((9, 4))):
+        new_b, new_a = resize_factors(start, a, rank, 0.5)
+        assert np.allclose(new_b @ new_a, 0.5 * start @ a)
+        assert (np.linalg.norm(new_a, axis=1) > 0.1).all()

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import write_jsonl
+from rightrank.api.adapters import resize
+from rightrank.bases.safetensors_files import open_tensors
+from tests.tiny import write_adapter, write_jsonl
 
 pytestmark = pytest.mark.trains
 
@@ -51,6 +53,36 @@ def test_missing_files_are_named_before_torch_is_imported(files: Path, arguments
     assert len(process.stderr.splitlines()) == 1
     assert message in process.stderr
     assert not (files / "run").exists()
+
+
+WITHOUT_TORCH = """\
+import sys, json
+from rightrank.cli import main
+sys.modules["torch"] = None  # an import then raises ModuleNotFoundError
+for command in json.loads(sys.argv[1]):
+    try:
+        main(command)
+    except SystemExit as ended:
+        print(ended.code)
+"""
+
+
+def test_adapters_are_inspected_resized_and_exported_without_torch(files: Path) -> None:
+    write_adapter(files / "adapter")
+    resize(files / "adapter", files / "uneven", energy=0.9)
+    commands = [
+        ["inspect", "adapter", "--json"],
+        ["resize", "adapter", "small", "--rank", "1"],
+        ["export", "uneven", "--to", "vllm", "--out", "served"],
+    ]
+    process = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, json.dumps(commands)], capture_output=True, text=True, cwd=files
+    )
+    assert process.stdout.startswith("{"), process.stderr
+    assert process.stdout.splitlines().count("0") == len(commands), process.stderr
+    for name, ranks in (("small", {1}), ("uneven", {1, 2}), ("served/uneven", {2})):
+        shapes = open_tensors(files / name / "adapter_model.safetensors").shapes
+        assert {min(shape) for shape in shapes.values()} == ranks
 
 
 def test_a_terminal_shows_a_line_before_anything_is_loaded(files: Path) -> None:

@@ -17,14 +17,13 @@ from typing import Any
 import pytest
 from peft import AutoPeftModelForCausalLM
 
-from rightrank.adapters import adapter_writer
 from rightrank.cli import main
 from rightrank.report import html
 from rightrank.runs import finish
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.journal import Journal
 from rightrank.schema.trials import TrialFinished, TrialStarted
-from rightrank.training import optimizer
+from rightrank.training import optimizer, saving
 from rightrank.training import trial as arm_training
 from rightrank.training.runtime import Runtime
 from tests.commands import (
@@ -137,7 +136,7 @@ def run_and_kill(arguments: list[str], owner: Any, name: str, entry: int) -> Non
 
 KILLS: list[tuple[Any, str, int]] = [
     (Journal, "append", 2), (optimizer, "take_step", 5), (optimizer, "save_checkpoint", 1), (Runtime, "evaluate_adapters", 2),
-    (adapter_writer, "save_adapter", 1), (finish, "export_adapter", 1), (html, "render_report", 1),
+    (saving, "save_adapter", 1), (finish, "export_adapter", 1), (html, "render_report", 1),
 ]  # fmt: skip
 
 

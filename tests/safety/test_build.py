@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.report.runs import write_answered_run
+from tests.tiny import write_adapter
 
 pytestmark = pytest.mark.trains
 
@@ -90,9 +91,11 @@ def test_the_wheel_alone_answers_without_the_packages_of_a_training(
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "data.jsonl").write_text('{"text": "a"}\n')
-    for command in ("expect", "decide runs.csv", "decide run", "status run", "report run", "select --help"):
+    write_adapter(tmp_path / "adapter")
+    commands = ("expect", "decide runs.csv", "decide run", "status run", "report run", "select --help")
+    for command in (*commands, "inspect adapter", "resize adapter small --rank 2", "export small --to vllm"):
         process = use(*command.split())
-        assert (process.returncode, process.stderr) == (0, ""), command
+        assert process.returncode == 0, process.stderr
         assert len(process.stdout) > 10, command
     process = use("select", "model", "data.jsonl", "--out", "new")
     assert process.returncode == 2

@@ -24,7 +24,7 @@ from rightrank.api.adapters import inspect
 from rightrank.api.folders import status
 from rightrank.api.runs import decide
 from rightrank.bases.base_models import load_base
-from rightrank.bases.safetensors_files import find_shards, read_header
+from rightrank.bases.safetensors_files import find_shards, open_tensors
 from rightrank.data.files import read_config
 from rightrank.data.splits import load_data
 from rightrank.runs.folder import RunFolder
@@ -139,7 +139,7 @@ def test_a_pickle_is_never_loaded_as_an_adapter_a_model_a_journal_or_a_checkpoin
     shutil.copytree(model_folder, model)
     (model / "model.safetensors").write_bytes(bomb)
     require_refused(lambda: load_base(str(model), ON_CPU, None), "can't load it", ModelError)
-    require_refused(lambda: read_header(find_shards(model)[0]), "not a readable safetensors file", ModelError)
+    require_refused(lambda: open_tensors(find_shards(model)[0]), "not a readable safetensors file", ModelError)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "journal.jsonl").write_bytes(bomb + b"\n")
     require_refused(lambda: status(tmp_path / "run"), "journal", RunFolderError)
@@ -179,7 +179,7 @@ def test_safetensors_headers_that_lie(tmp_path: Path, length: int | None, header
     (folder / "adapter_model.safetensors").write_bytes(size + header + b"\0" * 16)
     require_refused(lambda: inspect(folder), "not a readable safetensors file", ModelError)
     (folder / "adapter_model.safetensors").rename(folder / "model.safetensors")
-    require_refused(lambda: read_header(find_shards(folder)[0]), "not a readable safetensors file", ModelError)
+    require_refused(lambda: open_tensors(find_shards(folder)[0]), "not a readable safetensors file", ModelError)
 
 
 ALIASES = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(

@@ -29,7 +29,7 @@ from transformers import (
 
 from rightrank import SelectSettings, SmallestAdapter, compare
 from rightrank.adapters.adapter_reader import open_adapter
-from rightrank.adapters.resizing import list_candidate_ranks
+from rightrank.adapters.resize import list_candidate_ranks
 from rightrank.decision.comparison import INDEPENDENCE_NOTE
 from rightrank.runs.resize_by_data import measure_truncations
 from rightrank.schema.errors import SettingsError

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from rightrank.adapters.adapter_folders import (
     CONFIG_FILE,
@@ -26,8 +25,7 @@ from rightrank.adapters.adapter_folders import (
     require_adapter_folder,
 )
 from rightrank.adapters.foreign_files import ForeignFile, read_mlx_folder, read_single_file
-from rightrank.adapters.kinds import MAGNITUDE_KEYS, find_stored_kind
-from rightrank.adapters.kinds.base import AdapterKind, Layout, StoredPair
+from rightrank.adapters.kinds import MAGNITUDE_KEYS, Factors, Layout, StoredKind, StoredPair, find_stored_kind
 from rightrank.adapters.rank_math import (
     compute_equivalent_rank,
     compute_scaling,
@@ -35,7 +33,7 @@ from rightrank.adapters.rank_math import (
     get_pattern_value,
     matches_pattern,
 )
-from rightrank.bases.safetensors_files import read_header
+from rightrank.bases.safetensors_files import BFLOAT16, Tensor, TensorFile, open_tensors, widen
 from rightrank.schema.errors import ModelError
 from rightrank.schema.trials import Floats
 
@@ -63,7 +61,11 @@ def open_adapter(path: Path) -> AdapterFolder:
         require_adapter_folder(path)
         config = read_adapter_config(path)
     _validate_config(path / CONFIG_FILE if path.is_dir() else path, config)
-    shapes = shapes if foreign is not None else read_header(path / WEIGHTS_FILE)[0]
+    if foreign is None:
+        file = open_tensors(path / WEIGHTS_FILE)
+        shapes = file.shapes
+    else:
+        file = foreign.file
     pairs = _group_factor_keys(path, shapes)
     modules = tuple(
         module
@@ -75,7 +77,7 @@ def open_adapter(path: Path) -> AdapterFolder:
     patterns = [*config.get("rank_pattern", {}), *config.get("alpha_pattern", {})]
     addresses = dict.fromkeys(module.address for module in modules)
     unused = tuple(key for key in patterns if not any(matches_pattern(key, address) for address in addresses))
-    return AdapterFolder(path, config, modules, tuple(sorted(other_keys)), unused, foreign)
+    return AdapterFolder(path, config, modules, tuple(sorted(other_keys)), unused, file, foreign)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ class AdapterModule:
     """An adapted matrix: its tensors, their shapes and its scale. The experts of one parameter share their tensors."""
 
     name: str  # in the base model
-    kind: AdapterKind
+    kind: StoredKind
     rank: int
     rows: int  # of ΔW: out features; of an embedding, its width
     columns: int  # of ΔW: in features; of a convolution, times the kernel; of an embedding, the vocabulary
@@ -110,11 +112,12 @@ class AdapterFolder:
     modules: tuple[AdapterModule, ...]
     other_keys: tuple[str, ...]  # modules_to_save, trained biases, saved embeddings
     unused_patterns: tuple[str, ...]  # keys of rank_pattern or alpha_pattern that no module matches
+    file: TensorFile
     foreign: ForeignFile | None = None  # the file, if PEFT did not write it
 
     @property
     def weights_file(self) -> Path:
-        return self.path / WEIGHTS_FILE if self.foreign is None else self.foreign.path
+        return self.file.path
 
     @property
     def keys(self) -> list[str]:
@@ -168,32 +171,34 @@ class AdapterFolder:
     def base_changing_init(self) -> str | None:
         return find_base_changing_init(self.config)
 
-    def load_tensor(self, key: str) -> torch.Tensor:
-        return (self.foreign or ForeignFile(self.weights_file, {})).load_tensor(key)
+    def load_tensor(self, key: str) -> Tensor:
+        return (self.foreign or self.file).load_tensor(key)
 
-    def load_factors(self, module: AdapterModule) -> tuple[Floats, Floats]:
+    def load_factors(self, module: AdapterModule) -> Factors:
         """Load `(B [rows, r], A [r, columns])` of a module in float64, without the scale.
 
         Raises:
-            ModelError: A value is NaN or infinite.
+            ModelError: A value is NaN or infinite, or not of a type that adapters are trained in.
         """
         return self.load_pair_factors(module)[module.index_in_pair]
 
-    def load_pair_factors(self, module: AdapterModule) -> list[tuple[Floats, Floats]]:
+    def load_pair_factors(self, module: AdapterModule) -> list[Factors]:
         """Load the factors of every matrix that is stored in the tensors of the module."""
         a, b = (self._load_values(key) for key in (module.a_key, module.b_key))
-        return [
-            (matrix_b.numpy(), matrix_a.numpy()) for matrix_b, matrix_a in module.kind.unpack_factors(a, b, module.rank)
-        ]
+        return module.kind.unpack_factors(a, b, module.rank)
 
-    def _load_values(self, key: str) -> torch.Tensor:
+    def _load_values(self, key: str) -> Floats:
         stored = self.load_tensor(key)
-        values = stored.double()
-        if not all(abs(float(bound)) <= MAX_VALUE for bound in values.aminmax()):
+        if stored.dtype.names and stored.dtype != BFLOAT16:
+            raise ModelError(
+                f"{self.weights_file}: {key} is stored as {stored.dtype.names[0]}; save it in f32, bf16 or f16"
+            )
+        values = widen(stored)
+        if not max(abs(values.min()), abs(values.max())) <= MAX_VALUE:
             raise ModelError(
                 f"{self.weights_file}: {key} holds NaN or infinite values; the training diverged: give an earlier checkpoint"
             )
-        return values.where(values.abs() >= MIN_VALUE, 0.0) if stored.dtype == torch.float64 else values
+        return np.where(np.abs(values) >= MIN_VALUE, values, 0.0) if stored.dtype == np.float64 else values
 
 
 def _validate_config(file: Path, config: dict[str, Any]) -> None:
@@ -259,8 +264,6 @@ def _read_modules(
             f"{path}: {pair.module} has factors of shapes {list(pair.a)} and {list(pair.b)}; they must be matrices"
         )
     kind = find_stored_kind(pair)
-    if kind is None:
-        raise ModelError(f"{path}: {pair.module} is of a kind that rightrank can't read; load it with PEFT")
     address = kind.get_address(pair)
     layout = _read_layout(path, kind, pair, get_pattern_value(config["rank_pattern"], address, config["r"]))
     alpha = float(get_pattern_value(config["alpha_pattern"], address, config["lora_alpha"]))
@@ -282,7 +285,7 @@ def _read_modules(
         )
 
 
-def _read_layout(path: Path, kind: AdapterKind, pair: StoredPair, rank: int) -> Layout:
+def _read_layout(path: Path, kind: StoredKind, pair: StoredPair, rank: int) -> Layout:
     """Return the layout of a pair, after a check that the weights and the configuration agree on `rank`."""
     layout = kind.build_layout(pair, rank)
     if layout is None:

@@ -21,13 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+import numpy as np
 
 from rightrank.adapters.adapter_folders import CONFIG_FILE, MLX_FILE, PEFT_PREFIX, find_base_changing_init
 from rightrank.adapters.rank_math import build_exact_pattern, compute_scaling, get_pattern_value
-from rightrank.bases.safetensors_files import read_header
+from rightrank.bases.safetensors_files import Tensor, TensorFile, open_tensors, widen, write_tensors
 from rightrank.data.files import (
     UnreadableError,
     create_output,
@@ -53,17 +51,15 @@ STALE_METADATA = ("sshs_model_hash", "sshs_legacy_hash", DIFFUSERS_METADATA)  # 
 class ForeignFile:
     """The file of an adapter that PEFT did not write."""
 
-    path: Path
+    file: TensorFile
     keys: Mapping[str, str]  # keys in the file of factors (and alphas) by PEFT's keys
     mlx_config: Mapping[str, Any] | None = None  # of mlx-lm, whose factors are transposed; None: a single file
-    metadata: Mapping[str, str] | None = None  # of a single file
 
-    def load_tensor(self, key: str) -> torch.Tensor:
-        with safe_open(self.path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(self.keys.get(key, key))
-            return tensor if self.mlx_config is None else tensor.T
+    def load_tensor(self, key: str) -> Tensor:
+        tensor = self.file.load_tensor(self.keys.get(key, key))
+        return tensor if self.mlx_config is None else tensor.T
 
-    def write(self, out: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    def write(self, out: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Write a changed adapter, whose modules all have one scale, in this format. An error leaves nothing behind.
 
         Raises:
@@ -73,34 +69,34 @@ class ForeignFile:
         if self.mlx_config is not None:
             self._write_mlx_folder(out, self.mlx_config, config, tensors)
             return
-        stored = {self.keys.get(key, key): value.contiguous() for key, value in tensors.items()}
+        stored = {self.keys.get(key, key): value for key, value in tensors.items()}
         scaling = compute_scaling(config["lora_alpha"], config["r"], use_rslora=False)
         ranks = {key.removesuffix(".lora_A.weight"): len(tensors[key]) for key in tensors if ".lora_A." in key}
         for module, rank in ranks.items():
             if scaling != 1 or f"{module}.alpha" in self.keys:
-                stored[f"{module.removeprefix(PEFT_PREFIX)}.alpha"] = torch.tensor(scaling * rank)
-        metadata = {name: value for name, value in (self.metadata or {}).items() if name not in STALE_METADATA}
+                stored[f"{module.removeprefix(PEFT_PREFIX)}.alpha"] = np.array(scaling * rank, np.float32)
+        metadata = {name: value for name, value in self.file.metadata.items() if name not in STALE_METADATA}
         if "ss_network_dim" in metadata:
             (rank_text, alpha_text), *others = {(str(rank), str(scaling * rank)) for rank in ranks.values()}
             dynamic = {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}  # as sd-scripts writes it
             metadata |= dynamic if others else {"ss_network_dim": rank_text, "ss_network_alpha": alpha_text}
         with create_output(out), replace_file(out) as temporary:
-            save_file(stored, temporary, metadata)
+            write_tensors(temporary, stored, metadata)
 
     def _write_mlx_folder(
         self,
         out: Path,
         mlx_config: Mapping[str, Any],
         config: Mapping[str, Any],
-        tensors: Mapping[str, torch.Tensor],
+        tensors: Mapping[str, Tensor],
     ) -> None:
         if config["rank_pattern"] or config["alpha_pattern"]:
             raise ModelError("mlx-lm loads one rank for all modules: give one rank")
         parameters = {"rank": config["r"], "scale": config["lora_alpha"] / config["r"]}
         changed = dict(mlx_config) | {"lora_parameters": dict(mlx_config["lora_parameters"]) | parameters}
         with create_output(out), replace_folder(out) as temporary:
-            named = {self.keys[key]: value.T.contiguous() for key, value in tensors.items()}
-            save_file(named, temporary / MLX_FILE, {"format": "mlx"})
+            named = {self.keys[key]: value.T for key, value in tensors.items()}
+            write_tensors(temporary / MLX_FILE, named, {"format": "mlx"})
             text = json.dumps(changed, indent=4, sort_keys=True) + "\n"
             (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
 
@@ -114,7 +110,8 @@ def read_single_file(path: Path) -> tuple[dict[str, Any], Shapes, ForeignFile]:
     Raises:
         ModelError: The file is not readable, belongs to PEFT or another program, or holds another kind of update than s·B·A.
     """
-    stored_shapes, metadata = read_header(path)
+    stored = open_tensors(path)
+    stored_shapes = stored.shapes
     is_diffusers = any(DIFFUSERS_KEY.match(key) for key in stored_shapes)
     suffixes = DIFFUSERS_SUFFIXES if is_diffusers else FACTOR_SUFFIXES
     other_key = next((key for key in stored_shapes if key.endswith(".lora_A.weight")), None)
@@ -124,7 +121,7 @@ def read_single_file(path: Path) -> tuple[dict[str, Any], Shapes, ForeignFile]:
             "PEFT (adapter_config.json) and mlx-lm, and single files of sd-scripts (lora_unet_….lora_down.weight) and of diffusers "
             "(pytorch_lora_weights.safetensors, with unet.… or transformer.…)"
         )
-    stated = _read_diffusers_configs(path, metadata) if is_diffusers else {}
+    stated = _read_diffusers_configs(path, stored.metadata) if is_diffusers else {}
     shapes: dict[str, tuple[int, ...]] = {}
     keys: dict[str, str] = {}
     for key, shape in stored_shapes.items():
@@ -139,7 +136,7 @@ def read_single_file(path: Path) -> tuple[dict[str, Any], Shapes, ForeignFile]:
             keys[f"{PEFT_PREFIX}{key}"] = key
         else:
             shapes[key] = shape
-    file = ForeignFile(path, keys, metadata=metadata)
+    file = ForeignFile(stored, keys)
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for peft_key, key in keys.items():
@@ -150,7 +147,7 @@ def read_single_file(path: Path) -> tuple[dict[str, Any], Shapes, ForeignFile]:
         if ".lora_A." in peft_key and stored_shapes[key]:
             ranks[module] = stored_shapes[key][0]
             has_alpha = f"{PEFT_PREFIX}{module}.alpha" in keys
-            alphas[module] = float(file.load_tensor(f"{module}.alpha")) if has_alpha else ranks[module]
+            alphas[module] = widen(file.load_tensor(f"{module}.alpha")).item() if has_alpha else ranks[module]
             component, _, name = module.partition(".")
             if component in stated:
                 alphas[module] = ranks[module] * _compute_stated_scaling(stated[component], name, ranks[module])
@@ -227,7 +224,8 @@ def read_mlx_folder(folder: Path) -> tuple[dict[str, Any], Shapes, ForeignFile]:
         raise ModelError(
             f"{file}: fine_tune_type {kind!r}, rank {rank!r}, scale {scale!r}; only mlx-lm's lora with both is read"
         )
-    shapes = read_header(folder / MLX_FILE)[0]
+    weights = open_tensors(folder / MLX_FILE)
+    shapes = weights.shapes
     unsupported_key = next(
         (key for key, shape in shapes.items() if not key.endswith((".lora_a", ".lora_b")) or len(shape) != 2), None
     )
@@ -247,4 +245,4 @@ def read_mlx_folder(folder: Path) -> tuple[dict[str, Any], Shapes, ForeignFile]:
     }
     keys = {f"{PEFT_PREFIX}{key[:-7]}.lora_{key[-1].upper()}.weight": key for key in shapes}
     peft_shapes = {peft_key: shapes[key][::-1] for peft_key, key in keys.items()}
-    return config, peft_shapes, ForeignFile(folder / MLX_FILE, keys, stored)
+    return config, peft_shapes, ForeignFile(weights, keys, stored)

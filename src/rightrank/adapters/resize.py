@@ -1,30 +1,52 @@
-"""Change the ranks of an adapter folder: new factors, a new configuration, and the error of the written tensors.
-
-`resize` chooses one rank for all modules, ranks by energy, or a rank by held-out data (`resize_by_data`).
-"""
+"""Change the ranks of an adapter folder: the ranks, the factors, the configuration that gives every module its scale, and the error of ΔW."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-
-from rightrank.adapters.adapter_reader import AdapterFolder, AdapterModule
-from rightrank.adapters.resizing import (
-    build_resized_config,
-    compute_config_scaling,
-    find_pair_rank,
-    require_plain_update,
-    write_resized_adapter,
+from rightrank.adapters.adapter_folders import CONFIG_FILE, require_kept_base
+from rightrank.adapters.adapter_reader import AdapterFolder, AdapterModule, open_adapter
+from rightrank.adapters.adapter_writer import write_same_format
+from rightrank.adapters.rank_math import (
+    build_exact_pattern,
+    compute_equal_scale_alphas,
+    compute_equivalent_rank,
+    compute_scaling,
+    find_server_rank,
+    get_pattern_value,
 )
-from rightrank.adapters.spectra import compute_distance, compute_energy_rank, compute_singular_values
-from rightrank.adapters.truncation import Moments
+from rightrank.adapters.spectra import compute_energy_rank
+from rightrank.adapters.truncation import (
+    Moments,
+    allocate_ranks,
+    compute_distance,
+    compute_singular_values,
+    decompose_update,
+    resize_factors,
+    use_one_thread,
+)
+from rightrank.bases.safetensors_files import Tensor, narrow, widen
 from rightrank.data.files import require_absent
-from rightrank.schema.errors import SettingsError
+from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.results import ModuleResize, Resized
+
+
+def require_plain_update(adapter: AdapterFolder) -> None:
+    """Raise if the adapter's ΔW is not s·B·A alone, or is always zero.
+
+    Raises:
+        ModelError: The initialization may change the base model on loading, or `lora_alpha` is 0.
+    """
+    if not adapter.config["lora_alpha"]:
+        raise ModelError(
+            f"{adapter.path}: lora_alpha is 0, so the adapter has no effect; verl's merger writes 0 if it does not know the value: "
+            f"set it in {CONFIG_FILE}"
+        )
+    require_kept_base(adapter.path, adapter.config)
 
 
 def resize_adapter(
@@ -47,24 +69,26 @@ def resize_adapter(
     """
     require_absent(out)
     require_plain_update(adapter)
-    tensors = write_resized_adapter(adapter, out, ranks, moments)
-    scaling = compute_config_scaling(build_resized_config(adapter, ranks))
-    errors = [
-        error
-        for pair in adapter.pairs
-        for error in _measure_errors(adapter, pair, find_pair_rank(pair, ranks), scaling, tensors)
-    ]
-    records = [
-        ModuleResize(
-            name=module.name, from_rank=module.rank, rank=rank, relative_delta_error=error / norm if norm > 0 else 0.0
-        )
-        for module, rank, error, norm in errors
-    ]
+    config = build_resized_config(adapter, ranks)
+    scaling = _compute_config_scaling(config)
+    tensors = {key: adapter.load_tensor(key) for key in adapter.other_keys}
+    records: list[ModuleResize] = []
+    squared_error = squared_norm = 0.0
+    with use_one_thread():
+        for pair in adapter.pairs:
+            rank = _find_pair_rank(pair, ranks)
+            tensors |= _resize_pair(adapter, pair, rank, pair[0].scaling / scaling, moments or {})
+            for module, error, norm in _measure_errors(adapter, pair, rank, scaling, tensors):
+                share = error / norm if norm > 0 else 0.0
+                records.append(
+                    ModuleResize(name=module.name, from_rank=module.rank, rank=rank, relative_delta_error=share)
+                )
+                squared_error, squared_norm = squared_error + error**2, squared_norm + norm**2
+    write_same_format(adapter, out, config, tensors)
     new_ranks = {record.name: record.rank for record in records}
-    total_error, total_norm = math.hypot(*(error[2] for error in errors)), math.hypot(*(error[3] for error in errors))
     return Resized(
-        rank=new_ranks[records[0].name] if len(set(new_ranks.values())) == 1 else None,
-        relative_delta_error=total_error / total_norm if total_norm > 0 else 0.0,
+        rank=records[0].rank if len(set(new_ranks.values())) == 1 else None,
+        relative_delta_error=math.sqrt(squared_error / squared_norm) if squared_norm > 0 else 0.0,
         modules=records,
         out=str(out),
         parameters_before=sum(module.parameters for module in adapter.modules),
@@ -72,36 +96,147 @@ def resize_adapter(
         bytes_before=adapter.weights_file.stat().st_size,
         bytes_after=(out if out.is_file() else out / adapter.weights_file.name).stat().st_size,
         chosen_by=rule,
-        notes=_build_notes(adapter, tensors),
+        notes=_build_notes(adapter),
     )
 
 
-def _measure_errors(
-    adapter: AdapterFolder,
-    pair: Sequence[AdapterModule],
-    rank: int,
-    scaling: float,
-    tensors: Mapping[str, torch.Tensor],
-) -> Iterator[tuple[AdapterModule, int, float, float]]:
-    """Yield `(module, new rank, ‖ΔW' − ΔW‖_F, ‖ΔW‖_F)` of each matrix of a pair, after rounding to the dtype of the file."""
+@dataclass(frozen=True, slots=True)
+class RankedAdapter:
+    """An adapter folder at a rank: that of a uniform adapter with as many parameters."""
+
+    rank: int
+    folder: AdapterFolder
+
+
+def write_truncation(
+    adapter: AdapterFolder, out: Path, rank: int, moments: Mapping[str, Moments] | None = None
+) -> RankedAdapter:
+    """Truncate an adapter to `rank` as a selection does, and write it."""
+    resize_adapter(adapter, out, cap_ranks(adapter, rank, moments), moments)
+    return RankedAdapter(rank, open_adapter(out))
+
+
+def write_uniform_adapter(adapter: AdapterFolder, out: Path) -> None:
+    """Write the same function with the largest rank in all modules; the additional directions are zero.
+
+    If every module has the scale of `lora_alpha` and `r`, no value of a factor changes.
+
+    Raises:
+        ModelError: The initialization changes the base model, or `lora_alpha` is 0.
+        RunFolderError: `out` exists or cannot be written.
+    """
+    config, largest = adapter.config, adapter.rank
+    (alpha,) = compute_equal_scale_alphas({"": largest}, config["r"], config["lora_alpha"], adapter.use_rslora).values()
+    widened = replace(adapter, config=dict(config) | {"lora_alpha": alpha})
+    resize_adapter(widened, out, {module.name: largest for module in adapter.modules})
+
+
+def truncate_tensors(folder: Path, rank: int, config: Any, moments: Mapping[str, Moments]) -> dict[str, Tensor]:
+    """Return the tensors of the adapter in `folder`, in PEFT's names, with every A and B truncated and all others unchanged.
+
+    Args:
+        rank: The uniform rank, which sets the number of parameters.
+        config: PEFT's configuration of the truncated adapter. The rank of each module is written into it, with an alpha that gives all
+            modules one scale.
+        moments: Second moments by module name. Modules that have them are truncated by K-FAC, the others by singular values.
+    """
+    adapter = open_adapter(folder)
+    tensors = {key: adapter.load_tensor(key) for key in adapter.other_keys}
+    pattern = config.rank_pattern or {}
+    ranks = {module.address: int(get_pattern_value(pattern, module.address, config.r)) for module in adapter.modules}
+    if len(distinct_ranks := set(ranks.values())) == 1:
+        ranks = _allocate_module_ranks(adapter, distinct_ranks.pop(), find_server_rank(rank), moments) or ranks
+    alphas = compute_equal_scale_alphas(ranks, config.r, config.lora_alpha, bool(config.use_rslora))
+    config.rank_pattern = build_exact_pattern(ranks, config.r, ranks)
+    config.alpha_pattern = build_exact_pattern(alphas, config.lora_alpha, ranks)
+    scaling = compute_scaling(config.lora_alpha, config.r, bool(config.use_rslora))
+    with use_one_thread():
+        for pair in adapter.pairs:
+            tensors |= _resize_pair(adapter, pair, ranks[pair[0].address], pair[0].scaling / scaling, moments)
+    return tensors
+
+
+def _resize_pair(
+    adapter: AdapterFolder, pair: Sequence[AdapterModule], rank: int, ratio: float, moments: Mapping[str, Moments]
+) -> dict[str, Tensor]:
+    """Return the tensors of a pair at `rank`, computed in float64; the product is `ratio` times as large."""
     first = pair[0]
-    written = first.kind.unpack_factors(tensors[first.a_key].double(), tensors[first.b_key].double(), rank)
-    for module, (new_b, new_a), (b, a) in zip(pair, written, adapter.load_pair_factors(first), strict=True):
-        old_factors, new_factors = (b * module.scaling, a), (new_b.numpy() * scaling, new_a.numpy())
-        zero_factors = np.zeros((module.rows, 0)), np.zeros((0, module.columns))
-        yield module, rank, compute_distance(*old_factors, *new_factors), compute_distance(*old_factors, *zero_factors)
+    new_factors = [
+        (b * ratio, a)
+        if rank == module.rank
+        else resize_factors(b, a, rank, ratio, moments.get(module.name), module.scaling)
+        for module, (b, a) in zip(pair, adapter.load_pair_factors(first), strict=True)
+    ]
+    old_a, old_b = adapter.load_tensor(first.a_key), adapter.load_tensor(first.b_key)
+    new_a, new_b = first.kind.pack_factors(new_factors, old_a.shape, old_b.shape)
+    tensors = {first.b_key: narrow(new_b, old_b.dtype), first.a_key: narrow(new_a, old_a.dtype)}
+    if first.bias_key is not None:  # PEFT scales it as it scales B
+        bias = adapter.load_tensor(first.bias_key)
+        tensors[first.bias_key] = narrow(widen(bias) * ratio, bias.dtype)
+    if first.magnitude_key is not None:
+        tensors[first.magnitude_key] = adapter.load_tensor(first.magnitude_key)
+    return tensors
 
 
-def _build_notes(adapter: AdapterFolder, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+def _measure_errors(
+    adapter: AdapterFolder, pair: Sequence[AdapterModule], rank: int, scaling: float, tensors: Mapping[str, Tensor]
+) -> list[tuple[AdapterModule, float, float]]:
+    """Compute `(module, ‖ΔW' − ΔW‖_F, ‖ΔW‖_F)` of each matrix of a pair, after rounding to the dtype of the file."""
+    first, old_factors = pair[0], adapter.load_pair_factors(pair[0])
+    new_factors = first.kind.unpack_factors(widen(tensors[first.a_key]), widen(tensors[first.b_key]), rank)
+    return [
+        (
+            module,
+            compute_distance(b * module.scaling, a, new_b * scaling, new_a),
+            compute_distance(b * module.scaling, a, b[:, :0], a[:0]),
+        )
+        for module, (b, a), (new_b, new_a) in zip(pair, old_factors, new_factors, strict=True)
+    ]
+
+
+def _build_notes(adapter: AdapterFolder) -> list[str]:
     notes: list[str] = []
     if adapter.unused_patterns:
         notes.append(f"patterns that match no module were left out: {', '.join(adapter.unused_patterns)}")
     if adapter.use_dora:
         notes.append("DoRA: the magnitudes are kept; the error is that of s·B·A")
-    saved_sizes = [tensors[key].numel() for key in adapter.other_keys if not key.endswith(".alpha")]
-    if saved_sizes:
-        notes.append(f"unchanged: {len(saved_sizes)} fully trained tensors with {sum(saved_sizes):,} parameters")
+    sizes = [math.prod(adapter.file.shapes[key]) for key in adapter.other_keys if not key.endswith(".alpha")]
+    if sizes:
+        notes.append(f"unchanged: {len(sizes)} fully trained tensors with {sum(sizes):,} parameters")
     return notes
+
+
+def build_resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Build the configuration at these ranks: every module keeps the scale of `lora_alpha` at rank `r`.
+
+    `lora_alpha` does not change. Where PEFT did not write the adapter, the scale does not change.
+
+    If the modules differ, `r` is the uniform rank with as many parameters, provided that a server that reserves slots for it has room for the
+    largest module; else it is the largest rank.
+    """
+    by_address = {pair[0].address: _find_pair_rank(pair, ranks) for pair in adapter.pairs}
+    largest, sizes = max(by_address.values()), [pair[0].rows + pair[0].columns for pair in adapter.pairs]
+    r = compute_equivalent_rank(by_address.values(), sizes)
+    r = r if find_server_rank(r) >= largest else largest
+    alpha = adapter.config["lora_alpha"] * (1 if adapter.foreign is None else r / adapter.config["r"])
+    alphas = compute_equal_scale_alphas(by_address, r, alpha, adapter.use_rslora)
+    return dict(adapter.config) | {
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": build_exact_pattern(by_address, r, by_address),
+        "alpha_pattern": build_exact_pattern(alphas, alpha, by_address),
+        "init_lora_weights": True,  # loading replaces the first values, and other names of PEFT do not take every rank
+        "eva_config": None,
+    }
+
+
+def _compute_config_scaling(config: Mapping[str, Any]) -> float:
+    return compute_scaling(config["lora_alpha"], config["r"], bool(config.get("use_rslora")))
+
+
+def _find_pair_rank(pair: Sequence[AdapterModule], ranks: Mapping[str, int]) -> int:
+    """Return the rank of the matrices of a pair: the largest of any, because they share tensors."""
+    return max(ranks[module.name] for module in pair)
 
 
 def choose_uniform_rank(adapter: AdapterFolder, rank: int) -> dict[str, int]:
@@ -130,7 +265,58 @@ def choose_ranks_by_energy(adapter: AdapterFolder, fraction: float, uniform: boo
     if not 0 < fraction <= 1:
         raise SettingsError(f"--energy {fraction:g} is not allowed: give a fraction above 0 and up to 1, such as 0.99")
     ranks: dict[str, int] = {}
-    for module in adapter.modules:
-        s = compute_singular_values(*adapter.load_factors(module))
-        ranks[module.name] = max(1, compute_energy_rank(s, fraction))
+    for pair in adapter.pairs:
+        for module, factors in zip(pair, adapter.load_pair_factors(pair[0]), strict=True):
+            values = compute_singular_values(*factors)
+            ranks[module.name] = max(1, compute_energy_rank(values, fraction))
     return dict.fromkeys(ranks, max(ranks.values())) if uniform else ranks
+
+
+def cap_ranks(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] | None = None) -> dict[str, int]:
+    """Return this rank for every module with a higher one, and the module's own rank for the others.
+
+    With moments of every module, the parameters of this rank are allocated to the modules as in a selection, up to
+    the rank that a server reserves.
+    """
+    highest = find_server_rank(rank) if adapter.foreign is None else rank  # mlx-lm loads one rank for all modules
+    allocated = _allocate_module_ranks(adapter, rank, highest, moments or {})
+    return {module.name: min(rank, module.rank) for module in adapter.modules} if allocated is None else allocated
+
+
+def _allocate_module_ranks(
+    adapter: AdapterFolder, rank: int, max_rank: int, moments: Mapping[str, Moments]
+) -> dict[str, int] | None:
+    """Allocate the parameters of a uniform `rank` to the modules by one threshold on their K-FAC costs.
+
+    Returns:
+        A rank up to `max_rank` by module; None if a module has no moments, or has no larger rank than `rank`.
+    """
+    modules = adapter.modules
+    if max_rank == rank or any(module.name not in moments or module.rank <= rank for module in modules):
+        return None
+    costs = [
+        decompose_update(*adapter.load_factors(module), module.scaling, moments[module.name]).costs
+        for module in modules
+    ]
+    parameters = [module.rows + module.columns for module in modules]
+    ranks = allocate_ranks(costs, parameters, rank * sum(parameters), max_rank)
+    return {module.name: module_rank for module, module_rank in zip(modules, ranks, strict=True)}
+
+
+def list_candidate_ranks(adapter: AdapterFolder, requested: Sequence[int] | None = None) -> list[int]:
+    """Return the ranks to measure: the requested ones, or every power of two below the adapter's largest rank, and that rank.
+
+    Raises:
+        SettingsError: A rank is above the adapter's, or the adapter has rank 1.
+    """
+    top = adapter.rank
+    if top == 1:
+        raise SettingsError(
+            f"{adapter.path}: its rank is 1, and there is no lower rank to measure; give an adapter of a higher rank"
+        )
+    if requested:
+        for rank in requested:
+            if not 1 <= rank <= top:
+                raise SettingsError(f"rank {rank} cannot be reached by truncation; give ranks from 1 to {top}")
+        return sorted({*requested, top})
+    return sorted({2**power for power in range(top.bit_length()) if 2**power < top} | {top})

@@ -1,21 +1,16 @@
-"""Compute singular spectra of updates, the ranks that they suggest, and the records of `inspect`.
-
-An update is ΔW = s·B·A with B [d, r] and A [r, k]. With B = Q_B R_B and Aᵀ = Q_A R_A, the singular values of B·A are
-those of the r × r matrix R_B R_Aᵀ. All arithmetic is in float64. R is the Cholesky factor of the Gram matrix, or that of a QR
-decomposition if the columns are nearly dependent.
-"""
+"""Compute singular spectra of updates, the ranks that they suggest, and the records of `inspect`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 
 from rightrank.adapters.adapter_folders import PEFT_PREFIX
 from rightrank.adapters.adapter_reader import AdapterFolder, AdapterModule, open_adapter
+from rightrank.adapters.truncation import compute_singular_values, use_one_thread
 from rightrank.schema.results import Inspection, InspectionSummary, ModuleSpectrum
 from rightrank.schema.trials import Floats
 
@@ -23,9 +18,6 @@ ENERGY_FRACTIONS = (0.9, 0.95, 0.99)
 DEAD_FRACTION = 1e-3  # relative to the median norm of the modules
 ROUNDING = 1e-6  # relative to the largest singular value; a value below it is rounding of float32 files, and not noise
 MIN_VALUES_FOR_NOISE = 8  # the median of fewer singular values does not estimate noise
-MAX_INVERSE_GRAM = (
-    1e5  # bounds the relative error of a singular value by 1e-9; a Gram matrix squares the condition number
-)
 SQUARE_THRESHOLD = 2.86  # 2.858 for square matrices, by the cubic .56 − .95 + 1.82 + 1.43
 SENTENCE = (
     "A spectrum describes where an update's energy is; it does not say which rank is enough: "
@@ -52,9 +44,9 @@ def inspect_adapter(path: Path) -> Inspection:
         ModelError: The folder holds no readable LoRA adapter, or weights with NaN.
     """
     adapter = open_adapter(path)
-    modules = _flag_dead_modules(
-        [spectrum for pair in adapter.pairs for spectrum in _compute_pair_spectra(adapter, pair)]
-    )
+    with use_one_thread():
+        spectra = [spectrum for pair in adapter.pairs for spectrum in _compute_pair_spectra(adapter, pair)]
+    modules = _flag_dead_modules(spectra)
     summary = InspectionSummary(
         modules=len(modules),
         parameters=adapter.trainable_parameters,
@@ -98,7 +90,8 @@ def _compute_pair_spectra(adapter: AdapterFolder, pair: Sequence[AdapterModule])
     A token gives every direction of B a gradient, and Adam a step of about the learning rate. An expert whose B is zero
     while others moved was therefore never chosen, whereas one that learned nothing has a small update.
     """
-    spectra = [_compute_module_spectrum(adapter, module) for module in pair]
+    factors = adapter.load_pair_factors(pair[0])
+    spectra = [_compute_module_spectrum(module, b, a) for module, (b, a) in zip(pair, factors, strict=True)]
     if len(spectra) > 1 and any("untrained" not in spectrum.flags for spectrum in spectra):
         new_flags = [["no_token" if flag == "untrained" else flag for flag in spectrum.flags] for spectrum in spectra]
         spectra = [
@@ -108,8 +101,7 @@ def _compute_pair_spectra(adapter: AdapterFolder, pair: Sequence[AdapterModule])
     return spectra
 
 
-def _compute_module_spectrum(adapter: AdapterFolder, module: AdapterModule) -> ModuleSpectrum:
-    b, a = adapter.load_factors(module)
+def _compute_module_spectrum(module: AdapterModule, b: Floats, a: Floats) -> ModuleSpectrum:
     values = abs(module.scaling) * compute_singular_values(b, a)
     noise_rank = (
         compute_hard_threshold_rank(np.where(values > ROUNDING * values[0], values, 0.0)) if values.any() else 0
@@ -135,31 +127,6 @@ def _compute_module_spectrum(adapter: AdapterFolder, module: AdapterModule) -> M
         noise_rank=noise_rank,
         flags=flags,
     )
-
-
-def compute_singular_values(b: Floats, a: Floats) -> Floats:
-    """Compute the min(d, r, k) singular values of B·A, padded with zeros to r of them."""
-    s = np.linalg.svd(compute_triangle(b) @ compute_triangle(a.T).T, compute_uv=False)
-    return np.pad(s, (0, max(0, b.shape[1] - len(s))))
-
-
-def compute_distance(b: Floats, a: Floats, other_b: Floats, other_a: Floats) -> float:
-    """Compute ‖B·A − B'·A'‖_F from the triangles of the concatenated factors."""
-    outer, inner = compute_triangle(np.hstack([b, -other_b])), compute_triangle(np.vstack([a, other_a]).T)
-    return float(np.linalg.norm(outer @ inner.T))
-
-
-def compute_triangle(matrix: Floats) -> Floats:
-    """Compute R with RᵀR = MᵀM, as a QR decomposition of M [n, r] gives it, in a fifth of its time for well separated columns."""
-    gram = matrix.T @ matrix
-    norms = np.sqrt(np.diagonal(gram))
-    try:
-        root = np.linalg.cholesky(gram / np.maximum(np.outer(norms, norms), np.finfo(np.float64).tiny))
-        is_separated = bool(np.linalg.norm(np.linalg.inv(root)) ** 2 <= MAX_INVERSE_GRAM)
-    except np.linalg.LinAlgError:
-        is_separated = False
-    triangle: Any = root.T * norms if is_separated else np.linalg.qr(matrix, mode="r")
-    return np.asarray(triangle, dtype=np.float64)
 
 
 def compute_energy_rank(s: Floats, fraction: float) -> int:

@@ -13,8 +13,12 @@ from rightrank.adapters.adapter_folders import (
     require_adapter_folder,
     suggest_adapter_folder,
 )
+from rightrank.adapters.adapter_reader import open_adapter
+from rightrank.adapters.resize import choose_ranks_by_energy, choose_uniform_rank, require_plain_update, resize_adapter
+from rightrank.adapters.spectra import inspect_adapter
 from rightrank.bases.model_sources import BASE_SIDE
-from rightrank.bases.safetensors_files import read_sizes
+from rightrank.bases.safetensors_files import open_tensors
+from rightrank.data.files import require_absent
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.events import EvaluationProgress, Notice
 from rightrank.schema.metrics import Margin
@@ -33,9 +37,6 @@ def inspect(adapter: str | Path) -> Inspection:
         ModelError: not a readable adapter.
     """
     require_adapter_folder(Path(adapter))
-
-    from rightrank.adapters.spectra import inspect_adapter
-
     inspection = inspect_adapter(Path(adapter))
     summary = inspection.summary.model_copy(update={"content": _read_content(Path(adapter))})
     return inspection.model_copy(update={"summary": summary})
@@ -85,11 +86,6 @@ def resize(
     if len(names) != 1:
         raise SettingsError(f"{' and '.join(names) or 'no rule'} given; give exactly one of --rank and --data")
 
-    from rightrank.adapters.adapter_reader import open_adapter
-    from rightrank.adapters.resize import choose_ranks_by_energy, choose_uniform_rank, resize_adapter
-    from rightrank.adapters.resizing import require_plain_update
-    from rightrank.data.files import require_absent
-
     require_absent(Path(out))
     opened = open_adapter(folder)
     require_plain_update(opened)
@@ -115,12 +111,10 @@ def resize(
 def _read_content(adapter: Path) -> AdapterContent:
     """Read what the bytes of an adapter's file are."""
     files = [adapter, adapter / WEIGHTS_FILE, adapter / MLX_FILE]
-    sizes = read_sizes(next(file for file in files if file.is_file()))
-    factors = sum(size for key, (size, _) in sizes.items() if "lora" in key)
-    total = sum(size for size, _ in sizes.values())
-    return AdapterContent(
-        factor_bytes=factors, full_bytes=total - factors, types=sorted({kind for _, kind in sizes.values()})
-    )
+    stored = open_tensors(next(file for file in files if file.is_file()))
+    factors = sum(size for key, size in stored.sizes.items() if "lora" in key)
+    total = sum(stored.sizes.values())
+    return AdapterContent(factor_bytes=factors, full_bytes=total - factors, types=sorted(set(stored.types.values())))
 
 
 def compare(

@@ -27,7 +27,7 @@ ORDER = (
 )
 # Packages of `rightrank[train]`; commands that need none of them work without them.
 TRAINING_PACKAGES = frozenset(
-    ("accelerate", "datasets", "huggingface_hub", "pandas", "peft", "pyarrow", "safetensors", "torch", "transformers")
+    ("accelerate", "datasets", "huggingface_hub", "pandas", "peft", "pyarrow", "torch", "transformers")
 )
 
 

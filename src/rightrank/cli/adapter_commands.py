@@ -81,14 +81,12 @@ def _resize(
     orphan = next((option for option, value in data_options.items() if value), None)
     if orphan is not None and rule["data"] is None:
         raise SettingsError(f"{orphan} works only with --data FILE, which was not given; give both, or leave it out")
-    with open_progress_view() as view:
-        resized = api.resize(
-            adapter,
-            out,
-            settings=SelectSettings(**gather_settings(None, assignments, {"margin": margin})),
-            on_event=view.on_event,
-            **rule,
-        )
+    if rule["data"] is None:
+        resized = api.resize(adapter, out, **rule)
+    else:
+        settings = SelectSettings(**gather_settings(None, assignments, {"margin": margin}))
+        with open_progress_view() as view:
+            resized = api.resize(adapter, out, settings=settings, on_event=view.on_event, **rule)
     click.echo(format_json(resized) if as_json else _format_resize_result(resized))
 
 
@@ -191,8 +189,6 @@ def _format_module_row(module: ModuleSpectrum) -> list[str]:
 def _format_resize_result(resized: Resized) -> str:
     """Format the written rank and the truncation error."""
     from rightrank.adapters.rank_math import format_rank
-    from rightrank.report.adapter_page import build_candidate_table
-    from rightrank.report.answer import format_table
 
     lowest, highest = (limit(module.rank for module in resized.modules) for limit in (min, max))
     rank = f"ranks by module, from {lowest} to {highest}"
@@ -207,6 +203,9 @@ def _format_resize_result(resized: Resized) -> str:
         f"({worst.name}, rank {worst.from_rank} → {worst.rank})",
     ]
     if resized.answer is not None:
+        from rightrank.report.adapter_page import build_candidate_table
+        from rightrank.report.answer import format_table
+
         lines += [*format_table(build_candidate_table(resized.answer, "held-out")), resized.answer.sentence]
         lines += resized.answer.notes
     lines += [f"note: {note}" for note in resized.notes]

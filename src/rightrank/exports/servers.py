@@ -21,8 +21,10 @@ from rightrank.adapters.adapter_folders import (
     require_adapter_folder,
     require_kept_base,
 )
+from rightrank.adapters.adapter_reader import open_adapter
 from rightrank.adapters.rank_math import SERVER_RANKS, SERVING_COSTS, compute_slot_bytes, find_server_rank
-from rightrank.bases.safetensors_files import read_header
+from rightrank.adapters.resize import write_uniform_adapter
+from rightrank.bases.safetensors_files import open_tensors
 from rightrank.data.files import replace_folder
 from rightrank.report.format import format_bytes
 from rightrank.schema.errors import ModelError, ResultsError, SettingsError, suggest_name
@@ -99,7 +101,7 @@ def _read_served_adapter(name: str, folder: Path) -> ServedAdapter:
             f"{folder}: peft_type is {config.get('peft_type')!r}, r is {config.get('r')!r}; give a LoRA adapter"
         )
     require_kept_base(folder, config)
-    header = read_header(folder / WEIGHTS_FILE)[0]
+    header = open_tensors(folder / WEIGHTS_FILE).shapes
     factors = {key: shape for key, shape in header.items() if ".lora_A." in key and len(shape) == 2}
     pairs = [(header.get(key.replace(".lora_A.", ".lora_B.")), shape) for key, shape in factors.items()]
     shapes = tuple((b[0], a[1]) for b, a in pairs if b is not None and len(b) == 2)
@@ -175,19 +177,11 @@ def write_server_files(server: str, adapters: Sequence[ServedAdapter], base: str
     with replace_folder(folder) as temporary:
         for adapter in adapters:
             if adapter.has_patterns:
-                _write_uniform_copy(adapter.folder, temporary / adapter.name)
+                write_uniform_adapter(open_adapter(adapter.folder), temporary / adapter.name)
         (temporary / f"{server}.sh").write_text(f"#!/bin/sh\nexec {shlex.join(arguments)}\n", encoding="utf-8")
     files = sorted(path.name for path in folder.iterdir())
     notes = [*notes, SERVING_COSTS, *(note for adapter in adapters for note in _describe_serving_limits(adapter))]
     return ExportResult(server, folder, files, f"sh {server}.sh", notes)
-
-
-def _write_uniform_copy(adapter: Path, out: Path) -> None:
-    """Write the adapter with the same rank and scale for all modules."""
-    from rightrank.adapters.adapter_reader import open_adapter
-    from rightrank.adapters.resizing import write_uniform_adapter  # imports torch, which plain adapters do not need
-
-    write_uniform_adapter(open_adapter(adapter), out)
 
 
 def _build_vllm_command(adapters: Sequence[ServedAdapter], base: str) -> tuple[list[str], list[str]]:

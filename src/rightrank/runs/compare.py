@@ -20,7 +20,7 @@ import numpy as np
 from rightrank.adapters.adapter_folders import CLASSIFIER_FILE, CONFIG_FILE, MLX_FILE, WEIGHTS_FILE
 from rightrank.bases.base_models import has_default_names, load_base
 from rightrank.bases.model_sources import BASE_SIDE
-from rightrank.bases.safetensors_files import read_header
+from rightrank.bases.safetensors_files import open_tensors
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.data.splits import DataSplits, load_data, load_held_out
 from rightrank.decision.adapter_comparison import Criterion, ReferenceComparison, ScoredAdapter, format_margin
@@ -135,7 +135,7 @@ def _evaluate_sides(
         if is_adapter and not (index and base_b is not None and base_b not in BITS):
             require_matching_base(Path(side_name), runtime.loaded)
         if is_adapter and not (Path(side_name) / MLX_FILE).is_file():
-            read_header(
+            open_tensors(
                 Path(side_name) / WEIGHTS_FILE
             )  # raises a clear error for a damaged file, before PEFT fails on it
         report_evaluation_progress(
@@ -378,7 +378,7 @@ def _count_head_rows(folder: Path) -> int | None:
     pattern = re.compile(
         r"\.(score|classifier)\.(?!.*\.?lora_).*weight$"
     )  # names of the head's weights in PEFT's files
-    rows = [shape[0] for name, shape in read_header(weights)[0].items() if pattern.search(name)]
+    rows = [shape[0] for name, shape in open_tensors(weights).shapes.items() if pattern.search(name)]
     return rows[-1] if rows else None
 
 

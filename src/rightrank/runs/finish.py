@@ -12,6 +12,7 @@ from rightrank.adapters.adapter_folders import (
     CONFIG_FILE,
     WEIGHTS_FILE,
 )
+from rightrank.adapters.adapter_reader import open_adapter
 from rightrank.data.files import UnreadableError, read_json_object, replace_folder
 from rightrank.decision.adapter import (
     build_trained_answer,
@@ -164,8 +165,7 @@ def _require_loadable(folder: Path) -> None:
     """
     if not all((folder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
         return
-    from rightrank.adapters.adapter_reader import open_adapter  # these bring torch, which a trainer may not need
-    from rightrank.adapters.loading import require_loadable
+    from rightrank.training.loading import require_loadable  # brings torch, which a trainer may not need
 
     try:
         adapter = open_adapter(folder)

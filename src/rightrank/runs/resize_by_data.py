@@ -18,13 +18,12 @@ from rightrank.adapters.adapter_folders import BASE_FILE
 from rightrank.adapters.adapter_reader import AdapterFolder, open_adapter
 from rightrank.adapters.adapter_writer import write_same_format
 from rightrank.adapters.find_smallest import SmallestAdapterAnswer, find_smallest
-from rightrank.adapters.resize import resize_adapter
-from rightrank.adapters.resizing import (
+from rightrank.adapters.resize import (
     RankedAdapter,
     cap_ranks,
     list_candidate_ranks,
     require_plain_update,
-    write_resized_adapter,
+    resize_adapter,
     write_truncation,
 )
 from rightrank.adapters.truncation import Moments
@@ -310,7 +309,7 @@ def _evaluate_folds(
     fold_scores = []
     for number, (indices, moments) in enumerate(folds):
         folder = working_folder / f"r{rank}-half{number}"
-        write_resized_adapter(adapter, folder, cap_ranks(adapter, rank, moments), moments)
+        resize_adapter(adapter, folder, cap_ranks(adapter, rank, moments), moments)
         with attach_adapter(runtime, folder):
             fold_scores.append(runtime.evaluate("validation", indices))
     return fold_scores[0].merge(fold_scores[1])

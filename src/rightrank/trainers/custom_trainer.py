@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, TypedDict
 
+from rightrank.adapters.adapter_reader import open_adapter
+from rightrank.adapters.resize import cap_ranks, require_plain_update, resize_adapter
 from rightrank.decision.records import Records
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.selection import Executor, PreparedSelection
@@ -326,15 +328,10 @@ def _write_truncated_adapter(folder: RunFolder, parent: str, trial: Trial) -> No
     Raises:
         InputError: there is no PEFT adapter, or one of a kind that can't be truncated.
     """
-    from rightrank.adapters.adapter_reader import (
-        open_adapter,  # these import torch, which a custom trainer may not need
-    )
-    from rightrank.adapters.resizing import cap_ranks, require_plain_update, write_resized_adapter
-
     adapter, target = open_adapter(folder.get_trial_folder(parent)), folder.get_trial_folder(trial.trial_id)
     shutil.rmtree(target, ignore_errors=True)
     require_plain_update(adapter)
-    write_resized_adapter(adapter, target, cap_ranks(adapter, trial.arm.rank))
+    resize_adapter(adapter, target, cap_ranks(adapter, trial.arm.rank))
 
 
 def build_outcome(trial: Trial, result: TrialResult, metric: str, seconds: float) -> TrialFinished:

@@ -20,11 +20,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rightrank.adapters.adapter_reader import AdapterFolder, open_adapter
-from rightrank.adapters.adapter_writer import save_adapter
 from rightrank.adapters.find_smallest import SmallestAdapterAnswer, find_smallest
-from rightrank.adapters.kinds import find_kind, find_lora_modules, set_update_to_zero
-from rightrank.adapters.kinds.linear import Linear
-from rightrank.adapters.resizing import RankedAdapter, list_candidate_ranks, require_plain_update, write_truncation
+from rightrank.adapters.resize import RankedAdapter, list_candidate_ranks, require_plain_update, write_truncation
 from rightrank.bases.named_base import require_named_base
 from rightrank.decision.adapter_comparison import Criterion, ScoredAdapter
 from rightrank.schema.errors import DataError, ModelError, NotFiniteError
@@ -39,8 +36,11 @@ from rightrank.trainers.batch_scores import (
 from rightrank.trainers.distributed import get_process_index, get_world_size, is_partitioned, is_sharded, sync_errors
 from rightrank.trainers.preserved_state import preserve_state
 from rightrank.training.evaluation import Scores
+from rightrank.training.kinds import find_kind, find_lora_modules, set_update_to_zero
+from rightrank.training.kinds.linear import Linear
 from rightrank.training.loss import BatchLoss
 from rightrank.training.moments import MOMENT_TOKENS, GatheredMoments, accumulate_moments
+from rightrank.training.saving import save_adapter
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import torch
 
 from rightrank.adapters.adapter_folders import BASE_FILE
 from rightrank.adapters.adapter_reader import AdapterFolder
-from rightrank.adapters.resizing import list_candidate_ranks
+from rightrank.adapters.resize import list_candidate_ranks
 from rightrank.bases.base_models import compute_base_identity
 from rightrank.data.files import replace_folder, write_text
 from rightrank.decision.adapter_comparison import Criterion

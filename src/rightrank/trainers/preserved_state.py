@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rightrank.adapters.kinds import find_lora_modules
+from rightrank.training.kinds import find_lora_modules
 from rightrank.training.loss import use_adapter
 
 # The attributes through which a loader reaches what may hold a generator: its samplers, its data set and its collator.

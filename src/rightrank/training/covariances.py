@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rightrank.adapters.kinds import find_kind, find_lora_modules
-from rightrank.adapters.kinds.linear import Linear
 from rightrank.adapters.truncation import save_moments
 from rightrank.data.files import replace_file
 from rightrank.data.sampling import sample_indices
 from rightrank.schema.trials import Arm
 from rightrank.training.device import catch_memory_errors
+from rightrank.training.kinds import find_kind, find_lora_modules
+from rightrank.training.kinds.linear import Linear
 from rightrank.training.moments import MOMENT_TOKENS, GatheredMoments, accumulate_moments
 from rightrank.training.multi_lora import ADAPTER
 from rightrank.training.runtime import Runtime, attach_adapter

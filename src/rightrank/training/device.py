@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from rightrank.adapters.kinds.base import set_training_mode
 from rightrank.schema.errors import get_first_line, is_out_of_memory
+from rightrank.training.kinds.base import set_training_mode
 
 _STATUS_FILE = Path("/proc/self/status")
 _CLEAR_REFS_FILE = Path("/proc/self/clear_refs")

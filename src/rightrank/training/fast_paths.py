@@ -16,11 +16,11 @@ from typing import Any, TypeAlias
 
 import torch
 
-from rightrank.adapters.kinds.base import Routing
 from rightrank.data.token_store import IGNORED
 from rightrank.schema.errors import is_out_of_memory
 from rightrank.schema.trials import SplitName
 from rightrank.training.batches import FUSED_ATTENTION, Batch, pack_batch, use_float32_attention, use_packed_attention
+from rightrank.training.kinds.base import Routing
 from rightrank.training.loss import Objective, head_loss
 from rightrank.training.prefix import FrozenPrefix, find_blocks
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from rightrank.adapters.kinds import find_lora_modules
 from rightrank.adapters.truncation import Moments
+from rightrank.training.kinds import find_lora_modules
 
 MOMENT_TOKENS = 4096  # see benchmarks/README.md, archive
 ZERO_GRADIENT_TOLERANCE = 1e-6  # relative to a batch's largest gradient; a smaller gradient counts as none

@@ -1,6 +1,6 @@
 """Multi-LoRA: several adapters on one base, each a PEFT adapter with its own name, trained in one pass.
 
-PEFT matches the target modules, creates the adapters and saves them. Their kinds (`adapters/kinds`) define the forward
+PEFT matches the target modules, creates the adapters and saves them. Their kinds (`training/kinds`) define the forward
 pass. Arms can be added and removed at any time.
 
 Rank r takes the first r rows of the random draw of each module's A, so arms of one seed differ only in their additional rows. The
@@ -23,12 +23,12 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
-from rightrank.adapters.kinds import find_kind, find_lora_modules
-from rightrank.adapters.kinds.base import CurrentRouting, InitialDraw, Routing
 from rightrank.data.token_store import IGNORED
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.training.batches import Batch
+from rightrank.training.kinds import find_kind, find_lora_modules
+from rightrank.training.kinds.base import CurrentRouting, InitialDraw, Routing
 from rightrank.training.targets import suppress_peft_warnings
 
 ADAPTER = "default"  # PEFT's name for the only adapter of a model

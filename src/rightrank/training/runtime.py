@@ -17,8 +17,6 @@ from peft import LoraConfig, PeftModel, PeftType
 
 from rightrank.adapters.adapter_folders import CONFIG_FILE, require_kept_base
 from rightrank.adapters.adapter_writer import ensure_peft_format
-from rightrank.adapters.kinds import set_update_to_zero
-from rightrank.adapters.kinds.base import Routing, set_training_mode
 from rightrank.bases.base_models import LoadedModel
 from rightrank.data.files import read_json_object
 from rightrank.schema.errors import InterruptedRun, ModelError, get_first_line, is_out_of_memory, quote_value
@@ -29,6 +27,8 @@ from rightrank.training.batches import Batch, CacheBatches, batch_by_length, col
 from rightrank.training.device import enable_gradient_checkpointing
 from rightrank.training.evaluation import Scores
 from rightrank.training.fast_paths import FastPaths, find_fast_paths
+from rightrank.training.kinds import set_update_to_zero
+from rightrank.training.kinds.base import Routing, set_training_mode
 from rightrank.training.loss import (
     BatchLoss,
     Likelihood,

@@ -15,14 +15,15 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
-from rightrank.adapters.kinds import WRAPPER_SUFFIX, find_kind
-from rightrank.adapters.kinds.base import AdapterKind
-from rightrank.adapters.kinds.linear import Linear
+from rightrank.adapters.kinds import WRAPPER_SUFFIX
 from rightrank.adapters.rank_math import convert_scaling
 from rightrank.bases.base_models import find_device
 from rightrank.schema.errors import ModelError, get_first_line, suggest_name
 from rightrank.schema.settings import PeftFields, SelectSettings
 from rightrank.schema.trials import Arm
+from rightrank.training.kinds import find_kind
+from rightrank.training.kinds.base import AdapterKind
+from rightrank.training.kinds.linear import Linear
 
 ALL_LINEAR = "all-linear"
 

@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, set_peft_model_state_dict
 
-from rightrank.adapters.adapter_writer import save_adapter
-from rightrank.adapters.truncation import load_moments, truncate_tensors
+from rightrank.adapters.resize import truncate_tensors
+from rightrank.adapters.truncation import load_moments
+from rightrank.bases.safetensors_files import BFLOAT16
 from rightrank.schema.events import Listener, StepDone
 from rightrank.schema.settings import EVAL_SUBSET_SIZE
 from rightrank.schema.trials import EvalPoint, Trial, TrialDiverged, TrialFailed, TrialFinished
@@ -34,6 +35,7 @@ from rightrank.training.optimizer import (
     save_checkpoint,
 )
 from rightrank.training.runtime import Runtime
+from rightrank.training.saving import save_adapter
 
 CHECKPOINT_SECONDS = 60.0  # between checkpoints of a running trial
 MAX_CHECKPOINT_FRACTION = 0.015  # the largest fraction of the time for writing checkpoints
@@ -127,7 +129,13 @@ class ArmTraining:
             return {}
         moments = {} if folders.moments is None else load_moments(folders.moments)
         self._truncation = "kfac" if moments else "svd"
-        return truncate_tensors(folders.truncate_from, arm.rank, config, moments)
+        tensors = truncate_tensors(folders.truncate_from, arm.rank, config, moments)
+        return {
+            key: torch.from_numpy(tensor["BF16"]).view(torch.bfloat16)
+            if tensor.dtype == BFLOAT16
+            else torch.from_numpy(tensor)
+            for key, tensor in tensors.items()
+        }
 
     def _load_checkpoint(self) -> tuple[Mapping[str, torch.Tensor], Mapping[str, Any]] | None:
         """Load this trial's checkpoint, or the checkpoint of the trial that it resumes; None starts from step 0.

@@ -1,18 +1,14 @@
-"""The interface of adapter kinds: what a kind implements so that its adapters are trained, counted, truncated, inspected and saved.
+"""The interface of adapter kinds: what a kind implements so that its adapters are trained and counted.
 
-PEFT creates every adapter and saves it. A kind describes one way in which PEFT adapts a layer: as a module in memory during
-training, and as a pair of tensors in `adapter_model.safetensors`. A kind is one class and one entry in
-`rightrank.adapters.kinds.KINDS`; the first kind in that list that claims a module or a pair describes it.
+PEFT creates every adapter and saves it, and `adapters.kinds` describes the saved tensors. A kind is one class and one entry in
+`rightrank.training.kinds.KINDS`; the first kind in that list that claims a module describes it.
 
-An implementation must keep three promises. `initialize` leaves the function of the base model unchanged, and an adapter of rank r starts
+An implementation must keep two promises. `initialize` leaves the function of the base model unchanged, and an adapter of rank r starts
 with the first r rows of the draw of a larger one. `forward` computes for the rows of an adapter what PEFT's forward pass computes for them.
-`unpack_factors` and `pack_factors` are inverse to each other, and the sum of squared differences of the matrices s·B·A equals that of the
-updates of the weights.
 
 Example: a kind whose adapters are trained one at a time through PEFT's own forward pass::
 
     class Rotated(AdapterKind):
-        name = "linear"
         label = "a rotated adapter"
         unshared_reason = "its rotation mixes all inputs of a layer"
 
@@ -27,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -119,7 +115,6 @@ class Routing:
 
 
 CurrentRouting = Callable[[], Routing | None]
-Factors = tuple[Any, Any]  # B [rows, r] and A [r, columns], as torch or numpy arrays
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,31 +145,9 @@ class InitialDraw:
         return np.random.default_rng([self.seed, int.from_bytes(digest[:8], "big"), *index])
 
 
-@dataclass(frozen=True, slots=True)
-class StoredPair:
-    """The factors A and B of one module in an adapter's file, as `adapter_config.json` and the header describe them."""
-
-    module: str  # the module's name as PEFT writes it, without its prefix
-    is_embedding: bool  # whether the keys are lora_embedding_A and lora_embedding_B
-    a: tuple[int, ...]
-    b: tuple[int, ...]
-    config: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """The matrices ΔW [rows, columns] of a pair, each of rank `rank`."""
-
-    rank: int
-    rows: int
-    columns: int
-    names: tuple[str, ...]  # of the matrices in the base; several where one pair holds them, such as experts
-
-
 class AdapterKind(ABC):
     """One way in which PEFT adapts a layer. The defaults describe s·B·A with matrices A and B."""
 
-    name: ClassVar[str]  # in the records of `inspect` and `resize`
     label: ClassVar[str]  # in messages, with its article: "a convolution"
     unshared_reason: ClassVar[str | None] = None  # why two adapters can't share a pass; None if they can
     unselectable_reason: ClassVar[str | None] = None  # why `select`, which trains text models, can't train it
@@ -206,36 +179,6 @@ class AdapterKind(ABC):
             raise MultiLoraError(f"{self.label} trains alone, through PEFT's own forward pass")
         with _enable_dropout(module, current.adapters[0], current.dropout_seeds[0]):
             return type(module).forward(module, *args, **kwargs)
-
-    def can_store(self, pair: StoredPair) -> bool:
-        """Return whether a stored pair is of this kind; False by default."""
-        return False
-
-    def get_address(self, pair: StoredPair) -> str:
-        """Return the name by which PEFT's `rank_pattern` and `alpha_pattern` address the pair."""
-        return pair.module
-
-    def build_layout(self, pair: StoredPair, rank: int) -> Layout | None:
-        """Return the matrices of a pair that `can_store` accepts, or None if its shapes do not multiply.
-
-        Args:
-            rank: The rank by the configuration.
-        """
-        if pair.b[1] != pair.a[0] or math.prod(pair.b[2:]) != 1:
-            return None
-        return Layout(pair.a[0], pair.b[0], math.prod(pair.a[1:]), (self.get_address(pair),))
-
-    def unpack_factors(self, a: torch.Tensor, b: torch.Tensor, rank: int) -> list[Factors]:
-        """Return `(B [rows, r], A [r, columns])` of each matrix of a stored pair."""
-        return [(b.reshape(b.shape[0], rank), a.reshape(rank, -1))]
-
-    def pack_factors(
-        self, factors: Sequence[Factors], a: torch.Tensor, b: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `(A, B)` to store for the factors of the matrices, at their rank, in the layout of the old pair `a` and `b`."""
-        ((new_b, new_a),) = factors
-        rank = new_a.shape[0]
-        return new_a.reshape(rank, *a.shape[1:]), new_b.reshape(b.shape[0], rank, *b.shape[2:])
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from torch import nn
 from rightrank.adapters.adapter_folders import CONFIG_FILE, PEFT_PREFIX
 from rightrank.adapters.adapter_reader import AdapterFolder, AdapterModule
 from rightrank.adapters.kinds import WRAPPER_SUFFIX
-from rightrank.bases.safetensors_files import read_header
 from rightrank.schema.errors import ModelError, get_first_line
 
 CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by the dimensions of A
@@ -42,7 +41,7 @@ def require_loadable(adapter: AdapterFolder) -> None:
     """
     if adapter.foreign is not None or any(WRAPPER_SUFFIX in module.a_key for module in adapter.modules):
         return  # not PEFT's format, or layers inside layers, of which the file does not say what holds them
-    shapes, _ = read_header(adapter.weights_file)
+    shapes = adapter.file.shapes
     other_keys = {*adapter.other_keys}
     tensors = {
         key.removeprefix(PEFT_PREFIX): torch.empty(shape, device="meta")

@@ -27,19 +27,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from rightrank.adapters.kinds.base import (
-    AdapterKind,
-    CurrentRouting,
-    Routing,
-    RowSpan,
-    StoredPair,
-)
+from rightrank.training.kinds.base import AdapterKind, CurrentRouting, Routing, RowSpan
 
 
 class Linear(AdapterKind):
     """A `torch.nn.Linear`, transformers' `Conv1D`, or a quantised linear layer."""
 
-    name = "linear"
     label = "a linear layer"
 
     def can_adapt(self, module: Any) -> bool:
@@ -71,9 +64,6 @@ class Linear(AdapterKind):
         if groups:
             result = result + apply(x, None, None, module.out_features, groups, *tensors).to(result.dtype)
         return result
-
-    def can_store(self, pair: StoredPair) -> bool:
-        return not pair.is_embedding and len(pair.a) == 2
 
 
 @dataclass(frozen=True, slots=True)
