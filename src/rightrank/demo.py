@@ -30,7 +30,6 @@ DEMO_SETTINGS = SelectSettings(
     seq_len=96,
     max_eval_examples=120,
     num_evaluations=1,
-    margin=0.02,
 )
 MAX_FUNCTION_CHARACTERS = 160
 MIN_DOCSTRING_CHARACTERS = 20

@@ -52,9 +52,10 @@ def export_provisional(run: Run, answer: AdapterAnswer | None) -> None:
         answer = run.hooks.apply_hooks(answer, run.records.copy)
         _evaluate_test_split(run, [answer.trial_id, answer.reference_id])
     export_adapter(run, answer)
-    run.send_notice(f"adapter: {answer.sentence} It is in {run.folder.adapter}.")
-    for note in answer.notes:
-        run.send_notice(note)
+    if run.selection.settings.goal == "adapter":
+        return  # the final screen follows and says the same
+    for text in (f"adapter: {answer.sentence} It is in {run.folder.adapter}.", *answer.notes):
+        run.send_notice(text)
 
 
 def _prefer_longer_training(records: Records, answer: AdapterAnswer) -> AdapterAnswer:
