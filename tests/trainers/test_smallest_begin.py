@@ -48,7 +48,7 @@ def refuse(trainer: Trainer, words: str, error: type[InputError] = DataError) ->
         ({}, {"ranks": [0, 2]}, SettingsError, "rank 0 is not allowed"),
         ({}, {"ranks": 32}, SettingsError, "rank 32 cannot be reached"),
         ({}, {"margin": float("nan")}, SettingsError, "margin"),
-        ({}, {"margin": "1%"}, SettingsError, "margin"),
+        ({}, {"margin": "much"}, SettingsError, "margin"),
         ({}, {"margin": -1}, SettingsError, "margin"),
         ({}, {"max_examples": 1}, SettingsError, "max_examples 1: give a whole number of 2 or more"),
         ({}, {"metric": "accuracy"}, SettingsError, "accuracy is defined only for classifiers"),
