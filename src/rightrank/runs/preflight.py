@@ -12,7 +12,7 @@ from rightrank.report.terminal import describe_data_issues, format_cost, format_
 from rightrank.runs.hook import Hook, SelectionStart
 from rightrank.runs.prepare import LoadedSelection
 from rightrank.schema.events import DurationEstimated, Event, Notice, SelectionPlanned
-from rightrank.schema.metrics import MetricKind
+from rightrank.schema.metrics import MetricKind, get_margin_share
 from rightrank.schema.results import Preflight, PreflightCost, PreflightRank
 from rightrank.schema.trials import Arm, TrialFinished
 from rightrank.training.pace import Pace, measure_pace
@@ -134,6 +134,19 @@ def _format_resolution(preflight: Preflight) -> Iterator[str]:
     yield f"{examples:,} validation examples can tell a difference of about {resolution:.2g} from none{advice}"
 
 
+def _format_share_resolution(preflight: Preflight, gain: float, share: float) -> str:
+    """Say which share of the gain of the first training the validation examples can tell, and how many can tell the margin's share."""
+    assert preflight.resolution is not None
+    examples = preflight.splits["validation"].examples
+    text = f"{examples:,} validation examples can tell about {preflight.resolution / gain:.1%} of the gain so far ({gain:.2g}) from none"
+    needed = math.ceil(examples * (100 * preflight.resolution / gain / share) ** 2)
+    if needed <= examples:
+        return text
+    return (
+        f"{text}; for {share:.2g}% about {needed:,} are needed (the data have {examples + preflight.not_evaluated:,})"
+    )
+
+
 def _format_exceptions(prepared: LoadedSelection) -> Iterator[str]:
     """Yield what differs from an ordinary selection: adapters that cannot share a pass, parameters without adapters, no truncation."""
     targets = prepared.runtime.targets
@@ -156,11 +169,16 @@ class PreflightHook(Hook):
 
     is_required = False
     _start: SelectionStart
+    _preflight: Preflight | None = None  # until the gain of a training is known
+    _base: float | None = None  # the value of the base
+    _share: float = 0.0  # the margin, in percent of the gain
 
     def on_start(self, start: SelectionStart) -> None:
         self._start = start
 
     def on_event(self, event: Event) -> None:
+        if isinstance(event, TrialFinished) and self._preflight is not None:
+            self._report_share(event, self._preflight)
         if not isinstance(event, SelectionPlanned):
             return
         prepared, tell = self._start.selection, self._start.emit
@@ -185,3 +203,16 @@ class PreflightHook(Hook):
             )
         for line in lines:
             tell(Notice(text=line))
+        share = get_margin_share(prepared.settings.margin)
+        if not has_result and share is not None and preflight.resolution is not None:
+            self._preflight, self._share = preflight, 100 * share
+
+    def _report_share(self, finished: TrialFinished, preflight: Preflight) -> None:
+        """Report what the validation examples can tell of the gain, as soon as the first training shows one."""
+        if finished.rank == 0:
+            self._base = finished.value
+        elif self._base is not None and finished.value_metric is None and finished.arm.is_direct:
+            gain = abs(self._base - finished.value)
+            self._preflight = None
+            if gain > 0:
+                self._start.emit(Notice(text=_format_share_resolution(preflight, gain, self._share)))
