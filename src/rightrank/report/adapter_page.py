@@ -34,7 +34,7 @@ METHODS = {"trained": "trained at that rank", "truncated": "truncated from the h
 def build_candidate_table(answer: AdapterAnswer, metric: str) -> list[list[str]]:
     """Return the candidate adapters as rows of text, heading first. Shares of the gain come before the differences, if there is a gain."""
     has_shares = any(candidate.share_kept is not None for candidate in answer.candidates)
-    heading = ["rank", "method", *["keeps", "at least"] * has_shares, metric, "worse by", "95% bound", "enough"]
+    heading = ["rank", *["keeps", "at least"] * has_shares, metric, "worse by", "95% bound", "enough", "method"]
     return [heading, *(_build_candidate_row(candidate, answer, has_shares) for candidate in answer.candidates)]
 
 
@@ -47,12 +47,12 @@ def _build_candidate_row(candidate: AdapterCandidate, answer: AdapterAnswer, has
     ]
     return [
         str(candidate.rank),
-        candidate.method,
         *shares * has_shares,
         f"{candidate.value:.4f}",
         "reference" if is_reference else f"{candidate.difference:+.4f}",
         "" if is_reference else bound,
         ENOUGH[candidate.is_within_margin],
+        candidate.method,
     ]
 
 
