@@ -47,7 +47,7 @@ WRONG = """\
 from rightrank import select_rank
 
 select_rank(model="model", data="data.jsonl", out="run", rank=4)
-select_rank(model="model", data="data.jsonl", out="run", margin="1%")
+select_rank(model="model", data="data.jsonl", out="run", margin=[1])
 """
 
 

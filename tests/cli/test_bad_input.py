@@ -26,7 +26,7 @@ SETTINGS: list[tuple[list[str], str]] = [
     (["--learning-rates", "-1e-4"], r"learning rate -0\.0001 is not allowed"),
     (["--learning-rates", "nan"], r"learning_rates: got 'nan'"),
     (["--seeds", "-1"], r"seed -1 is not allowed"),
-    (["--margin", "0"], r"margin: got '0'; input should be greater than 0"),
+    (["--margin", "0"], r"margin: got '0'; give a share of the gain such as 1%"),
     (["--max-steps", "0"], r"max_steps: got '0'"),
     (["--batch-size", "0"], r"batch_size: got '0'"),
     (["--batch-size", "100000"], r"examples for the train split, at least 100000 needed"),

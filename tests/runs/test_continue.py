@@ -68,9 +68,11 @@ def test_settings_that_change_trials_are_refused(begun: Path, model_folder: Path
             select_rank(str(model_folder), completion_file, begun, settings=settings)
 
 
-def test_the_next_run_is_a_command_that_continues_the_run(begun: Path, tmp_path: Path) -> None:
+def test_the_next_run_is_a_command_that_continues_the_run(
+    model_folder: Path, completion_file: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    shutil.copytree(begun, run)
+    select_rank(str(model_folder), completion_file, run, settings=build_small_settings(max_steps=20, margin=0.02))
     command = next(command for command in decide(run).next_commands if command is not None and "--seeds" in command)
     words = shlex.split(command)
     assert words[:4] == ["rightrank", "select", "--out", str(run)]

@@ -40,7 +40,7 @@ def test_a_dry_run_describes_the_selection_and_writes_nothing(
     assert all(row["peak_bytes"] > 0 for row in result["ranks"])
     assert result["cost"]["trainings"] >= 2.0
     assert result["cost"]["strategy"] == "grid"
-    assert result["margin"] == 0.005
+    assert result["margin"] is None  # a share of a gain that is not known yet
 
 
 @pytest.mark.parametrize(

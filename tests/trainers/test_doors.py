@@ -101,7 +101,7 @@ def test_the_code_of_the_page_adds_the_callback(
     runpy.run_path(str(file))
     if stored.callbacks_map:
         train()
-    assert read_answer(tmp_path)["margin"] == 0.01
+    assert read_answer(tmp_path)["margin_share"] == 0.01
 
 
 def make_loader(rows: Rows, shuffle: bool = False) -> DataLoader[Any]:

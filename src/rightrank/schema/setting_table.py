@@ -198,7 +198,7 @@ def parse_json_value(value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except json.JSONDecodeError:
+    except ValueError:  # no JSON, or a number of more digits than Python converts
         return value
 
 

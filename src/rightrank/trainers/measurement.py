@@ -95,9 +95,7 @@ def require_result_folder(out: Path) -> None:
         raise RunFolderError(f"{out}: it holds {present[0]} of another run or program; give another folder")
 
 
-def build_resize_command(
-    out: Path, margin: Margin | None = None, ranks: Sequence[int] | None = None, metric: str = "loss"
-) -> str:
+def build_resize_command(out: Path, margin: Margin | None = None, metric: str = "loss") -> str:
     """Return the command that measures the saved adapter in a process of its own, on the user's files."""
     arguments = [
         str(out / TRAINED_FOLDER),
@@ -108,7 +106,6 @@ def build_resize_command(
         "TRAINING.jsonl",
     ]
     arguments += [] if margin is None else ["--margin", str(margin)]
-    arguments += ["--ranks", ",".join(map(str, ranks))] if ranks else []
     arguments += [] if metric == "loss" else ["--set", f"metric={metric}"]
     return shlex.join(["rightrank", "resize", *arguments])
 
@@ -141,7 +138,7 @@ def find_smallest_adapter(
     """
     is_first, start_time = get_process_index() == 0, time.monotonic()
     level = logging.WARNING if is_first else logging.DEBUG
-    command = build_resize_command(out, margin, ranks, metric)
+    command = build_resize_command(out, margin, metric)
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
         with sync_errors():
             require_result_folder(out)

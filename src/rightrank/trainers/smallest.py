@@ -260,7 +260,7 @@ class SmallestAdapter(TrainerCallback):
         def advise() -> str:
             if self._trainer_loss is not None or not (out / TRAINED_FOLDER).is_dir():
                 return ""
-            return f"; to measure the saved adapter: {build_resize_command(out, self.margin, self.ranks, metric)}"
+            return f"; to measure the saved adapter: {build_resize_command(out, self.margin, metric)}"
 
         with log_failure("the search for a smaller adapter failed", advise):
             self.result = find_smallest_adapter(
