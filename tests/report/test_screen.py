@@ -22,9 +22,11 @@ from rightrank.decision.records import (
     build_criterion,
     compare_run_adapters,
     decide_if_possible,
+    decide_run,
 )
 from rightrank.decision.rule import decide_table
 from rightrank.report.screen import MAX_LINES, RunScreen, describe_result, format_screen
+from rightrank.report.terminal import format_decision
 from rightrank.runs.values import SelectedRank
 from rightrank.schema.command import build_next_commands
 from rightrank.schema.decision import Decision
@@ -221,3 +223,14 @@ def test_a_result_prints_its_screen(monkeypatch: pytest.MonkeyPatch) -> None:
         list(finished.candidates),
     )
     assert str(selected) == format_screen(finished, 80)
+
+
+def test_bounds_within_the_margin_beside_a_low_probability_are_explained() -> None:
+    """Bounds compare a rank with the best one; its probability is over all ranks, and over other learning rates."""
+    decision = decide_run(make_run())
+    (lower,) = [evidence for evidence in decision.ranks if evidence.rank == 4]
+    for probability, is_explained in ((0.54, True), (0.99, False)):
+        doubtful = lower.model_copy(update={"non_inferior": True, "probability": probability})
+        ranks = [doubtful if evidence is lower else evidence for evidence in decision.ranks]
+        changed = decision.model_copy(update={"ranks": ranks, "requested_confidence": 0.6, "reference_rank": 16})
+        assert ("rank 4 is within its bounds and yet below 60%" in format_decision(changed, [], 80)) == is_explained

@@ -248,6 +248,24 @@ def build_margin_steps(decision: Decision) -> list[tuple[float, int]]:
     return steps if steps and steps[0][0] == 0 else [(0.0, decision.reference_rank), *steps]
 
 
+def explain_probabilities(decision: Decision) -> str:
+    """Explain why a rank whose bounds are within the margin is not the answer; empty if there is no such rank."""
+    requested = decision.requested_confidence
+    unlikely = [
+        evidence.rank
+        for evidence in decision.ranks
+        if evidence.non_inferior and evidence.rank != decision.reference_rank
+        if requested is not None and evidence.probability is not None and evidence.probability < requested
+    ]
+    if not unlikely:
+        return ""
+    return (
+        f"The bounds compare a rank with rank {decision.reference_rank} alone. The probability is that of being within the margin of every "
+        f"rank at once, with the noise of seeds and of the chosen learning rates, so rank {unlikely[0]} is within its bounds and yet below "
+        f"{requested:.0%}."
+    )
+
+
 def build_certainty_rows(decision: Decision) -> list[tuple[str, str]]:
     """Return `(label, sentence)` rows that explain how certain the answer is: basis, optimism and flags."""
     optimism = (
@@ -256,6 +274,7 @@ def build_certainty_rows(decision: Decision) -> list[tuple[str, str]]:
     )
     rows = [
         ("basis", decision.basis_note or ""),
+        ("likely", explain_probabilities(decision)),
         ("optimism", optimism if decision.selection_bias else ""),
         *(("flag", f"{flag}: {FLAGS.get(flag, '')}") for flag in decision.flags),
     ]

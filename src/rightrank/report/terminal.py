@@ -10,6 +10,7 @@ from rightrank.report.answer import (
     FLAGS,
     build_answer_view,
     build_evidence_table,
+    explain_probabilities,
     format_brief,
     format_labelled_rows,
     format_table,
@@ -38,6 +39,7 @@ def format_decision(decision: Decision, table_notes: list[str], width: int, comm
         (decision.verdict.replace("_", " "), view.training_rank),
         ("margins", f"{stairs} (requested: {decision.margin:g})"),
         ("basis", decision.basis_note),
+        ("likely", explain_probabilities(decision)),
         *(("flag", f"{flag}: {FLAGS.get(flag, '')}") for flag in decision.flags),
         *view.build_next_rows(),
     ]
