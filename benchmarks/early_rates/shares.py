@@ -47,10 +47,10 @@ def judge_grid(table: GridTable) -> dict[str, Any]:
         criterion = Criterion(
             "loss", higher_is_better=False, margin=margin, loss="loss" if table.classes else "token_loss"
         )
-        found = find_smallest(
+        smallest = find_smallest(
             TOP, TRUNCATED_RANKS, lambda rank: rank, lambda rank, criterion=criterion: score(rank, criterion), criterion
         )
-        answer = found.answer
+        answer = smallest.answer
         if answer.has_no_gain:
             return {
                 "family": "classifiers" if table.classes else "causal",

@@ -44,15 +44,16 @@ def find_smallest(
     top, zero = evaluate(adapter), truncate(0)
     base = None if zero is None else evaluate(zero)
     chosen, chosen_adapter, scored = top, adapter, {top.name: top}
+    comparison = ReferenceComparison(top, scored, criterion, base)
     for rank in sorted({rank for rank in ranks if 0 < rank < top.rank}, reverse=True):
         truncated = truncate(rank)
         if truncated is None:
             continue
         candidate = evaluate(truncated)
         scored[candidate.name] = candidate
-        if not ReferenceComparison(top, scored, criterion, base).build_candidate(candidate).is_within_margin:
+        if not comparison.build_candidate(candidate).is_within_margin:
             break
         chosen, chosen_adapter = candidate, truncated
-    comparison, truncations = ReferenceComparison(top, scored, criterion, base), list(scored.values())[1:]
+    truncations = list(scored.values())[1:]
     answer = build_truncation_answer(chosen, truncations, comparison)
     return SmallestAdapterAnswer(chosen_adapter, answer, [top, *truncations], base)

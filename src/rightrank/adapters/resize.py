@@ -106,14 +106,15 @@ class RankedAdapter:
 
     rank: int
     folder: AdapterFolder
+    resized: Resized | None = None  # how it was truncated; None if it was not
 
 
 def write_truncation(
     adapter: AdapterFolder, out: Path, rank: int, moments: Mapping[str, Moments] | None = None
 ) -> RankedAdapter:
     """Truncate an adapter to `rank` as a selection does, and write it."""
-    resize_adapter(adapter, out, cap_ranks(adapter, rank, moments), moments)
-    return RankedAdapter(rank, open_adapter(out))
+    resized = resize_adapter(adapter, out, cap_ranks(adapter, rank, moments), moments)
+    return RankedAdapter(rank, open_adapter(out), resized)
 
 
 def write_uniform_adapter(adapter: AdapterFolder, out: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -54,20 +54,26 @@ def score_trials(outcomes: Sequence[TrialOutcome], criterion: Criterion) -> dict
     }
 
 
-def find_base(outcomes: Sequence[TrialOutcome], criterion: Criterion, top_id: str) -> ScoredAdapter | None:
-    """Return the base of a training: its own zero update where modules other than adapters were trained, else the trial of rank 0."""
+def find_base(
+    outcomes: Iterable[TrialOutcome], criterion: Criterion, top_id: str | None = None
+) -> ScoredAdapter | None:
+    """Find the base of a training: its own zero update where modules other than adapters were trained, else the trial of rank 0.
+
+    Args:
+        top_id: the training; None for any.
+    """
     metric = criterion.metric
     bases = [
         outcome
         for outcome in outcomes
         if isinstance(outcome, TrialFinished)
         and (outcome.rank, outcome.stop_at) == (0, None)
-        and outcome.truncate_from in (None, top_id)
+        and (top_id is None or outcome.truncate_from in (None, top_id))
         and metric in outcome.metrics
     ]
     if not bases:
         return None
-    trial = max(bases, key=lambda base: base.truncate_from == top_id)
+    trial = max(bases, key=lambda base: base.truncate_from is not None)
     scores = trial.get_weighted_scores(metric)
     return ScoredAdapter.from_scores(
         trial.trial_id, 0, trial.metrics[metric], scores, criterion, groups=trial.example_groups

@@ -273,24 +273,24 @@ class ReferenceComparison:
 
 def _find_zero(bound: Callable[[float], float], start: float, slope: float) -> float:
     """Find where a bound that falls with about this slope is 0, from a start near it, by the method of Illinois."""
-    left, right = start, start + bound(start) / slope
-    low, high = bound(left), bound(right)
+    previous, current = start, start + bound(start) / slope
+    previous_value, value = bound(previous), bound(current)
     for _ in range(MAX_STEPS):
-        if low == 0 or high * low < 0:
+        if previous_value == 0 or value * previous_value < 0:
             break
-        left, low, right = right, high, right + 2 * (right - left or SHARE_TOLERANCE)
-        high = bound(right)
+        previous, previous_value, current = current, value, current + 2 * (current - previous or SHARE_TOLERANCE)
+        value = bound(current)
     for _ in range(MAX_STEPS):
-        if low == high or abs(right - left) < SHARE_TOLERANCE:
+        if previous_value == value or abs(current - previous) < SHARE_TOLERANCE:
             break
-        middle = right - high * (right - left) / (high - low)
-        value = bound(middle)
-        if value * high < 0:
-            left, low = right, high
+        middle = current - value * (current - previous) / (value - previous_value)
+        middle_value = bound(middle)
+        if middle_value * value < 0:
+            previous, previous_value = current, value
         else:
-            low /= 2
-        right, high = middle, value
-    return right
+            previous_value /= 2
+        current, value = middle, middle_value
+    return current
 
 
 def build_truncation_answer(
@@ -452,10 +452,10 @@ def _format_top_rank(lower: AdapterCandidate, adapter: ScoredAdapter, comparison
 def _collect_notes(
     answer: AdapterCandidate, candidates: Sequence[AdapterCandidate], comparison: ReferenceComparison
 ) -> list[str]:
-    notes, top = [], comparison.reference
-    if comparison.base is None and get_margin_share(comparison.criterion.margin) is not None:
+    notes, top, share = [], comparison.reference, get_margin_share(comparison.criterion.margin)
+    if comparison.base is None and share is not None:
         notes.append(
-            f"The base was not measured, so there is no gain to keep {1 - (get_margin_share(comparison.criterion.margin) or 0):.0%} of, and the "
+            f"The base was not measured, so there is no gain to keep {1 - share:.0%} of, and the "
             f"margin is {comparison.margin:.4g} in the metric's unit."
         )
     failed_ranks = [

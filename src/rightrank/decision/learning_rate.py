@@ -59,9 +59,9 @@ def describe_learning_rate(
     unit = MetricUnit(table.kind, higher_is_better, reference.value)
     base = find_base(outcomes, replace(criterion, metric=metric, higher_is_better=higher_is_better), trained.trial_id)
     gain = None if base is None else unit.convert_difference(base.cell.loss - reference.loss)
-    given = criterion.margin if metric == criterion.metric else None
-    given = None if base is None and isinstance(given, str) else given
-    margin = compute_margin(given, table.kind, abs(reference.value), list(map(abs, table.list_values())), gain)
+    setting = criterion.margin if metric == criterion.metric else None
+    setting = None if base is None and isinstance(setting, str) else setting
+    margin = compute_margin(setting, table.kind, abs(reference.value), list(map(abs, table.list_values())), gain)
     final_values = {
         outcome.learning_rate: outcome.metrics.get(criterion.metric)
         for outcome in trainings

@@ -24,9 +24,6 @@ from rightrank.bases.safetensors_files import open_tensors
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.data.splits import DataSplits, load_data, load_held_out
 from rightrank.decision.adapter_comparison import Criterion, ReferenceComparison, ScoredAdapter, format_margin
-from rightrank.decision.comparison import (
-    compute_file_bounds,
-)
 from rightrank.decision.table import compute_distribution, compute_paired_difference, format_distribution
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import ModelError, SettingsError
@@ -256,13 +253,11 @@ def compare_trials(
     cells = side_a.cell, side_b.cell
     if not all(cell.examples for cell in cells):
         raise SettingsError(f"metric {metric!r} gives no score per example, so two adapters can't be compared in pairs")
-    paired = compute_paired_difference(cells[1], cells[0])
-    difference = paired.sums, paired.weights, paired.score_range, paired.groups
-    bounds = compute_file_bounds(*difference)
     comparison = ReferenceComparison(
         side_a, {"A": side_a}, criterion, None if base is None else _score_trial(base, "base", criterion)
     )
     comparison = replace(comparison, base=None) if comparison.has_no_gain else comparison
+    bounds = comparison.compute_bounds(side_b.cell)
     margin, share = comparison.margin, comparison.share
     contrast = bounds if share is None else comparison.compute_contrast(side_b.cell, share)
     verdict = VERDICTS[contrast.is_enough(margin if share is None else 0.0)]
@@ -275,7 +270,7 @@ def compare_trials(
         difference=bounds.mean,
         difference_low=bounds.low,
         difference_high=bounds.high,
-        distribution=compute_distribution(paired, margin),
+        distribution=compute_distribution(compute_paired_difference(cells[1], cells[0]), margin),
         margin=margin,
         margin_share=share,
         gain=comparison.gain,

@@ -15,6 +15,7 @@ from rightrank.schema.events import DurationEstimated, Event, Notice, SelectionP
 from rightrank.schema.metrics import MetricKind, get_margin_share
 from rightrank.schema.results import Preflight, PreflightCost, PreflightRank
 from rightrank.schema.trials import Arm, TrialFinished
+from rightrank.search.history import orient_value
 from rightrank.training.pace import Pace, measure_pace
 
 MEASURING = "measuring a few steps at the highest rank"
@@ -134,16 +135,18 @@ def _format_resolution(preflight: Preflight) -> Iterator[str]:
     yield f"{examples:,} validation examples can tell a difference of about {resolution:.2g} from none{advice}"
 
 
-def _format_share_resolution(preflight: Preflight, gain: float, share: float) -> str:
-    """Say which share of the gain of the first training the validation examples can tell, and how many can tell the margin's share."""
-    assert preflight.resolution is not None
-    examples = preflight.splits["validation"].examples
-    text = f"{examples:,} validation examples can tell about {preflight.resolution / gain:.1%} of the gain so far ({gain:.2g}) from none"
-    needed = math.ceil(examples * (100 * preflight.resolution / gain / share) ** 2)
+def _format_share_resolution(prepared: LoadedSelection, gain: float, share: float) -> str | None:
+    """Say which share of a gain the validation examples can tell, and how many can tell the margin; None for a metric that no grid has."""
+    data = prepared.started.data
+    examples = data.splits["validation"].examples
+    resolution, needed = estimate_resolution(prepared.strategy.space.kind, examples, share * gain)
+    if resolution is None or needed is None:
+        return None
+    text = f"{examples:,} validation examples can tell about {resolution / gain:.1%} of the gain so far ({gain:.2g}) from none"
     if needed <= examples:
         return text
     return (
-        f"{text}; for {share:.2g}% about {needed:,} are needed (the data have {examples + preflight.not_evaluated:,})"
+        f"{text}; for {100 * share:.2g}% about {needed:,} are needed (the data have {examples + data.not_evaluated:,})"
     )
 
 
@@ -169,16 +172,14 @@ class PreflightHook(Hook):
 
     is_required = False
     _start: SelectionStart
-    _preflight: Preflight | None = None  # until the gain of a training is known
-    _base: float | None = None  # the value of the base
-    _share: float = 0.0  # the margin, in percent of the gain
+    _base: TrialFinished | None = None  # until the gain of a training is known
 
     def on_start(self, start: SelectionStart) -> None:
         self._start = start
 
     def on_event(self, event: Event) -> None:
-        if isinstance(event, TrialFinished) and self._preflight is not None:
-            self._report_share(event, self._preflight)
+        if isinstance(event, TrialFinished):
+            self._report_share(event)
         if not isinstance(event, SelectionPlanned):
             return
         prepared, tell = self._start.selection, self._start.emit
@@ -203,16 +204,16 @@ class PreflightHook(Hook):
             )
         for line in lines:
             tell(Notice(text=line))
-        share = get_margin_share(prepared.settings.margin)
-        if not has_result and share is not None and preflight.resolution is not None:
-            self._preflight, self._share = preflight, 100 * share
 
-    def _report_share(self, finished: TrialFinished, preflight: Preflight) -> None:
-        """Report what the validation examples can tell of the gain, as soon as the first training shows one."""
+    def _report_share(self, finished: TrialFinished) -> None:
+        """Report what the validation examples can tell of the gain, as soon as the first training after the base shows one."""
+        base, prepared = self._base, self._start.selection
+        assert isinstance(prepared, LoadedSelection)
+        share, space = get_margin_share(prepared.settings.margin), prepared.strategy.space
         if finished.rank == 0:
-            self._base = finished.value
-        elif self._base is not None and finished.value_metric is None and finished.arm.is_direct:
-            gain = abs(self._base - finished.value)
-            self._preflight = None
-            if gain > 0:
-                self._start.emit(Notice(text=_format_share_resolution(preflight, gain, self._share)))
+            self._base = finished
+        elif base is not None and share is not None and finished.value_metric is None and finished.arm.is_direct:
+            gain, self._base = orient_value(base, space) - orient_value(finished, space), None
+            text = _format_share_resolution(prepared, gain, share) if gain > 0 else None
+            if text is not None:
+                self._start.emit(Notice(text=text))

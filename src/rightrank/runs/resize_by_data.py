@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from peft import LoraConfig
 
 from rightrank.adapters.adapter_folders import BASE_FILE
-from rightrank.adapters.adapter_reader import AdapterFolder, open_adapter
+from rightrank.adapters.adapter_reader import AdapterFolder
 from rightrank.adapters.adapter_writer import write_same_format
 from rightrank.adapters.find_smallest import SmallestAdapterAnswer, find_smallest
 from rightrank.adapters.resize import (
@@ -172,9 +172,8 @@ def resize_by_data(adapter: AdapterFolder, out: Path, request: ResizeRequest) ->
         measured = measure_truncations(
             adapter, runtime, ranks, Path(name), cross_fit=cross_fit, on_event=request.on_event
         )
-        moments, rank = measured.gathered.moments, measured.smallest.answer.rank
-        resized = resize_adapter(adapter, Path(name) / "chosen", cap_ranks(adapter, rank, moments), moments)
-        chosen = open_adapter(Path(name) / "chosen")
+        chosen, resized = measured.smallest.adapter.folder, measured.smallest.adapter.resized
+        assert resized is not None
         tensors = {key: chosen.load_tensor(key) for key in chosen.keys}
         write_same_format(adapter, out, chosen.config, tensors, {BASE_FILE: runtime.loaded.identity.to_json()})
         command = _build_search_command(chosen, runtime, request, ranks)

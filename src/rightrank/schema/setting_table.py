@@ -141,7 +141,11 @@ def list_rows(kind: type[Settings]) -> Mapping[str, Row]:
 def find_setting(kind: type[Settings], name: str) -> str | None:
     """Return the setting of this name, here or in another tool; None if there is none."""
     rows = list_rows(kind)
-    return name if name in rows else next((own for own, row in rows.items() if name in row.foreign_names), None)
+    return (
+        name
+        if name in rows
+        else next((setting_name for setting_name, row in rows.items() if name in row.foreign_names), None)
+    )
 
 
 def get_explicit_values(settings: Settings | None) -> dict[str, Any]:

@@ -103,9 +103,13 @@ class Bracket(Strategy):
         num_cells = tried_rates * (num_ranks - 1) + more_seeds * num_rates * num_ranks
         at_most = search_at_most + num_cells * (1.0 + QUARTER * is_staged)
         expected = search + per_rank * min(2.0, num_ranks - 1.0) + 3.0 * per_rank * more_seeds
-        least = search + 1.0
+        until_adapter = search + 1.0
         return CostEstimate(
-            min(expected, at_most), at_most, search, least, 1 + STAGES * math.ceil(at_most) + _count_truncations(space)
+            min(expected, at_most),
+            at_most,
+            search,
+            until_adapter,
+            1 + STAGES * math.ceil(at_most) + _count_truncations(space),
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TypeAlias
 
+from rightrank.decision.adapter import find_base
 from rightrank.decision.adapter_comparison import Criterion
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.table import ScoreTable, build_table
@@ -209,17 +210,8 @@ class Trials:
     def margin(self) -> float:
         """Return the margin in the unit of the losses. There must be a result."""
         assert self.evidence is not None
-        base = self._find_base()
-        return self.evidence.convert_margin(self.space.margin, None if base is None else orient_value(base, self.space))
-
-    def _find_base(self) -> TrialFinished | None:
-        """Return the base of the gain: a zero update with the trained heads, else the base alone; None if neither was evaluated."""
-        bases = [
-            outcome
-            for arm, outcome in self.outcomes.items()
-            if arm.rank == 0 and isinstance(outcome, TrialFinished) and outcome.value_metric is None
-        ]
-        return max(bases, key=lambda base: base.truncate_from is not None, default=None)
+        base = find_base(self.outcomes.values(), self.space.criterion)
+        return self.evidence.convert_margin(self.space.margin, None if base is None else base.cell.loss)
 
     def is_within_margin(self, rank: int) -> bool:
         """Return whether the rank is within the margin of the best by the values. The search uses no bounds."""

@@ -169,8 +169,8 @@ def _find_value(
     if metric is not None:
         if metric in table.columns:
             return metric, metric
-        wanted = normalize_name(metric)
-        names_in_order = [wanted, *(f"{split}_{wanted}" for split in SPLITS), "value"]
+        metric_name = normalize_name(metric)
+        names_in_order = [metric_name, *(f"{split}_{metric_name}" for split in SPLITS), "value"]
         candidates = next((columns_by_name[name] for name in names_in_order if name in columns_by_name), None)
         if candidates is None:
             raise ResultsError(

@@ -75,13 +75,15 @@ def read_result_table(
         notes.append(
             "margin: no row has rank 0, so there is no gain over the base to take 1% of; --margin sets another one"
         )
-    found = [
+    readings = [
         f"{role} from column {name}"
         for role, name in sorted(roles.columns.items())
         if role not in (name, "value", "alpha")
     ]
-    found.append(f"value from column {roles.columns['value']}: {'higher' if higher else 'lower'} is better ({reason})")
-    return ResultTable(outcomes, roles.metric, higher, [*found, *notes, *omissions])
+    readings.append(
+        f"value from column {roles.columns['value']}: {'higher' if higher else 'lower'} is better ({reason})"
+    )
+    return ResultTable(outcomes, roles.metric, higher, [*readings, *notes, *omissions])
 
 
 def _drop_rows_without_rank(table: Table, roles: Roles) -> tuple[Table, list[str]]:
@@ -174,8 +176,8 @@ def _build_outcomes(
         if index == len(finished) or finished[index] != training:
             outcomes.append(TrialFailed(**fields, error="error", reason="the table has no result for this training"))
             continue
-        own = slice(bounds[training], bounds[training + 1])
-        points = zip(evaluations.step_numbers[steps[own]].tolist(), values[own].tolist(), strict=True)
+        evaluated = slice(bounds[training], bounds[training + 1])
+        points = zip(evaluations.step_numbers[steps[evaluated]].tolist(), values[evaluated].tolist(), strict=True)
         value = float(np.average(scores[index], weights=weights))
         stated = {role: float(numbers[index]) for role, numbers in details.items() if not np.isnan(numbers[index])}
         by_example = {} if "example" not in roles.columns else {
