@@ -208,7 +208,7 @@ def build_learning_rate_figure(records: Records) -> Figure | None:
         label = f"after {answer.step} of {answer.steps} steps" if answer.step < answer.steps else "at the end"
         if current_points:
             ax.plot(*zip(*current_points, strict=True), "o:", color="0.6", label=f"{label}, current factors")
-            label += ", mean of the factors"
+            label = "mean of the last factors"  # a longer label would be cut off
         draw_points(ax, points, label + "; whiskers: paired 95% bounds" * has_whiskers, "C0")
         if answer.step < answer.steps and final_points:
             ax.plot(*zip(*final_points, strict=True), "s--", color="C1", label="at the end")
