@@ -13,6 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 
 from rightrank import SmallestAdapter
 from rightrank.schema.errors import DataError, SettingsError
+from rightrank.trainers.sentence_transformers import find_adapted_model
+from rightrank.training.kinds import set_update_to_zero
 from tests.tiny import generate_sentences, make_tokenizer
 
 pytest.importorskip("sentence_transformers")
@@ -23,6 +25,9 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 
 pytestmark = [pytest.mark.trains, pytest.mark.filterwarnings("ignore")]
 CONFIG = LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], init_lora_weights=False)
+RERANKER_CONFIG = LoraConfig(
+    r=8, lora_alpha=16, target_modules=["query", "value"], init_lora_weights=False, modules_to_save=["classifier"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,7 @@ def make_trainer(kind: str, bert: Path, out: Path, *callbacks: Any, rows: int = 
     torch.manual_seed(0)
     if kind == "reranker":
         model: Any = CrossEncoder(str(bert), num_labels=1, device="cpu")
-        inject_adapter_in_model(CONFIG, model[0].model)
+        inject_adapter_in_model(RERANKER_CONFIG, model[0].model)
         table = [{"query": f"text {n // 4}", "document": text, "label": float(n % 2)} for n, text in enumerate(texts)]
         trainer_class: Any = CrossEncoderTrainer
         arguments, loss = CrossEncoderTrainingArguments(**settings), BinaryCrossEntropyLoss(model)
@@ -92,6 +97,9 @@ def test_the_own_loss_of_the_trainer_is_measured(kind: str, bert: Path, tmp_path
     assert result.num_examples == 50
     assert "Bounds are over 13 groups of 50 examples, which are rough: give 16 groups or more." in result.answer.notes
     assert result.trained_scores.loss == pytest.approx(trainer.evaluate()["eval_loss"], rel=0.02)
+    set_update_to_zero(find_adapted_model(trainer.model), "default")  # the head stays the trained one
+    base_loss = sum(trainer.evaluate(trainer.eval_dataset.select([n]))["eval_loss"] for n in range(50)) / 50
+    assert result.answer.gain.mean == pytest.approx(base_loss - result.trained_scores.loss, abs=1e-4)
     model = CrossEncoder(str(bert), num_labels=1, device="cpu")
     model[0].model = PeftModel.from_pretrained(model[0].model, adapter)
     trainer.model, trainer.loss.model = model, model

@@ -37,6 +37,7 @@ from rightrank.schema.trials import SplitName
 from rightrank.trainers.batch_scores import HeldOutBatches, compute_batch_loss
 from rightrank.training.covariances import gather_unseen_moments
 from rightrank.training.evaluation import Scores
+from rightrank.training.kinds import set_update_to_zero
 from rightrank.training.runtime import attach_adapter
 from tests.commands import run
 from tests.helpers import make_runtime
@@ -113,13 +114,19 @@ def test_the_end_of_a_training_has_the_smallest_adapter(
     assert (document["metric"], document["rank"]) == ("loss", answer.rank)
     assert document["sentence"] == answer.sentence
     assert answer.rank < 16
-    assert answer.sentence in caplog.text
+    lines = [line.removeprefix("rightrank: ") for line in list_messages(caplog) if "measuring" not in line]
+    assert re.match(r"Rank \d+ keeps [\d.]+% of what rank 16 gained \(at least [\d.]+%, 95% confidence\)\.", lines[0])
+    assert lines[:2] == [answer.sentence, f"adapter: {folder / 'adapter'}"]
+    modules = "['down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj']"
+    settings = f"r=16, lora_alpha=32, learning_rate=0.01, target_modules={modules}, per_device_train_batch_size=8, "
+    assert lines[2] == f"train: {settings}gradient_accumulation_steps=1, max_steps=60"
     assert trainer.state.log_history[-1]["rightrank/rank"] == answer.rank
     assert "Measured on the last (step 60) weights with 60 held-out examples" in caplog.text
     assert "of the training's time." in caplog.text
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert answer.sentence in page
     assert "data:image/svg+xml" in page
+    assert "To train again: r=16, lora_alpha=32" in page
     data = write_completions(tmp_path / "compared.jsonl", 20, seed=9)
     sides = folder / "adapter", "base"
     assert compare(*sides, model=str(model_folder), data=data, settings=SelectSettings(seq_len=32)).examples == 20
@@ -367,6 +374,9 @@ def test_the_end_of_a_classification(model_folder: Path, class_file: Path, tmp_p
         for adapter_path in (tmp_path / "trained", folder)
     ]
     assert values[1] - values[0] == pytest.approx(callback.result.answer.difference, abs=1e-4)
+    set_update_to_zero(model, "default")  # the head stays the trained one
+    gain = trainer.evaluate()["eval_loss"] - callback.result.trained_scores.loss
+    assert gain == pytest.approx(callback.result.answer.gain.mean, abs=1e-4)
 
 
 def compute_class_loss(folder: Path, adapter: Path, rows: Sequence[Any], collator: Any) -> float:

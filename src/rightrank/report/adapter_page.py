@@ -113,11 +113,14 @@ def plot_adapters(
     )
 
 
-def render_adapter_page(answer: AdapterAnswer, metric: str, higher_is_better: bool, config: Mapping[str, Any]) -> str:
+def render_adapter_page(
+    answer: AdapterAnswer, metric: str, higher_is_better: bool, config: Mapping[str, Any], training_settings: str
+) -> str:
     """Render the page of the smallest adapter of a training by another program.
 
     Args:
         config: of the adapter that is handed over, in PEFT's names.
+        training_settings: of the training, in the names of PEFT and transformers.
     """
     return (
         load_templates()
@@ -128,6 +131,7 @@ def render_adapter_page(answer: AdapterAnswer, metric: str, higher_is_better: bo
             figure=plot_adapters(answer, answer.candidates, metric, higher_is_better),
             figure_hint="" if is_matplotlib_installed() else INSTALL_HINT,
             config=config,
+            training_settings=training_settings,
             has_files=False,
         )
     )

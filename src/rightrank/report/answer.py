@@ -13,7 +13,7 @@ from rightrank.decision.records import Answers, Records, count_trainings
 from rightrank.decision.sentences import format_number, format_probability
 from rightrank.report.adapter_page import ENOUGH
 from rightrank.report.figure import encode_image
-from rightrank.report.format import format_duration, format_quantity, make_visible
+from rightrank.report.format import format_duration, format_quantity, format_training_settings, make_visible
 from rightrank.schema.decision import (
     Decision,
     ExportedAdapter,
@@ -120,7 +120,7 @@ def _format_repetition(answers: Answers, handed_over: ExportedAdapter) -> str:
     return f"To train again, {', or '.join(ways)}."
 
 
-def format_training_settings(answers: Answers) -> str:
+def describe_training(answers: Answers) -> str:
     """Format the training to repeat in the names of PEFT and transformers: that of the decided rank, else that of the adapter.
 
     Returns:
@@ -135,20 +135,16 @@ def format_training_settings(answers: Answers) -> str:
         rank, rate = adapter.answer.trained_rank, answers.adapter_rate
     else:
         return ""
-    settings, steps = started.select_settings, answers.adapter_steps
-    alpha, use_rslora = convert_scaling(settings.scaling, settings.lora_alpha, rank)
-    modules = list(settings.target_modules)
-    values = {
-        "r": rank,
-        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
-        "use_rslora": use_rslora,
-        "learning_rate": rate,
-        "target_modules": modules[0] if modules == ["all-linear"] else modules,
-        "per_device_train_batch_size": settings.batch_size,
-        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
-        "max_steps": steps or settings.max_steps,
-    }
-    return ", ".join(f"{name}={value!r}" for name, value in values.items() if value)
+    settings, modules = started.select_settings, list(started.select_settings.target_modules)
+    return format_training_settings(
+        rank,
+        *convert_scaling(settings.scaling, settings.lora_alpha, rank),
+        modules[0] if modules == ["all-linear"] else modules,
+        learning_rate=rate,
+        batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        steps=answers.adapter_steps or settings.max_steps,
+    )
 
 
 def _is_built_in(started: RunStarted | None) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
 # Invisible characters that can disguise text: DEL, C1 controls, bidirectional marks, separators, surrogates.
 HIDDEN = {
@@ -45,3 +47,28 @@ def format_bytes(count: float) -> str:
             return f"{sign}{count:{spec}} {unit}"
         count /= 1024
     return f"{sign}{count:.2f} TiB"
+
+
+def format_training_settings(
+    rank: int,
+    lora_alpha: float,
+    use_rslora: bool,
+    target_modules: str | Sequence[str],
+    *,
+    learning_rate: float | None,
+    batch_size: int | None,
+    gradient_accumulation_steps: int | None,
+    steps: int | None,
+) -> str:
+    """Format the settings of a training in the names of PEFT and transformers. None: unknown, and left out."""
+    values = {
+        "r": rank,
+        "lora_alpha": int(lora_alpha) if float(lora_alpha).is_integer() else lora_alpha,
+        "use_rslora": use_rslora,
+        "learning_rate": learning_rate,
+        "target_modules": target_modules,
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "max_steps": steps,
+    }
+    return ", ".join(f"{name}={value!r}" for name, value in values.items() if value)

@@ -26,8 +26,8 @@ from rightrank.report.answer import (
     build_certainty_rows,
     build_evidence_table,
     build_margin_steps,
+    describe_training,
     format_cost,
-    format_training_settings,
     format_trial_end,
     get_metric_unit,
 )
@@ -71,7 +71,7 @@ def render_report(
             run_settings=records.settings,
             subject=_format_subject(started),
             loading_code=_format_loading_code(records) if adapter else "",
-            training_settings=format_training_settings(answers),
+            training_settings=describe_training(answers),
             export_command=shlex.join(["rightrank", "export", run, "--to", "vllm"]),
             exports=exports,
             settings=[(name, json.dumps(value, ensure_ascii=False)) for name, value in started.settings.items()],

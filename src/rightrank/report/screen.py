@@ -15,7 +15,7 @@ from rightrank.adapters.rank_math import format_slot
 from rightrank.decision.comparison import CONFIDENCE
 from rightrank.decision.records import Answers
 from rightrank.decision.sentences import format_probability
-from rightrank.report.answer import format_labelled_rows, format_training_settings
+from rightrank.report.answer import describe_training, format_labelled_rows
 from rightrank.report.format import format_metric_label, format_quantity, make_visible
 from rightrank.report.status import RunStatus
 from rightrank.report.terminal_curve import CURVE_LINES, Points, draw_terminal_curve
@@ -61,7 +61,7 @@ def format_screen(shown: RunScreen, width: int, status: RunStatus | None = None)
     rows = [
         ("adapter", missing_adapter if shown.adapter is None else str(shown.adapter)),
         ("load", _format_loading(shown)),
-        ("train", format_training_settings(shown.answers)),
+        ("train", describe_training(shown.answers)),
         ("slot", _format_slot(shown.answers)),
     ]
     if status is None:

@@ -8,9 +8,10 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from rightrank.adapters.resize import list_candidate_ranks
 from rightrank.bases.base_models import compute_base_identity
 from rightrank.data.files import replace_folder, write_text
 from rightrank.decision.adapter_comparison import Criterion
+from rightrank.report.format import format_training_settings
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import ModelError, RunFolderError, SettingsError
 from rightrank.schema.metrics import LossKind, Margin
@@ -43,6 +45,9 @@ class TrainingSummary:
     steps: int = 0  # 0 if unknown
     seconds: float | None = None  # without the measurement; None if unknown
     checkpoint_step: int | None = None  # step of the best checkpoint if it is measured; None for the last one
+    learning_rate: float | None = None
+    batch_size: int | None = None  # per device
+    gradient_accumulation_steps: int | None = None
     notes: Sequence[str] = ()
 
     @property
@@ -50,6 +55,20 @@ class TrainingSummary:
         if self.checkpoint_step is not None:
             return f"best (step {self.checkpoint_step})"
         return f"last (step {self.steps})" if self.steps else "last"
+
+    def format_settings(self, config: Mapping[str, Any]) -> str:
+        """Format the settings of the training in the names of PEFT and transformers. `config` is that of the trained adapter."""
+        modules = config["target_modules"]
+        return format_training_settings(
+            config["r"],
+            config["lora_alpha"],
+            config["use_rslora"],
+            modules if isinstance(modules, str) else sorted(modules),
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            steps=self.steps,
+        )
 
     def format_cost(self, examples: int, seconds: float) -> str:
         """Describe the cost of the measurement, compared with that of the training."""
@@ -156,11 +175,11 @@ def find_smallest_adapter(
             scores, answer = measured.trained_scores, measured.smallest.answer
             cost = training.format_cost(len(scores.losses), time.monotonic() - start_time)
             answer = answer.model_copy(update={"notes": [*training.notes, *answer.notes, *measured.notes, cost]})
+            settings = training.format_settings(trained.config)
             if is_first:
-                _write_result(out, measured.smallest.adapter.folder, answer, criterion)
-    for note in answer.notes:
-        log.log(level, "rightrank: %s", note)
-    log.log(level, "%s %s", answer.sentence, out / "adapter")
+                _write_result(out, measured.smallest.adapter.folder, answer, criterion, settings)
+    for line in (answer.sentence, f"adapter: {out / 'adapter'}", f"train: {settings}", *answer.notes):
+        log.log(level, "rightrank: %s", line)
     return SmallestAdapterResult(answer, scores, out)
 
 
@@ -201,13 +220,15 @@ def _find_loss_kind(in_memory_adapter: InMemoryAdapter) -> LossKind:
     return "pair_loss" if "completion_mask" in batch else "loss" if has_class_labels(batch) else "token_loss"
 
 
-def _write_result(out: Path, adapter: AdapterFolder, answer: AdapterAnswer, criterion: Criterion) -> None:
+def _write_result(
+    out: Path, adapter: AdapterFolder, answer: AdapterAnswer, criterion: Criterion, training_settings: str
+) -> None:
     from rightrank.report.adapter_page import render_adapter_page  # not needed before the training has ended
 
     with replace_folder(out / "adapter") as temporary:
         for file in adapter.path.iterdir():
             shutil.copy2(file, temporary / file.name)
-    page = render_adapter_page(answer, criterion.metric, criterion.higher_is_better, adapter.config)
+    page = render_adapter_page(answer, criterion.metric, criterion.higher_is_better, adapter.config, training_settings)
     write_text(out / "report.html", page)
     document = {"metric": criterion.metric, "higher_is_better": criterion.higher_is_better, **answer.model_dump()}
     write_text(out / ANSWER_FILE, json.dumps(document, indent=2, allow_nan=False) + "\n")

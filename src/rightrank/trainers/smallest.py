@@ -282,6 +282,9 @@ class SmallestAdapter(TrainerCallback):
             steps=state.global_step,
             seconds=time.monotonic() - self._start_time,
             checkpoint_step=state.best_global_step if is_best else None,
+            learning_rate=args.learning_rate,
+            batch_size=args.per_device_train_batch_size,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
             notes=self._notes,
         )
 
