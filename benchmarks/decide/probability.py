@@ -29,10 +29,9 @@ import numpy as np
 from benchmarks.machine import describe_machine
 from benchmarks.selection.tables import GridCurve, read_grids
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.ranks import DEFAULT_CONFIDENCE, compare_ranks
+from rightrank.decision.ranks import DEFAULT_CONFIDENCE, compare_ranks, find_unexplained_rank
 from rightrank.decision.seeds import NOISE
 from rightrank.decision.table import Cell, ScoreTable
-from rightrank.decision.verdicts import find_unexplained_rank
 from rightrank.schema.metrics import infer_metric_kind
 
 HERE = Path(__file__).parent

@@ -20,7 +20,7 @@ from benchmarks.early_rates.rules import RULE_HANDOVER, GridTable, Key, choose_b
 from benchmarks.learning_rate.train_grids import TRUNCATED_RANKS
 from benchmarks.machine import describe_machine
 from rightrank.adapters.find_smallest import find_smallest
-from rightrank.decision.adapter_comparison import Criterion, ScoredAdapter
+from rightrank.decision.adapter import Criterion, ScoredAdapter
 
 MARGINS = ("1%", "2%", "5%")
 

@@ -20,7 +20,7 @@ from rightrank.bases.safetensors_files import find_shards, open_tensors
 from rightrank.cli.options import gather_settings
 from rightrank.data.rows import FILE_TYPES
 from rightrank.data.splits import load_data
-from rightrank.decision.records import build_answers
+from rightrank.report.answer import build_answers
 from rightrank.report.html import render_report
 from rightrank.report.terminal import format_decision
 from rightrank.runs.folder import RunFolder
@@ -141,9 +141,10 @@ def read_journal(data: bytes, folder: Path) -> None:
     """Read a run folder's status, decision, figures and report."""
     from matplotlib.figure import Figure as Canvas
 
-    from rightrank.decision.records import decide_if_possible, read_records
+    from rightrank.decision.run import decide_if_possible
     from rightrank.report.figures import build_figures
     from rightrank.report.status import find_last_decision
+    from rightrank.schema.events import read_records
 
     (folder / "journal.jsonl").write_bytes(_seal_journal(data))
     status(folder).model_dump_json()

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, TypeAlias
 from rightrank.adapters.adapter_folders import CONFIG_FILE
 from rightrank.api.folders import read_run
 from rightrank.api.runs import DecisionResult, decide
-from rightrank.decision.records import Records
 from rightrank.report import figures
 from rightrank.report.figure import Figure, require_matplotlib
 from rightrank.runs.values import Selected
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError, SettingsError
+from rightrank.schema.events import Records
 from rightrank.schema.results import Inspection
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rightrank.adapters.find_smallest import find_smallest
-from rightrank.decision.adapter_comparison import Criterion, ReferenceComparison, ScoredAdapter
+from rightrank.decision.adapter import Criterion, ReferenceComparison, ScoredAdapter
 
 RANKS = (1, 2, 4, 8, 16)
 

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from rightrank.data.splits import load_data
-from rightrank.decision.records import build_answers
+from rightrank.report.answer import build_answers
 from rightrank.report.html import render_report
 from rightrank.report.terminal import format_plan
 from rightrank.training.tokens import EncodedData, encode_splits

@@ -5,15 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rightrank.decision.adapter import (
-    build_trained_answer,
-    compare_adapters,
-    prefer_direct_training,
-    score_trials,
-)
-from rightrank.decision.adapter import compute_test_difference as difference_on_test
-from rightrank.decision.adapter_comparison import Criterion
+from rightrank.decision.adapter import Criterion
 from rightrank.decision.comparison import compute_file_bounds
+from rightrank.decision.run import build_trained_answer, compare_adapters, prefer_direct_training, score_trials
+from rightrank.decision.run import compute_test_difference as difference_on_test
 from rightrank.decision.table import format_distribution
 from rightrank.schema.decision import AdapterAnswer, DifferenceDistribution
 from rightrank.schema.events import TestEvaluated

@@ -5,15 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rightrank.decision.records import (
-    Records,
-    build_run_table,
-    decide_by_metric,
-    list_comparable_outcomes,
-    list_metrics,
-)
 from rightrank.decision.rule import decide_table
+from rightrank.decision.run import build_run_table, decide_by_metric, list_comparable_outcomes, list_metrics
 from rightrank.decision.table import Cell, ScoreTable, build_table
+from rightrank.schema.events import Records
 from tests.decision.tables import build_value_table
 from tests.report.runs import ITEMS, make_run
 

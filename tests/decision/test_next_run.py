@@ -20,8 +20,8 @@ from rightrank.decision.comparison import (
 )
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.next_run import EXAMPLE_COUNTS
-from rightrank.decision.records import decide_run
 from rightrank.decision.rule import decide_table
+from rightrank.decision.run import decide_run
 from rightrank.decision.table import ScoreTable, build_table
 from rightrank.schema.command import build_next_commands
 from rightrank.schema.decision import Decision, NextRun

@@ -9,22 +9,20 @@ import numpy as np
 import pytest
 
 from rightrank.api.runs import decide
-from rightrank.decision.records import (
-    Answers,
-    Records,
+from rightrank.decision.run import (
     build_run_table,
     count_trainings,
     decide_if_possible,
     decide_run,
     find_best_trial,
     list_comparable_outcomes,
-    read_records,
 )
 from rightrank.decision.table import build_table
+from rightrank.report.answer import Answers
 from rightrank.report.status import build_run_status, find_last_decision
 from rightrank.runs.frame import build_trials_frame
 from rightrank.schema.errors import ResultsError, RunFolderError
-from rightrank.schema.events import DecisionRecorded, JournalRecord
+from rightrank.schema.events import DecisionRecorded, JournalRecord, Records, read_records
 from rightrank.schema.trials import (
     TrialDiverged,
     TrialEvaluated,

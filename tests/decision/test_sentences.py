@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from rightrank.decision.rule import decide_table
-from rightrank.decision.sentences import format_number, format_probability
+from rightrank.decision.rule import decide_table, format_number, format_probability
 from rightrank.decision.table import build_table
 from rightrank.schema.decision import Decision
 from tests.decision.tables import build_example_table, build_value_table, make_trial

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rightrank.decision.adapter_comparison import (
+from rightrank.decision.adapter import (
     Criterion,
     ReferenceComparison,
     ScoredAdapter,

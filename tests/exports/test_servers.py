@@ -21,10 +21,10 @@ import torch
 from rightrank import export
 from rightrank.adapters.adapter_reader import open_adapter
 from rightrank.adapters.resize import resize_adapter
-from rightrank.decision.records import read_records
 from rightrank.exports.servers import SERVERS
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import ModelError, ResultsError, RightrankError, RunFolderError, SettingsError
+from rightrank.schema.events import read_records
 from tests.adapters.adapters import (
     compute_deltas,
     edit_config,

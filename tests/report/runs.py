@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rightrank.decision.records import Records, build_criterion
+from rightrank.decision.run import build_criterion
 from rightrank.runs.journal import Journal
 from rightrank.schema.decision import ExportedAdapter
 from rightrank.schema.events import (
     AdapterRecorded,
     DataSummary,
     JournalRecord,
+    Records,
     RunStarted,
     SplitSummary,
     TestEvaluated,

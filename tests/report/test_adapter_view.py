@@ -11,11 +11,12 @@ from huggingface_hub import ModelCard
 from rightrank import Selected
 from rightrank.api.folders import status, write_report
 from rightrank.cli import cli
-from rightrank.decision.records import Records, build_answers, decide_run
+from rightrank.decision.run import decide_run
 from rightrank.report.adapter_page import build_candidate_table
+from rightrank.report.answer import build_answers
 from rightrank.report.html import render_model_card, render_report
 from rightrank.runs.journal import Journal
-from rightrank.schema.events import RunContinued
+from rightrank.schema.events import Records, RunContinued
 from tests.report.elements import Elements
 from tests.report.runs import make_adapter_without_gain, make_answered_run, write_answered_run, write_records
 

@@ -19,11 +19,13 @@ import rightrank
 from rightrank import Selected, plots
 from rightrank.api.folders import write_report
 from rightrank.cli import cli
-from rightrank.decision.records import Records, build_answers, compare_run_adapters, decide_run
+from rightrank.decision.run import compare_run_adapters, decide_run
+from rightrank.report.answer import build_answers
 from rightrank.report.figure import Figure
 from rightrank.report.figures import build_figures, build_rank_figure
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import MissingExtraError, ResultsError, SettingsError
+from rightrank.schema.events import Records
 from rightrank.schema.results import Inspection, ModuleSpectrum
 from tests.report.elements import Elements
 from tests.report.runs import make_answered_run, make_run, write_answered_run, write_journal, write_records

@@ -14,23 +14,21 @@ from rich.cells import cell_len
 
 from rightrank import Selected
 from rightrank.cli import cli
-from rightrank.decision.adapter import build_trained_answer
-from rightrank.decision.records import (
-    Answers,
-    Records,
-    build_answers,
+from rightrank.decision.rule import decide_table
+from rightrank.decision.run import (
     build_criterion,
+    build_trained_answer,
     compare_run_adapters,
     decide_if_possible,
     decide_run,
 )
-from rightrank.decision.rule import decide_table
+from rightrank.report.answer import Answers, build_answers
 from rightrank.report.screen import MAX_LINES, RunScreen, describe_result, format_screen
 from rightrank.report.terminal import format_decision
 from rightrank.runs.values import SelectedRank
 from rightrank.schema.command import build_next_commands
 from rightrank.schema.decision import Decision
-from rightrank.schema.events import RunKind
+from rightrank.schema.events import Records, RunKind
 from rightrank.schema.settings import Goal
 from tests.commands import COMMANDS
 from tests.decision.worlds import build_world_table, build_worlds

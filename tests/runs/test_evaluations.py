@@ -12,9 +12,8 @@ import pytest
 
 from rightrank import EvalPoint, TrialResult, TrialTask, select_rank_with
 from rightrank.api.folders import status
-from rightrank.decision.records import Records
 from rightrank.runs.journal import Journal
-from rightrank.schema.events import RunStarted
+from rightrank.schema.events import Records, RunStarted
 from rightrank.schema.trials import TrialDiverged, TrialFailed, TrialFinished
 
 pytestmark = pytest.mark.trains

@@ -11,13 +11,13 @@ from unittest.mock import MagicMock
 import pytest
 
 from rightrank.api.runs import decide
-from rightrank.decision.records import Records, decide_run, read_records
+from rightrank.decision.run import decide_run
 from rightrank.runs import trackers as registry
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import SelectionStart
 from rightrank.runs.journal import Journal
 from rightrank.runs.trackers import Trackers
-from rightrank.schema.events import DecisionRecorded
+from rightrank.schema.events import DecisionRecorded, Records, read_records
 from rightrank.schema.trials import TrialFinished
 from tests.report.runs import write_journal
 

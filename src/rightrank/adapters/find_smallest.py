@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from rightrank.decision.adapter_comparison import Criterion, ReferenceComparison, ScoredAdapter, build_truncation_answer
+from rightrank.decision.adapter import Criterion, ReferenceComparison, ScoredAdapter, build_truncation_answer
 from rightrank.schema.decision import AdapterAnswer
 
 Adapter = TypeVar("Adapter")

@@ -11,20 +11,15 @@ from typing import TYPE_CHECKING
 from rightrank.adapters.adapter_folders import CONFIG_FILE
 from rightrank.api.runs import open_run
 from rightrank.data.files import UnreadableError, read_json_object, report_disk_errors, require_absent
-from rightrank.decision.records import (
-    Records,
-    build_answers,
-    compare_run_adapters,
-    decide_if_possible,
-    list_tried_rates,
-)
+from rightrank.decision.run import compare_run_adapters, decide_if_possible, list_tried_rates
+from rightrank.report.answer import build_answers
 from rightrank.report.screen import RunScreen, collect_curves, format_screen
 from rightrank.report.status import RunStatus, build_run_status, find_last_decision
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
 from rightrank.schema.command import build_next_commands
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError, RunFolderError, SettingsError
-from rightrank.schema.events import EvaluationProgress
+from rightrank.schema.events import EvaluationProgress, Records
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 

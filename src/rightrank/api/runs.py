@@ -9,24 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 from rightrank.data.files import report_disk_errors, write_text
 from rightrank.decision import rule
-from rightrank.decision.records import (
-    Answers,
-    Records,
+from rightrank.decision.run import (
     add_base_note,
     decide_by_metric,
     list_comparable_outcomes,
     list_metrics,
     list_tried_rates,
-    read_records,
 )
 from rightrank.decision.table import build_table
-from rightrank.report.answer import build_answer_view, format_labelled_rows, render_notebook_html
+from rightrank.report.answer import Answers, build_answer_view, format_labelled_rows, render_notebook_html
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.frame import build_trials_frame
 from rightrank.schema.command import build_next_commands
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError, RunFolderError
-from rightrank.schema.events import JournalRecord
+from rightrank.schema.events import JournalRecord, Records, read_records
 from rightrank.schema.metrics import Checkpoint, Margin
 from rightrank.schema.trials import TrialOutcome
 

@@ -1,9 +1,12 @@
 """Decide which rank is enough: pure functions from scores to an answer with its evidence. No files, no torch.
 
-Both halves rest on `table`, `comparison` (bounds of a paired difference) and `records` (the records of a run):
+Both halves rest on `table` (scores by rank, learning rate and seed) and `comparison` (bounds of a paired difference):
 
-- the default goal, the smallest adapter: `adapter_comparison` (is a truncation within the margin of the top adapter?), `adapter`
-  (the same for the adapters of a run) and `learning_rate` (how the other learning rates did);
+- the default goal, the smallest adapter: `adapter` (is a truncation within the margin of the top adapter?) and `run` (the adapters of
+  a run, and how its other learning rates did);
 - the training rank (`--goal training-rank`, `rightrank decide`): `evidence` and `seeds` (means of ranks, their noise and joint
-  probability), `ranks` (each rank against the best at one margin), `verdicts`, `sentences`, `next_run`, and `rule`, which calls them.
+  probability), `ranks` (each rank against the best at one margin, and the verdict), `next_run`, and `rule`, which calls them and puts
+  the answer into words.
+
+Records of the answers are in `schema`; screens and pages are in `report`.
 """

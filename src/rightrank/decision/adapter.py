@@ -1,258 +1,479 @@
-"""Adapters of a run: its trainings and truncations, compared with the reference of its answer."""
+"""Compare adapters with a reference adapter on the same held-out examples, and put the smallest one within the margin into words.
+
+Two adapters are compared on the same examples, so the claim does not depend on seeds: the only noise is which examples were drawn. Ranks are
+tested in a fixed sequence from the top downward. The first failure ends the search (`adapters.find_smallest`), so no correction for
+multiplicity is needed.
+
+The margin is a share m of what the reference t gained over the base b. An adapter s is enough if the 95% upper bound of the mean of
+(s - t) - m·(b - t) is at most 0, paired over examples. This needs no ratio of noisy numbers, and shares are not cut at 0% or 100%. The base
+is the trained state with a zero update: trained heads stay. Without a base, the upper bound of s - t is compared with a margin in the metric's
+unit.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from rightrank.decision.adapter_comparison import (
-    ANSWER_FIELDS,
-    Criterion,
-    ReferenceComparison,
-    ScoredAdapter,
-    build_answer,
-    format_claim,
-    format_steps,
+from rightrank.decision.comparison import (
+    CONFIDENCE,
+    Bounds,
+    compute_file_bounds,
+    compute_required_examples,
+    compute_score_range,
+    estimate_file_difference,
+    is_within,
 )
-from rightrank.decision.comparison import compute_file_bounds, compute_score_range, is_within
-from rightrank.decision.table import find_best_point, number_groups
-from rightrank.schema.decision import AdapterAnswer, AdapterCandidate
-from rightrank.schema.events import TestEvaluated
-from rightrank.schema.metrics import Margin, infer_metric_kind
-from rightrank.schema.trials import Floats, TrialFinished, TrialOutcome
+from rightrank.decision.table import (
+    Cell,
+    MetricUnit,
+    compute_distribution,
+    compute_paired_difference,
+    number_groups,
+    orient_scores,
+)
+from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, AdapterMethod, Gain, ShareStep
+from rightrank.schema.metrics import (
+    LossKind,
+    Margin,
+    MetricKind,
+    compute_margin,
+    get_margin_share,
+    infer_metric_kind,
+)
+from rightrank.schema.results import MetricComparison
 
-
-def score_trials(outcomes: Sequence[TrialOutcome], criterion: Criterion) -> dict[str, ScoredAdapter]:
-    """Return the adapters of the finished complete trainings and truncations by trial id.
-
-    If their numbers of examples differ, each one has only its value.
-    """
-    metric = criterion.metric
-    trials = [
-        outcome
-        for outcome in outcomes
-        if isinstance(outcome, TrialFinished)
-        and outcome.rank > 0
-        and outcome.stop_at is None
-        and metric in outcome.metrics
-    ]
-    example_scores = {trial.trial_id: trial.get_weighted_scores(metric) for trial in trials}
-    lengths = {len(items[0]) if items else 0 for items in example_scores.values()}
-    return {
-        trial.trial_id: ScoredAdapter.from_scores(
-            trial.trial_id,
-            trial.rank,
-            trial.metrics[metric],
-            example_scores[trial.trial_id] if len(lengths) == 1 else None,
-            criterion,
-            method="trained" if trial.truncate_from is None else "truncated",
-            groups=trial.example_groups,
-        )
-        for trial in trials
-    }
-
-
-def find_base(
-    outcomes: Iterable[TrialOutcome], criterion: Criterion, top_id: str | None = None
-) -> ScoredAdapter | None:
-    """Find the base of a training: its own zero update where modules other than adapters were trained, else the trial of rank 0.
-
-    Args:
-        top_id: the training; None for any.
-    """
-    metric = criterion.metric
-    bases = [
-        outcome
-        for outcome in outcomes
-        if isinstance(outcome, TrialFinished)
-        and (outcome.rank, outcome.stop_at) == (0, None)
-        and (top_id is None or outcome.truncate_from in (None, top_id))
-        and metric in outcome.metrics
-    ]
-    if not bases:
-        return None
-    trial = max(bases, key=lambda base: base.truncate_from is not None)
-    scores = trial.get_weighted_scores(metric)
-    return ScoredAdapter.from_scores(
-        trial.trial_id, 0, trial.metrics[metric], scores, criterion, groups=trial.example_groups
-    )
-
-
-def describe_checkpoint(trial: TrialFinished, criterion: Criterion, margin: float) -> list[str]:
-    """Say which evaluation of the training at the top rank is used, or that an earlier one was better."""
-    points = trial.points if criterion.points_use_metric and trial.value_metric is None else []
-    best = find_best_point(points, criterion.higher_is_better) if points else None
-    if trial.checkpoint_step is not None:
-        mean = ", the mean of the factors since the warm-up" if trial.checkpoint_is_mean else ""
-        return [
-            f"The best checkpoint of rank {trial.rank} is used: step {trial.checkpoint_step} of {trial.steps}{mean}."
-        ]
-    if best is None or is_within(abs(points[-1].value - best.value), margin):
-        return []
-    return [
-        f"The held-out value of rank {trial.rank} was best at step {best.step} of {trial.steps}: train again with "
-        f"--max-steps {best.step}, or with --set checkpoint=best."
-    ]
-
-
-def build_trained_answer(
-    trial: TrialFinished,
-    criterion: Criterion,
-    reference: TrialFinished | None = None,
-    outcomes: Sequence[TrialOutcome] = (),
-) -> AdapterAnswer:
-    """Return the answer for a trained adapter if no truncation was compared.
-
-    Args:
-        reference: the best adapter of the run; None: the trained adapter itself.
-        outcomes: the outcomes of the run, for its base.
-    """
-    reference = reference or trial
-    adapters = score_trials([trial, reference], criterion)
-    base = find_base(outcomes, criterion, reference.trial_id)
-    comparison = ReferenceComparison(adapters[reference.trial_id], adapters, criterion, base)
-    adapter = adapters[trial.trial_id]
-    chosen = comparison.build_candidate(adapter)
-    sentence = f"The adapter is the one trained at rank {trial.rank}; no truncation was compared."
-    return build_answer(chosen, adapter, comparison, [chosen], sentence)
-
-
-def prefer_direct_training(
-    answer: AdapterAnswer, outcomes: Sequence[TrialOutcome], criterion: Criterion
-) -> AdapterAnswer | None:
-    """Return the answer with a direct training in place of the truncation, or None if no direct training is better.
-
-    A training at a lower rank must be within the margin of the same reference. One at the same rank must be shown to be better:
-    the 95% upper bound of its difference from the present adapter is below 0.
-    """
-    adapters = score_trials(outcomes, criterion)
-    if answer.reference_id not in adapters or answer.trial_id not in adapters:
-        return None
-    comparison, present = _compare_with_reference(answer, outcomes, criterion), adapters[answer.trial_id]
-    better: list[AdapterCandidate] = []
-    for adapter in adapters.values():
-        if adapter.method != "trained" or adapter.rank > answer.rank or adapter is present:
-            continue
-        candidate, is_lower = comparison.build_candidate(adapter), adapter.rank < answer.rank
-        if candidate.is_within_margin and (is_lower or comparison.compute_bounds(adapter.cell, present.cell).high < 0):
-            better.append(candidate)
-    if not better:
-        return None
-    best = min(better, key=lambda candidate: (candidate.rank, candidate.difference, candidate.trial_id))
-    steps = format_steps(answer.staircase, best.rank)
-    claim = format_claim(best, f"rank {comparison.reference.rank}", comparison)
-    return answer.model_copy(
-        update={name: getattr(best, name) for name in ANSWER_FIELDS}
-        | {"candidates": [*answer.candidates, best], "sentence": f"{claim} It was trained at that rank.{steps}"}
-    )
-
-
-def compare_adapters(
-    answer: AdapterAnswer, outcomes: Sequence[TrialOutcome], criterion: Criterion
-) -> list[AdapterCandidate]:
-    """Compare every adapter of a run with the reference of `answer`, by descending rank.
-
-    At each rank the best trial is shown, and every one that the answer names, since a better training at the reference's rank may be
-    handed over. If the journal lacks a trial that the answer names, only the answer's candidates are returned.
-    """
-    adapters = score_trials(outcomes, criterion)
-    named_ids = {answer.trial_id, answer.reference_id, answer.trained_id}
-    if not named_ids <= adapters.keys():
-        return answer.candidates
-    parents = {outcome.trial_id: outcome.truncate_from for outcome in outcomes}
-    comparison = _compare_with_reference(answer, outcomes, criterion)
-    shown = [adapters[trial_id] for trial_id in sorted(named_ids, key=lambda trial_id: adapters[trial_id].cell.loss)]
-    shown_keys = {(adapter.rank, adapter.method) for adapter in shown}
-    for adapter in sorted(adapters.values(), key=lambda adapter: adapter.cell.loss):
-        key = adapter.rank, adapter.method
-        if parents[adapter.name] in (None, answer.trained_id) and key not in shown_keys:
-            shown_keys.add(key)
-            shown.append(adapter)
-    return [
-        comparison.build_candidate(adapter)
-        for adapter in sorted(shown, key=lambda adapter: (-adapter.rank, adapter.method))
-    ]
-
-
-def compute_test_difference(
-    chosen: TestEvaluated | None, reference: TestEvaluated | None, criterion: Criterion
-) -> tuple[float, float | None] | None:
-    """Return the difference from the reference on the test split with its 95% upper bound; None if either has no test value."""
-    if chosen is None or reference is None:
-        return None
-    sides = [_get_test_scores(test, criterion.metric) for test in (chosen, reference)]
-    sign = -1.0 if criterion.higher_is_better else 1.0
-    if sides[0] is None or sides[1] is None:
-        return sign * (chosen.value - reference.value), None
-    (ours, weights), (theirs, _) = sides[0], sides[1]
-    score_range = compute_score_range(infer_metric_kind(criterion.metric, criterion.higher_is_better), [ours, theirs])
-    groups = number_groups(chosen.example_groups, len(weights))
-    if len(weights) < 2:
-        return float(sign * (ours - theirs).sum() / weights.sum()), None
-    bounds = compute_file_bounds(sign * (ours - theirs), weights, score_range, groups)
-    return bounds.mean, bounds.high
-
-
-def _get_test_scores(test: TestEvaluated, metric: str) -> tuple[Floats, Floats] | None:
-    """Return `(sums, weights)` by example, or None for a metric without example scores on the test split."""
-    correct = test.example_correct if metric == "accuracy" else None
-    values = test.example_losses if metric == "loss" else correct or test.example_metrics.get(metric)
-    if values is None:
-        return None
-    scores = np.asarray(values, dtype=np.float64)
-    return scores, np.asarray(test.example_tokens, dtype=np.float64) if metric == "loss" else np.ones_like(scores)
-
-
-def _compare_with_reference(
-    answer: AdapterAnswer, outcomes: Sequence[TrialOutcome], criterion: Criterion
-) -> ReferenceComparison:
-    """Return the comparison with the reference of an answer, at the answer's margin."""
-    adapters = score_trials(outcomes, criterion)
-    share, base = answer.margin_share, find_base(outcomes, criterion, answer.trained_id)
-    margin: Margin = answer.margin if share is None else f"{100 * share:g}%"
-    return ReferenceComparison(adapters[answer.reference_id], adapters, replace(criterion, margin=margin), base)
+SEARCH_OPTION = "(--goal training-rank)"  # the option that searches the training rank, for notes
+# Fields that an answer copies from the chosen candidate.
+ANSWER_FIELDS = {
+    "rank",
+    "method",
+    "trial_id",
+    "difference",
+    "difference_high",
+    "share_kept",
+    "share_kept_low",
+    "distribution",
+}
+MAX_DIRECT_RANK = 4  # at these ranks a direct training can beat a truncation (docs/explanation/science.md)
+STEP_SHARES = (0.99, 0.98, 0.95, 0.9)  # shares of the gain for which an answer names the smallest rank
+MAX_STEPS = 60  # of the search for a bound of a share
+SHARE_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
-class Provenance:
-    """The steps that produced an adapter; enough to reproduce it."""
+class Criterion:
+    """The metric and the margin by which candidates are compared."""
 
+    metric: str
+    higher_is_better: bool
+    margin: Margin | None  # None: the default
+    loss: LossKind = "token_loss"  # the kind of a loss
+    points_use_metric: bool = True  # False: values during training are losses for every metric
+    trusts_values: bool = False  # whether a difference without example scores is treated as exact, as in a replay
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredAdapter:
+    """An adapter with its held-out scores."""
+
+    name: str  # trial id, or the name of its folder
     rank: int
-    trained_rank: int
-    learning_rate: float
-    steps: int  # of the training; 0: a custom trainer decides
-    checkpoint_step: int | None  # of the best checkpoint; None: the last
-    truncation: str | None  # the method; None: it was not truncated
-    checkpoint_is_mean: bool = False  # whether the checkpoint is the mean of the factors since the warm-up
+    method: AdapterMethod
+    cell: Cell
+    kind: MetricKind
 
-    def format_sentence(self) -> str:
-        """Format a sentence such as "trained at rank 64 (learning rate 0.003, 240 steps), truncated to rank 8 by K-FAC"."""
-        checkpoint = "" if self.checkpoint_step is None else f" step {self.checkpoint_step} of"
-        checkpoint = f" the mean of the factors at{checkpoint}" if self.checkpoint_is_mean else checkpoint
-        steps = f",{checkpoint} {self.steps} steps" if self.steps else ""
-        rate = f"learning rate {self.learning_rate:g}" if self.learning_rate else ""  # 0: unknown
-        details = f"{rate}{steps}".removeprefix(", ")
-        clauses = [f"trained at rank {self.trained_rank}" + (f" ({details})" if details else "")]
-        if self.truncation is not None:
-            clauses.append(f"truncated to rank {self.rank} by {self.truncation}")
-        return ", ".join(clauses)
+    @classmethod
+    def from_scores(
+        cls,
+        name: str,
+        rank: int,
+        value: float,
+        example_scores: tuple[Sequence[float], Sequence[float]] | None,
+        criterion: Criterion,
+        *,
+        method: AdapterMethod = "truncated",
+        groups: Sequence[int] | None = None,
+    ) -> ScoredAdapter:
+        """Build the record from scores in the metric's direction.
+
+        Args:
+            value: the mean score.
+            example_scores: `(score of each example times its weight, weights)`; None if only the mean is known.
+            groups: the group of each example; None: no groups.
+        """
+        kind = infer_metric_kind(criterion.metric, criterion.higher_is_better, criterion.loss)
+        kind = "other" if kind == "perplexity" and value <= 0 else kind
+        scores, weights = (np.asarray(each, dtype=np.float64) for each in example_scores or ([value], [1.0]))
+        scale = (
+            weights if kind == "perplexity" else np.ones(1)
+        )  # The logarithm applies to the score without its weight.
+        sums = orient_scores(scores / scale, kind, criterion.higher_is_better) * scale
+        score_range = compute_score_range(kind, scores, weights)
+        cell = Cell(name, value, sums, weights, score_range, groups=number_groups(groups, len(weights)))
+        return cls(name, rank, method, cell, kind)
 
 
-TRUNCATION_METHODS = {"kfac": "K-FAC", "svd": "SVD"}
+@dataclass(frozen=True)
+class ReferenceComparison:
+    """A comparison of adapters with a reference adapter and with the base."""
+
+    reference: ScoredAdapter
+    adapters: Mapping[str, ScoredAdapter]  # by name; their values tell a percentage from a fraction
+    criterion: Criterion
+    base: ScoredAdapter | None = None  # the trained state with a zero update; None: not measured
+
+    @cached_property
+    def unit(self) -> MetricUnit:
+        return MetricUnit(self.reference.kind, self.criterion.higher_is_better, self.reference.cell.value)
+
+    @cached_property
+    def gain_bounds(self) -> Bounds | None:
+        """Return how much worse than the reference the base is, in the oriented unit; None without a base."""
+        if self.base is None:
+            return None
+        if self.base.cell.examples == self.reference.cell.examples:
+            return self.compute_bounds(self.base.cell)
+        gain = self.base.cell.loss - self.reference.cell.loss  # a base with one number: treated as exact
+        return Bounds(gain, gain, gain)
+
+    @property
+    def gain(self) -> Gain | None:
+        """Return what the reference gained over the base, in the metric's unit; None without a base."""
+        bounds = self.gain_bounds
+        if bounds is None:
+            return None
+        return Gain(**{name: self.unit.convert_difference(getattr(bounds, name)) for name in ("mean", "low", "high")})
+
+    @property
+    def has_no_gain(self) -> bool:
+        """Return whether the reference is not shown to be better than the base. No adapter is enough then."""
+        return self.gain_bounds is not None and self.gain_bounds.low <= 0
+
+    @property
+    def share(self) -> float | None:
+        """Return the margin as a share of the gain; None for a margin in the metric's unit, and without a base."""
+        return None if self.base is None else get_margin_share(self.criterion.margin)
+
+    @property
+    def margin(self) -> float:
+        """Return the margin in the metric's unit."""
+        reference, gain, margin = self.reference, self.gain, self.criterion.margin
+        values = [adapter.cell.value for adapter in self.adapters.values()]
+        # After a training there is always an answer, so a share without a base becomes the default, and a note says so.
+        margin = None if gain is None and isinstance(margin, str) else margin
+        return compute_margin(margin, reference.kind, reference.cell.value, values, None if gain is None else gain.mean)
+
+    def compute_bounds(self, cell: Cell, reference: Cell | None = None) -> Bounds:
+        """Compute the difference from the reference with its bounds, paired over examples; above 0 is worse.
+
+        The bounds are those with which `compare` compares two adapters. Without scores by example they are the mean.
+        """
+        worse_by = compute_paired_difference(cell, reference or self.reference.cell)
+        if not cell.examples:
+            return Bounds(worse_by.loss, worse_by.loss, worse_by.loss)
+        return compute_file_bounds(worse_by.sums, worse_by.weights, worse_by.score_range, worse_by.groups)
+
+    def compute_contrast(self, cell: Cell, share: float) -> Bounds:
+        """Compute the bounds of (s - t) - share·(b - t) for the adapter s; there must be a base.
+
+        The contrast of losses is paired by example. For bounded scores, whose bounds allow for examples that have not been drawn, the
+        bounds of both differences are combined as in Zou and Donner (2008, "Construction of confidence limits about effect measures",
+        Statistics in Medicine 27).
+        """
+        worse, gain, base = self.compute_bounds(cell), self.gain_bounds, self.base
+        assert gain is not None
+        assert base is not None
+        mean = worse.mean - share * gain.mean
+        paired = compute_paired_difference(cell, self.reference.cell)
+        is_paired = base.cell.examples == cell.examples > 0
+        if is_paired and not paired.score_range:
+            return compute_file_bounds(self._compute_contrast_sums(cell, share), paired.weights, groups=paired.groups)
+        nearer, farther = (gain.low, gain.high) if share >= 0 else (gain.high, gain.low)
+        return Bounds(
+            mean,
+            mean - math.hypot(worse.mean - worse.low, share * (farther - gain.mean)),
+            mean + math.hypot(worse.high - worse.mean, share * (gain.mean - nearer)),
+        )
+
+    def _compute_contrast_sums(self, cell: Cell, share: float) -> Any:
+        assert self.base is not None
+        gain = compute_paired_difference(self.base.cell, self.reference.cell)
+        return compute_paired_difference(cell, self.reference.cell).sums - share * gain.sums
+
+    def compute_lost_share(self, cell: Cell) -> Bounds | None:
+        """Compute the share of the gain that an adapter loses, with the shares at which a bound of the contrast is 0.
+
+        None if there is no gain, or no scores by example.
+        """
+        gain = self.gain_bounds
+        if gain is None or gain.low <= 0:
+            return None
+        lost = self.compute_bounds(cell).mean / gain.mean
+        if not cell.examples:
+            return Bounds(lost, lost, lost)
+        low = _find_zero(lambda share: self.compute_contrast(cell, share).low, lost, gain.mean)
+        high = _find_zero(lambda share: self.compute_contrast(cell, share).high, lost, gain.mean)
+        return Bounds(lost, low, high)
+
+    def compute_needed_examples(self, adapter: ScoredAdapter) -> int | None:
+        """Compute the number of examples that are expected to tell whether the adapter is within the margin; None: unknown, or too many."""
+        cell, share = adapter.cell, self.share
+        if not cell.examples or (share is not None and self.base and self.base.cell.examples != cell.examples):
+            return None
+        paired = compute_paired_difference(cell, self.reference.cell)
+        sums = paired.sums if share is None else self._compute_contrast_sums(cell, share)
+        margin = self.unit.convert_margin(self.margin) if share is None else 0.0
+        return compute_required_examples(
+            estimate_file_difference(sums, paired.weights, paired.score_range, paired.groups), margin
+        )
+
+    def build_candidate(self, adapter: ScoredAdapter) -> AdapterCandidate:
+        difference, cell, reference = 0.0, adapter.cell, self.reference
+        low = high = 0.0 if adapter is reference else None  # 0 is exact
+        distribution = None
+        lost = None if self.gain_bounds is None or self.has_no_gain else Bounds(0.0, 0.0, 0.0)
+        is_within_margin = True
+        if adapter.name != reference.name:
+            bounds, unit, lost = self.compute_bounds(cell), self.unit, self.compute_lost_share(cell)
+            difference = unit.convert_difference(bounds.mean)
+            if cell.examples:
+                low, high = unit.convert_difference(bounds.low), unit.convert_difference(bounds.high)
+                paired = compute_paired_difference(cell, reference.cell)
+                distribution = compute_distribution(paired, self.margin, unit.convert_difference)
+            is_within_margin = self._is_within_margin(cell, high, difference)
+        return AdapterCandidate(
+            rank=adapter.rank,
+            method=adapter.method,
+            trial_id=adapter.name,
+            value=cell.value,
+            difference=difference,
+            difference_low=low,
+            difference_high=high,
+            is_within_margin=is_within_margin,
+            share_kept=lost and 1 - lost.mean,
+            share_kept_low=None if lost is None or high is None else 1 - lost.high,
+            share_kept_high=None if lost is None or high is None else 1 - lost.low,
+            distribution=distribution,
+        )
+
+    def _is_within_margin(self, cell: Cell, high: float | None, difference: float) -> bool:
+        """Return whether the adapter is shown to be within the margin. `high` and `difference` are in the metric's unit."""
+        if self.has_no_gain or (high is None and not self.criterion.trusts_values):
+            return False
+        if self.share is None:
+            return is_within(difference if high is None else high, self.margin)
+        return is_within(self.compute_contrast(cell, self.share).high, 0.0)
 
 
-def build_provenance(trial: TrialFinished, finished: Sequence[TrialFinished]) -> Provenance:
-    """Return the provenance of a trial's adapter."""
-    parent = next((candidate for candidate in finished if candidate.trial_id == trial.truncate_from), trial)
-    is_truncated = trial.rank < parent.rank
-    return Provenance(
-        rank=trial.rank,
-        trained_rank=parent.rank,
-        learning_rate=parent.learning_rate,
-        steps=parent.steps,
-        checkpoint_step=parent.checkpoint_step,
-        truncation=TRUNCATION_METHODS[trial.truncation or "svd"] if is_truncated else None,
-        checkpoint_is_mean=parent.checkpoint_is_mean,
+def _find_zero(bound: Callable[[float], float], start: float, slope: float) -> float:
+    """Find where a bound that falls with about this slope is 0, from a start near it, by the method of Illinois."""
+    previous, current = start, start + bound(start) / slope
+    previous_value, value = bound(previous), bound(current)
+    for _ in range(MAX_STEPS):
+        if previous_value == 0 or value * previous_value < 0:
+            break
+        previous, previous_value, current = current, value, current + 2 * (current - previous or SHARE_TOLERANCE)
+        value = bound(current)
+    for _ in range(MAX_STEPS):
+        if previous_value == value or abs(current - previous) < SHARE_TOLERANCE:
+            break
+        middle = current - value * (current - previous) / (value - previous_value)
+        middle_value = bound(middle)
+        if middle_value * value < 0:
+            previous, previous_value = current, value
+        else:
+            previous_value /= 2
+        current, value = middle, middle_value
+    return current
+
+
+def build_truncation_answer(
+    chosen: ScoredAdapter,
+    truncations: Iterable[ScoredAdapter],
+    comparison: ReferenceComparison,
+    notes: Sequence[str] = (),
+) -> AdapterAnswer:
+    """Build the answer for the chosen adapter among the truncations of the reference, or for the reference itself.
+
+    Args:
+        notes: on the training of the reference.
+    """
+    top, descending = comparison.reference, sorted(truncations, key=lambda adapter: -adapter.rank)
+    candidates = [comparison.build_candidate(adapter) for adapter in descending]
+    answer, steps = comparison.build_candidate(chosen), build_share_steps(candidates)
+    return build_answer(
+        answer,
+        top,
+        comparison,
+        [comparison.build_candidate(top), *candidates],
+        _format_answer(answer, comparison, candidates, descending) + format_steps(steps, answer.rank),
+        notes=[*_collect_notes(answer, candidates, comparison), *notes, *filter(None, [top.cell.assumption])],
+        staircase=steps,
     )
+
+
+def build_share_steps(candidates: Iterable[AdapterCandidate]) -> list[ShareStep]:
+    """Return the smallest rank that keeps at least each of `STEP_SHARES`, by the same fixed sequence for each share, without repetitions."""
+    steps: list[ShareStep] = []
+    descending = sorted(candidates, key=lambda candidate: -candidate.rank)
+    for share in STEP_SHARES:
+        smallest = None
+        for candidate in descending:
+            if candidate.share_kept_low is None or candidate.share_kept_low < share:
+                break
+            smallest = candidate.rank
+        if smallest is not None and (not steps or smallest < steps[-1].rank):
+            steps.append(ShareStep(share=share, rank=smallest))
+    return steps
+
+
+def build_answer(
+    chosen: AdapterCandidate,
+    top: ScoredAdapter,
+    comparison: ReferenceComparison,
+    candidates: Sequence[AdapterCandidate],
+    sentence: str,
+    **optional_fields: Any,
+) -> AdapterAnswer:
+    """Build the answer for a candidate that was trained at the top rank, or truncated from it."""
+    return AdapterAnswer(
+        **chosen.model_dump(include=ANSWER_FIELDS),
+        trained_rank=top.rank,
+        trained_id=top.name,
+        reference_id=comparison.reference.name,
+        margin=comparison.margin,
+        margin_share=comparison.share,
+        gain=comparison.gain,
+        candidates=list(candidates),
+        sentence=sentence,
+        **optional_fields,
+    )
+
+
+def format_share(share: float) -> str:
+    """Format a share of the gain with one digit after the point, and two near 100%."""
+    digits = 2 if 0.9995 <= share < 1 else 1
+    return f"{share:.{digits}%}".replace(".0%", "%")
+
+
+def format_margin(answer: AdapterAnswer | MetricComparison) -> str:
+    """Format the margin of an answer or of a comparison as a share of the gain if it is one, with its value in the metric's unit."""
+    return (
+        f"{answer.margin:.4g}"
+        if answer.margin_share is None
+        else f"{format_share(answer.margin_share)} of the gain ({answer.margin:.2g})"
+    )
+
+
+def format_claim(candidate: AdapterCandidate, reference_name: str, comparison: ReferenceComparison) -> str:
+    """Format the evidence for an adapter within the margin as a sentence that begins with its rank."""
+    name, amount = f"Rank {candidate.rank}", f"{candidate.difference:+.2g}"
+    if candidate.trial_id == comparison.reference.name:
+        return f"{name} is {reference_name} itself."
+    if candidate.share_kept is not None:
+        bound = (
+            f" (at least {format_share(candidate.share_kept_low)}, {CONFIDENCE:.0%} confidence)"
+            if candidate.share_kept_low is not None
+            else ""
+        )
+        return f"{name} keeps {format_share(candidate.share_kept)} of what {reference_name} gained{bound}."
+    margin = f"{comparison.margin:.4g}"
+    if candidate.difference_high is None:
+        return f"{name} differs from {reference_name} by {amount}, within the margin of {margin}."
+    return (
+        f"{name} is no worse than {reference_name} by more than the margin of {margin} "
+        f"(difference {amount}, at most {candidate.difference_high:+.2g} with {CONFIDENCE:.0%} confidence)."
+    )
+
+
+def format_steps(steps: Iterable[ShareStep], rank: int) -> str:
+    """Format the ranks below `rank` that keep less as a sentence such as "98%: rank 4 · 95%: rank 2."; empty if there are none."""
+    texts = [f"{format_share(step.share)}: rank {step.rank}" for step in steps if step.rank < rank]
+    return f" {' · '.join(texts)}." if texts else ""
+
+
+def _format_answer(
+    answer: AdapterCandidate,
+    comparison: ReferenceComparison,
+    candidates: Sequence[AdapterCandidate],
+    truncations: Sequence[ScoredAdapter],
+) -> str:
+    top, gain = comparison.reference, comparison.gain
+    if gain is not None and comparison.has_no_gain:
+        return (
+            f"No gain shown: rank {top.rank} differs from the base by {gain.mean:+.2g} (95% bounds {gain.low:+.2g} and {gain.high:+.2g}), so no "
+            "rank is called enough. Train at other learning rates, for more steps, or on more data, and check that the data match the task."
+        )
+    if answer.rank < top.rank:
+        return format_claim(answer, f"rank {top.rank}", comparison)
+    lower = max(
+        (candidate for candidate in candidates if candidate.rank < top.rank), key=lambda c: c.rank, default=None
+    )
+    if lower is None:
+        return f"Rank {top.rank} is kept: no lower rank was measured."
+    if not top.cell.examples:
+        return f"Rank {top.rank} is kept: without a score for each example no lower rank can be shown to be enough."
+    adapter = next(adapter for adapter in truncations if adapter.name == lower.trial_id)
+    return _format_top_rank(lower, adapter, comparison)
+
+
+def _format_top_rank(lower: AdapterCandidate, adapter: ScoredAdapter, comparison: ReferenceComparison) -> str:
+    """Say why the top rank is kept: the next lower one loses more than the margin, or the examples cannot tell."""
+    top, rows = comparison.reference, f"{comparison.reference.cell.examples:,} held-out rows"
+    share, low, high = comparison.share, lower.share_kept_low, lower.share_kept_high
+    if share is not None and low is not None and high is not None:
+        is_open = high > 1 - share
+        limits = f"keeps between {format_share(low)} and {format_share(high)}"
+        needed_margin, evidence = f"{math.ceil(100 * (1 - low) - 1e-9)}%", f"{limits} of what rank {top.rank} gained"
+        bound = format_share(1 - share)
+    else:
+        worst, best = lower.difference_high, lower.difference_low
+        assert worst is not None
+        assert best is not None
+        is_open = is_within(best, comparison.margin)
+        needed_margin, bound = f"{worst:.2g}", f"within {comparison.margin:.4g}"
+        evidence = f"is worse than rank {top.rank} by between {best:+.2g} and {worst:+.2g}"
+    if not is_open:
+        return f"Rank {top.rank} is kept: rank {lower.rank} {evidence} ({CONFIDENCE:.0%} bounds), not {bound}."
+    needed = comparison.compute_needed_examples(adapter)
+    more = "more held-out rows" + (f" (about {needed:,})" if needed else "")
+    return (
+        f"Undecided below rank {top.rank}: with these {rows} rank {lower.rank} {evidence}. To decide: {more}, or --margin "
+        f"{needed_margin}, which costs no training."
+    )
+
+
+def _collect_notes(
+    answer: AdapterCandidate, candidates: Sequence[AdapterCandidate], comparison: ReferenceComparison
+) -> list[str]:
+    notes, top, share = [], comparison.reference, get_margin_share(comparison.criterion.margin)
+    if comparison.base is None and share is not None:
+        notes.append(
+            f"The base was not measured, so there is no gain to keep {1 - share:.0%} of, and the "
+            f"margin is {comparison.margin:.4g} in the metric's unit."
+        )
+    failed_ranks = [
+        candidate.rank for candidate in candidates if candidate.rank < answer.rank and not candidate.is_within_margin
+    ]
+    if failed_ranks and max(failed_ranks) <= MAX_DIRECT_RANK:
+        notes.append(
+            f"At rank {max(failed_ranks)} a direct training can beat a truncation; the search for the training rank "
+            f"{SEARCH_OPTION} tries it."
+        )
+    better = [
+        candidate
+        for candidate in candidates
+        if (candidate.difference_high or 0.0) < 0 and -candidate.difference > comparison.margin
+    ]
+    if small_better := [candidate for candidate in better if candidate.rank <= top.rank / 4]:
+        notes.append(
+            f"Rank {small_better[0].rank} is better than rank {top.rank} by {-small_better[0].difference:.2g}: the top rank "
+            f"overfits; train again with --ranks up to {max(candidate.rank for candidate in small_better)}, or fewer steps."
+        )
+    return notes

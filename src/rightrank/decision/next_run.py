@@ -5,15 +5,13 @@ More seeds or examples are planned with the present differences, which are thems
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 from rightrank.decision.comparison import MAX_SEEDS, is_within
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.learning_rate import EDGE_FACTOR, extrapolate_rate
-from rightrank.decision.ranks import Comparison
+from rightrank.decision.ranks import Comparison, find_failed_rank, format_rank_names
 from rightrank.decision.table import ScoreTable
-from rightrank.decision.verdicts import (
-    find_failed_rank,
-    format_rank_names,
-)
 from rightrank.schema.decision import NextRun, Verdict
 
 CONFIRM_SEEDS = 3
@@ -175,3 +173,21 @@ def _build_seed_run(evidence: Evidence, ranks: list[int], seeds: int, sentence: 
 
 def _format_cost(trials: int) -> str:
     return "1 training" if trials == 1 else f"{trials} trainings"
+
+
+EDGE_FACTOR = 3  # the factor beyond the best learning rate if no other rate suggests one
+
+
+def extrapolate_rate(edge: float, inner: float, tried_rates: Iterable[float] = ()) -> float:
+    """Return a learning rate beyond the edge by the step between the edge and its neighbor.
+
+    A rate that was tried at another rank is preferred if one is near, else a round number.
+    """
+    if edge == 0 or inner == 0:
+        return edge * EDGE_FACTOR or inner / EDGE_FACTOR
+    factor = edge / inner
+    lr = edge * factor
+    for candidate in (*sorted(tried_rates), float(f"{lr:.0e}")):
+        if candidate and abs(math.log(candidate / lr)) < abs(math.log(factor)) / 4:
+            return candidate
+    return float(f"{lr:.3g}")

@@ -1,9 +1,30 @@
-"""Compare every rank with the reference at one margin, and choose the smallest rank with the requested probability."""
+"""Compare every rank with the reference at one margin, choose the smallest rank with the requested probability, and name the verdict.
+
+The verdict is the first row that applies, from the most sobering to the plainest:
+
+    ===========  =====================================================================================
+    no_gain      the base model is within the margin of the best adapter, or the adapter is not shown to be better
+                 than it (for one number per rank: within the margin of a table without a base)
+    undecided    no rank has the requested probability; a rank above the reference is clearly worse than it
+                 without a reason (`find_unexplained_rank`); or the answer rests on a rank of which one of
+                 two seeds is far from the other (`find_doubtful_rank`)
+    overfitting  the largest rank is worse than the margin allows on held-out data and better in training
+    flat         the smallest rank is chosen, and no rank is shown to be worse than the margin allows
+    rising       the largest rank is chosen, and every smaller one is shown to be worse than the margin allows
+    saturated    otherwise
+    ===========  =====================================================================================
+
+"Shown" means by the 95% bounds or with the requested probability. If the values have no uncertainty (`Evidence.lacks_uncertainty`),
+nothing is undecided for lack of evidence: ranks are compared by their values.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+
+import numpy as np
 
 from rightrank.decision.comparison import CONFIDENCE, Bounds, Estimate, is_within, list_lower_ranks
 from rightrank.decision.evidence import Evidence
@@ -169,3 +190,148 @@ def _list_thresholds(comparison: Comparison) -> list[tuple[float, int]]:
     ranks = list_lower_ranks(comparison.by_rank, comparison.reference.rank)
     means = [max(comparison.by_rank[rank].difference.mean, 0.0) for rank in ranks]
     return list(zip(accumulate(means, max), ranks, strict=True))
+
+
+FALL_IN_MARGINS = 20.0  # below the best: no published curve has a single fall above 16 (benchmarks/decide)
+RISE = 1 / 8  # the share of a rank's difference that its neighbor has if results get worse rank by rank
+
+
+def determine_verdict(comparison: Comparison) -> Verdict:
+    """Return the first row of the table above that applies."""
+    if comparison.is_base_enough:
+        return "no_gain"
+    if comparison.is_open or find_failed_rank(comparison) is not None:
+        return "undecided"
+    if is_overfitting(comparison):
+        return "overfitting"
+    if comparison.chosen == comparison.ranks[0] and not any(comparison.is_worse(rank) for rank in comparison.ranks):
+        return "flat"
+    if is_rising(comparison) and all(comparison.is_worse(rank) for rank in comparison.ranks[:-1]):
+        return "rising"
+    return "saturated"
+
+
+def find_failed_rank(comparison: Comparison) -> int | None:
+    """Find a rank of which a training may have failed so that the answer depends on it, or return None."""
+    unexplained = find_unexplained_rank(comparison)
+    return find_doubtful_rank(comparison) if unexplained is None else unexplained
+
+
+def find_doubtful_rank(comparison: Comparison) -> int | None:
+    """Find the chosen rank or the reference if only one of its two seeds counts, since they are far from each other, or return None.
+
+    Which of the two is the usual one is not known.
+    """
+    answer = {comparison.chosen, comparison.reference.rank}
+    doubtful = (outlier.rank for outlier in comparison.evidence.outliers if len(outlier.other_values) == 1)
+    return next((rank for rank in doubtful if rank in answer), None)
+
+
+def find_unexplained_rank(comparison: Comparison) -> int | None:
+    """Find the smallest rank above the reference that is clearly worse without a reason, or return None.
+
+    A larger rank is expected to be about as good. If it is not, its training may have failed (a learning rate that is too high, an
+    unlucky seed), and it may truly be the best: on twelve long grids most answers next to such a rank were too small
+    (benchmarks/selection/noise_model.json). Overfitting is another reason: then its training values are better than the reference's,
+    or results get worse rank by rank. Two seeds whose bounds show it settle it too, unless it fell by `FALL_IN_MARGINS` at the lowest
+    of its learning rates. With one number a rank it has to fall as far.
+    """
+    larger = [rank for rank in comparison.ranks if rank > comparison.reference.rank]
+    for rank in larger:
+        compared = comparison.by_rank[rank]
+        has_failed = not comparison.evidence.has_lower_rate(rank) and not is_within(
+            compared.difference.mean, FALL_IN_MARGINS * comparison.margin
+        )
+        is_shown = compared.non_inferior is False and compared.difference.seeds > 1
+        is_settled = (comparison.evidence.lacks_uncertainty or is_shown) and not has_failed
+        is_explained = _has_better_training(comparison, rank) or _is_gradual_rise(comparison, larger, rank)
+        if comparison.is_clearly_worse(rank) and not is_settled and not is_explained:
+            return rank
+    return None
+
+
+def _is_gradual_rise(comparison: Comparison, larger: Sequence[int], rank: int) -> bool:
+    """Return whether the neighboring larger ranks are worse too, as with overfitting.
+
+    The neighbor below must have a share of this rank's difference, the one above more than this rank. False if the base model is
+    better than this rank.
+    """
+    differences = {other_rank: comparison.by_rank[other_rank].difference.mean for other_rank in comparison.by_rank}
+    if 0 in differences and differences[rank] > differences[0]:
+        return False
+    index = larger.index(rank)
+    below, above = larger[max(index - 1, 0) : index], larger[index + 1 : index + 2]
+    return any(differences[other_rank] >= RISE * differences[rank] for other_rank in below) or any(
+        differences[other_rank] >= (1 + RISE) * differences[rank] for other_rank in above
+    )
+
+
+def is_rising(comparison: Comparison) -> bool:
+    """Return whether the top rank is better than every smaller one by more than the margin and its stated deviation."""
+    *smaller, top = comparison.ranks
+    if comparison.reference.rank != top:
+        return False
+    stated_deviations = [cell.deviation or 0.0 for cell in comparison.reference.cells.values()]
+    threshold = max(comparison.margin, *stated_deviations) if comparison.evidence.basis == "std" else comparison.margin
+    return all(not is_within(comparison.by_rank[rank].difference.mean, threshold) for rank in smaller)
+
+
+def is_overfitting(comparison: Comparison) -> bool:
+    """Return whether the largest rank is worse than the margin allows on held-out data but better in training."""
+    top = comparison.ranks[-1]
+    return top != comparison.reference.rank and comparison.is_worse(top) and _has_better_training(comparison, top)
+
+
+def _has_better_training(comparison: Comparison, rank: int) -> bool:
+    """Return whether the rank is better than the reference in training."""
+    rank_value, reference_value = (
+        _compute_train_value(comparison.evidence.contenders[rank]),
+        _compute_train_value(comparison.reference),
+    )
+    return rank_value is not None and reference_value is not None and rank_value < reference_value
+
+
+def _compute_train_value(contender: Contender) -> float | None:
+    """Return the mean training loss. Lower is better for every metric."""
+    values = [cell.train_value for cell in contender.cells.values() if cell.train_value is not None]
+    return float(np.mean(values)) if values else None
+
+
+def collect_flags(
+    comparison: Comparison,
+    verdict: Verdict,
+) -> list[str]:
+    """Return the flags in a fixed order. Each has an entry in docs/reference/decision.md."""
+    evidence, top = comparison.evidence, comparison.ranks[-1]
+    answer = {comparison.chosen, comparison.reference.rank}
+    flags = {
+        "underpowered": is_underpowered(comparison, verdict),
+        "rising": verdict == "undecided"
+        and is_rising(comparison)
+        and all(comparison.by_rank[rank].low > 0 for rank in comparison.ranks if rank < top),
+        "lr_edge": any(evidence.is_at_edge(rank) for rank in answer),
+        "unstable": any(evidence.table.missing.values()),
+        "outlier": bool(evidence.outliers),
+        "larger_rank_worse": find_unexplained_rank(comparison) is not None,
+        "unequal_length": len(evidence.list_lengths()) > 1,
+        "one_seed": comparison.is_indication,
+        "selection_bias": evidence.selection_bias > comparison.margin / 2,
+    }
+    return [flag for flag, is_raised in flags.items() if is_raised]
+
+
+def is_underpowered(comparison: Comparison, verdict: Verdict) -> bool:
+    """Return whether the data can't show the answer at 95% confidence."""
+    if not comparison.evidence.lacks_uncertainty:
+        return verdict == "undecided"
+    compared, below = comparison.by_rank, comparison.next_lower_rank
+    is_settled = compared[comparison.chosen].non_inferior is True and (
+        below is None or compared[below].non_inferior is False
+    )
+    return comparison.evidence.basis == "values" or not is_settled
+
+
+def format_rank_names(ranks: Sequence[int]) -> str:
+    """Format ranks as `rank 4` or `ranks 4, 16 and 64`."""
+    *first, last = map(str, ranks)
+    return f"ranks {', '.join(first)} and {last}" if first else f"rank {last}"

@@ -22,17 +22,17 @@ from rightrank.decision.ranks import (
     Comparison,
     RankComparison,
     build_staircase,
-    compare_ranks,
-)
-from rightrank.decision.sentences import format_basis_note, format_sentence
-from rightrank.decision.table import MetricUnit, ScoreTable, select_checkpoint
-from rightrank.decision.verdicts import (
     collect_flags,
+    compare_ranks,
     determine_verdict,
+    find_doubtful_rank,
+    find_unexplained_rank,
+    format_rank_names,
 )
-from rightrank.schema.decision import Decision, RankEvidence
+from rightrank.decision.table import MetricUnit, Outlier, ScoreTable, select_checkpoint
+from rightrank.schema.decision import Basis, Decision, RankEvidence, Verdict
 from rightrank.schema.errors import ResultsError
-from rightrank.schema.metrics import Checkpoint, Margin, parse_margin
+from rightrank.schema.metrics import LOSS_KINDS, Checkpoint, Margin, parse_margin
 
 
 def decide_table(
@@ -130,3 +130,146 @@ def _build_rank_evidence(comparison: Comparison, compared: RankComparison, unit:
         seeds=len(contender.cells),
         trial_ids=[cell.trial_id for cell in contender.cells.values()],
     )
+
+
+def format_number(value: float) -> str:
+    """Format two significant digits: 0.014, 0.0084, 1.2."""
+    return f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def format_probability(probability: float) -> str:
+    """Format a probability. Below a tenth it is not known more precisely (benchmarks/selection)."""
+    return "under 10%" if probability < 0.1 else "over 99%" if probability > 0.99 else f"{probability:.0%}"
+
+
+def format_amount(value: str, evidence: Evidence) -> str:
+    """Format the value with its unit: `0.005 nats`, `0.5 in GSM8K`. A metric called `value` adds nothing."""
+    if evidence.table.kind in LOSS_KINDS:
+        return f"{value} nats"
+    return value if evidence.table.metric == "value" else f"{value} in {evidence.table.metric}"
+
+
+def format_sentence(comparison: Comparison, margin: float, verdict: Verdict, unit: MetricUnit) -> str:
+    """Format the answer in a sentence or two. `margin` is in the metric's unit."""
+    sentences = [_format_answer(comparison, margin, verdict, unit)]
+    base = comparison.compute_probability(0) if 0 in comparison.by_rank and verdict != "no_gain" else None
+    if base is not None and comparison.confidence is not None and base > 1 - comparison.confidence:
+        sentences.append(f"The base model itself is {format_probability(base)} likely to be within the margin.")
+    return " ".join([*sentences, *map(_format_outlier, comparison.evidence.outliers)])
+
+
+def _format_outlier(outlier: Outlier) -> str:
+    """Name a training that is left out, with its value and those of the other seeds."""
+    rate = f" at learning rate {outlier.learning_rate:g}" if outlier.learning_rate else ""
+    lowest, highest = (f"{pick(outlier.other_values):.4g}" for pick in (min, max))
+    others = lowest if lowest == highest else f"{lowest} to {highest}"
+    return (
+        f"Seed {outlier.seed} of rank {outlier.rank}{rate} ended at {outlier.value:.4g}, far from its other seeds ({others}), and is left "
+        "out."
+    )
+
+
+def _format_answer(comparison: Comparison, margin: float, verdict: Verdict, unit: MetricUnit) -> str:
+    evidence, chosen, reference = comparison.evidence, comparison.chosen, comparison.reference.rank
+    margin_text = format_amount(f"{margin:.4g}", evidence)
+    is_sure = comparison.is_sure(verdict)
+    verb = "is" if is_sure else "looks"
+    caution = "; this is an indication from one seed, and more seeds may change it" if comparison.is_indication else ""
+    if evidence.lacks_uncertainty:
+        caution = "; one number per rank suggests this but does not show it"
+    if len(steps := evidence.list_lengths()) > 1:
+        caution += f"; the trainings have {min(steps):,} to {max(steps):,} steps, so the comparison is not fair"
+    conclusion = f"Rank {chosen} {verb} enough{_format_probabilities(comparison)}"
+    qualifier = "probably " if comparison.confidence is not None and not is_sure else ""
+    match verdict:
+        case "no_gain":
+            return (
+                f"No gain: the base model itself is {qualifier}within {margin_text} of the best adapter (rank {reference}), "
+                f"so there is no rank to choose{caution}."
+            )
+        case "undecided":
+            return _format_undecided(comparison, margin_text, unit)
+        case "overfitting":
+            return f"{conclusion}: above rank {reference} held-out results get worse while training results still improve{caution}."
+        case "rising":
+            return f"Still rising: rank {chosen}, the largest tried, is {qualifier}better than every smaller one by more than {margin_text}{caution}."
+    best = (
+        "the best of the ranks tried" if chosen == reference else f"within {margin_text} of the best (rank {reference})"
+    )
+    if (lower := comparison.next_lower_rank) is None:
+        return f"{conclusion}: it is {best}, and the smallest tried{caution}."
+    likely = None if comparison.by_rank[lower].non_inferior is False else comparison.compute_probability(lower)
+    worse = _format_difference(comparison, lower, unit) if likely is None else f"{format_probability(likely)} likely"
+    return f"{conclusion}: it is {best}, and the next lower rank ({lower}) is {worse}{caution}."
+
+
+def _format_difference(comparison: Comparison, rank: int, unit: MetricUnit) -> str:
+    """Format the difference of the rank's mean from the reference's, such as `0.014 worse` or `0.002 better`."""
+    difference = unit.convert_difference(comparison.by_rank[rank].difference.mean)
+    return f"{format_number(abs(difference))} {'better' if difference < 0 else 'worse'}"
+
+
+def _format_probabilities(comparison: Comparison) -> str:
+    """Format the probabilities of the chosen rank and of the likeliest larger one: ` (71% likely; rank 16: 96%)`."""
+    probabilities = {
+        rank: likely for rank in comparison.ranks if (likely := comparison.compute_probability(rank)) is not None
+    }
+    if comparison.chosen not in probabilities:
+        return ""
+    larger_ranks = [
+        rank
+        for rank in probabilities
+        if rank > comparison.chosen and probabilities[rank] > probabilities[comparison.chosen]
+    ]
+    likeliest = max(larger_ranks, key=lambda rank: (probabilities[rank], -rank), default=None)
+    likeliest_text = "" if likeliest is None else f"; rank {likeliest}: {format_probability(probabilities[likeliest])}"
+    return f" ({format_probability(probabilities[comparison.chosen])} likely{likeliest_text})"
+
+
+def _format_undecided(comparison: Comparison, margin_text: str, unit: MetricUnit) -> str:
+    remark = ""
+    if not comparison.is_open:
+        remark = f" Without it, rank {comparison.chosen} looks enough{_format_probabilities(comparison)}."
+    if (unexplained := find_unexplained_rank(comparison)) is not None:
+        return (
+            f"Undecided: rank {unexplained} is {_format_difference(comparison, unexplained, unit)} than rank {comparison.reference.rank}, "
+            f"although a larger rank should be about as good: its training may have failed.{remark}"
+        )
+    if (doubtful := find_doubtful_rank(comparison)) is not None:
+        return f"Undecided: the two seeds of rank {doubtful} are far apart, and one training may have failed.{remark}"
+    return _format_cannot_tell(comparison, margin_text, unit)
+
+
+def _format_cannot_tell(comparison: Comparison, margin_text: str, unit: MetricUnit) -> str:
+    """Format the indistinguishable ranks, and the recommended one with its probability and the margin at which it would be enough."""
+    evidence, recommended, confidence = comparison.evidence, comparison.chosen, comparison.confidence
+    assert confidence is not None  # values without uncertainty can tell
+    indistinguishable = evidence.find_indistinguishable_ranks(confidence)
+    worse_ranks = [rank for rank in comparison.ranks if rank not in indistinguishable]
+    margin = format_number(unit.convert_difference(evidence.compute_margins(confidence)[recommended]))
+    likely = format_probability(comparison.require_probability(recommended))
+    sentences = [
+        f"Take rank {recommended}: it is {likely} likely to be within {margin_text} of the best, and {confidence:.0%} likely to be within {margin}."
+    ]
+    if worse_ranks:
+        verb = "is" if len(worse_ranks) == 1 else "are"
+        sentences.insert(0, f"{format_rank_names(worse_ranks).capitalize()} {verb} probably worse.")
+    if len(indistinguishable) > 1:
+        sentences.insert(0, f"{format_rank_names(indistinguishable).capitalize()} cannot be distinguished.")
+    return " ".join(sentences)
+
+
+# What the intervals cover, and what they leave out.
+BASIS_NOTES: dict[Basis, str] = {
+    "examples and seeds": "Intervals cover the variation over held-out examples and over seeds.",
+    "examples": "Intervals cover only the variation over held-out examples. The noise over seeds is unknown, since there is one seed.",
+    "seeds": "Intervals cover the variation over seeds, on these held-out examples.",
+    "std": "Intervals are based only on the stated standard deviations.",
+    "values": "One number per rank without a stated deviation: the noise of a training is unknown.",
+}
+
+
+def format_basis_note(evidence: Evidence) -> str:
+    """Explain which variation the intervals cover, and which they leave out."""
+    assumption = next(iter(evidence.reference.cells.values())).assumption if evidence.has_examples else ""
+    return f"{BASIS_NOTES[evidence.basis]} {assumption}".rstrip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rightrank.decision.adapter_comparison import format_share
+from rightrank.decision.adapter import format_share
 from rightrank.report.figure import (
     INSTALL_HINT,
     RANK,

@@ -6,21 +6,33 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import zip_longest
+from typing import Any
 
 from rightrank.adapters.rank_math import convert_scaling
 from rightrank.decision.comparison import is_within
-from rightrank.decision.records import Answers, Records, count_trainings
-from rightrank.decision.sentences import format_number, format_probability
+from rightrank.decision.next_run import plan_rate_run
+from rightrank.decision.rule import format_number, format_probability
+from rightrank.decision.run import (
+    build_criterion,
+    build_provenance,
+    build_run_table,
+    count_trainings,
+    describe_learning_rate,
+)
 from rightrank.report.adapter_page import ENOUGH
 from rightrank.report.figure import encode_image
 from rightrank.report.format import format_duration, format_quantity, format_training_settings, make_visible
 from rightrank.schema.decision import (
+    AdapterAnswer,
     Decision,
     ExportedAdapter,
+    LearningRateAnswer,
+    NextRun,
     RankEvidence,
 )
-from rightrank.schema.events import RunKind, RunStarted
-from rightrank.schema.trials import TrialDiverged, TrialFailed, compute_added_seconds
+from rightrank.schema.events import AdapterRecorded, Records, RunKind, RunStarted
+from rightrank.schema.settings import Goal
+from rightrank.schema.trials import Record, TrialDiverged, TrialFailed, compute_added_seconds
 
 FLAGS = {
     "underpowered": "there are too few held-out examples to resolve the margin",
@@ -33,6 +45,103 @@ FLAGS = {
     "unequal_length": "the compared trainings have different lengths",
     "selection_bias": "the best of several ranks looks better than it is, by more than half the margin",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """The deployment rank and the training rank. An answer that was not requested, or is not known yet, is None."""
+
+    decision: Decision | None  # of the training rank
+    goal: Goal = "training-rank"
+    adapter: AdapterRecorded | None = None
+    provenance: str | None = None  # how the adapter was made, as a sentence
+    adapter_rate: float = 0.0  # the learning rate of the adapter's training; 0: unknown
+    adapter_steps: int = 0  # its optimizer steps; 0: unknown
+    trainings: float = 0.0  # so far
+    started: RunStarted | None = None  # None: the results are not from a run
+    # at a learning rate beyond the adapter's, if that is the lowest or the highest one tried
+    adapter_run: NextRun | None = None
+    learning_rate: LearningRateAnswer | None = None  # of the adapter; None if only one was tried
+
+    @property
+    def next_runs(self) -> list[NextRun]:
+        """Return the next runs of both answers, those of the decision first."""
+        runs = [] if self.decision is None else self.decision.next_runs
+        planned = {rate for run in runs if run.action == "rates" for rate in run.learning_rates}
+        is_new = self.adapter_run is not None and not planned.issuperset(self.adapter_run.learning_rates)
+        return [*runs, self.adapter_run] if self.adapter_run is not None and is_new else runs
+
+    @property
+    def cost(self) -> dict[str, float | None]:
+        first = None if self.adapter is None else self.adapter.trainings
+        return {"trainings": self.trainings, "trainings_to_adapter": first}
+
+    def build_document(self) -> dict[str, Any]:
+        """Return the object of `decision.json` and of `select --json`."""
+        started, adapter = self.started, self.adapter
+        fields: dict[str, Any] = dict.fromkeys(("rank", "verdict", "confidence", "sentence"))
+        fields |= _dump_record(self.decision) or {}
+        of_run = {} if started is None else started.model_dump(include={"metric", "higher_is_better"})
+        return (
+            {**of_run, "goal": self.goal}
+            | fields
+            | {
+                "adapter_sentence": adapter and adapter.answer.sentence,
+                **_dump_shares(None if adapter is None else adapter.answer),
+                "cost": self.cost,
+                "adapter_provenance": self.provenance,
+                "adapter_flags": ["lr_edge"] * (self.adapter_run is not None)
+                + ["no_gain"] * (adapter is not None and adapter.answer.has_no_gain),
+                "handed_over": _dump_record(adapter and adapter.handed_over),
+                "learning_rate": self.adapter_rate or fields.get("learning_rate"),
+                "learning_rates": [candidate.model_dump() for candidate in self.learning_rate.candidates]
+                if self.learning_rate
+                else [],
+                "learning_rate_sentence": self.learning_rate and self.learning_rate.sentence,
+                "adapter_answer": _dump_record(adapter and adapter.answer),
+            }
+        )
+
+
+def build_answers(
+    records: Records,
+    decision: Decision | None,
+    goal: Goal = "training-rank",
+) -> Answers:
+    adapter = records.adapters[-1] if records.adapters else None
+    chosen = records.by_id.get(adapter.answer.trial_id) if adapter else None
+    provenance = None if chosen is None else build_provenance(chosen, records.list_finished())
+    sentence = run = None
+    adapter_rate, adapter_steps = 0.0, 0
+    if provenance is not None:
+        adapter_rate, adapter_steps = provenance.learning_rate, provenance.steps
+        sentence, rank = provenance.format_sentence(), provenance.trained_rank
+        run = plan_rate_run(build_run_table(records), rank, provenance.learning_rate, [rank])
+    trained = chosen and records.by_id.get(chosen.truncate_from or chosen.trial_id)
+    rate = None if trained is None else describe_learning_rate(trained, records.outcomes, build_criterion(records))
+    return Answers(
+        decision,
+        goal,
+        adapter,
+        sentence,
+        adapter_rate,
+        adapter_steps,
+        count_trainings(records),
+        records.started,
+        run,
+        rate,
+    )
+
+
+def _dump_shares(answer: AdapterAnswer | None) -> dict[str, Any]:
+    """Return what the adapter keeps of the gain."""
+    if answer is None:
+        return dict.fromkeys(("gain", "share_kept", "share_kept_low"))
+    return answer.model_dump(include={"gain", "share_kept", "share_kept_low"})
+
+
+def _dump_record(record: Record | None) -> Any:
+    return record and record.model_dump()
 
 
 @dataclass(frozen=True, slots=True)

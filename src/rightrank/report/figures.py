@@ -6,13 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
-from rightrank.decision.learning_rate import describe_learning_rate
-from rightrank.decision.records import (
-    Records,
-    build_criterion,
-    compare_run_adapters,
-    get_metric_direction,
-)
+from rightrank.decision.run import build_criterion, compare_run_adapters, describe_learning_rate, get_metric_direction
 from rightrank.report.adapter_page import get_whisker_ends, plot_adapters
 from rightrank.report.answer import format_interval_label
 from rightrank.report.figure import (
@@ -27,6 +21,7 @@ from rightrank.report.figure import (
 )
 from rightrank.report.format import format_metric_label
 from rightrank.schema.decision import Decision
+from rightrank.schema.events import Records
 from rightrank.schema.trials import TrialFinished
 
 if TYPE_CHECKING:

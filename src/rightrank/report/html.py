@@ -18,10 +18,10 @@ from typing import Any
 
 from rightrank.adapters.adapter_folders import ADAPTERS_IMAGE, CARD_IMAGES, RANK_CURVE_IMAGE
 from rightrank.adapters.loading_code import format_base_arguments, format_loading_code
-from rightrank.decision.adapter import build_provenance
-from rightrank.decision.records import Answers, Records
+from rightrank.decision.run import build_provenance
 from rightrank.report.adapter_page import build_candidate_table
 from rightrank.report.answer import (
+    Answers,
     build_answer_view,
     build_certainty_rows,
     build_evidence_table,
@@ -37,7 +37,7 @@ from rightrank.report.format import format_bytes, format_quantity
 from rightrank.report.pages import load_templates, read_asset
 from rightrank.schema.command import build_reproduce_command
 from rightrank.schema.decision import Decision
-from rightrank.schema.events import RunStarted, TestEvaluated
+from rightrank.schema.events import Records, RunStarted, TestEvaluated
 from rightrank.schema.trials import TrialFinished, TrialOutcome
 
 # A trial table with more rows than the first is collapsed, and only the newest rows up to the second are listed.

@@ -13,9 +13,8 @@ from rich.cells import cell_len
 from rightrank.adapters.loading_code import format_loading_code
 from rightrank.adapters.rank_math import format_slot
 from rightrank.decision.comparison import CONFIDENCE
-from rightrank.decision.records import Answers
-from rightrank.decision.sentences import format_probability
-from rightrank.report.answer import describe_training, format_labelled_rows
+from rightrank.decision.rule import format_probability
+from rightrank.report.answer import Answers, describe_training, format_labelled_rows
 from rightrank.report.format import format_metric_label, format_quantity, make_visible
 from rightrank.report.status import RunStatus
 from rightrank.report.terminal_curve import CURVE_LINES, Points, draw_terminal_curve

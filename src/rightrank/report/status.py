@@ -7,11 +7,11 @@ from datetime import UTC, datetime
 
 from pydantic import Field
 
-from rightrank.decision.records import Answers, Records, count_trainings
-from rightrank.report.answer import build_answer_view, format_cost
+from rightrank.decision.run import count_trainings
+from rightrank.report.answer import Answers, build_answer_view, format_cost
 from rightrank.report.terminal_curve import Points
 from rightrank.schema.command import build_resume_command
-from rightrank.schema.events import DecisionRecorded, JournalRecord
+from rightrank.schema.events import DecisionRecorded, JournalRecord, Records
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import OUTCOMES, Record, TrialStarted
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rightrank.decision.records import Answers
 from rightrank.report.answer import (
     FLAGS,
+    Answers,
     build_answer_view,
     build_evidence_table,
     explain_probabilities,

@@ -23,7 +23,7 @@ from rightrank.bases.model_sources import BASE_SIDE
 from rightrank.bases.safetensors_files import open_tensors
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.data.splits import DataSplits, load_data, load_held_out
-from rightrank.decision.adapter_comparison import Criterion, ReferenceComparison, ScoredAdapter, format_margin
+from rightrank.decision.adapter import Criterion, ReferenceComparison, ScoredAdapter, format_margin
 from rightrank.decision.table import compute_distribution, compute_paired_difference, format_distribution
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import ModelError, SettingsError

@@ -14,26 +14,23 @@ from rightrank.adapters.adapter_folders import (
 )
 from rightrank.adapters.adapter_reader import open_adapter
 from rightrank.data.files import UnreadableError, read_json_object, replace_folder
-from rightrank.decision.adapter import (
-    build_trained_answer,
-    compute_test_difference,
-    prefer_direct_training,
-)
-from rightrank.decision.records import (
-    Records,
-    build_answers,
+from rightrank.decision.run import (
     build_criterion,
+    build_trained_answer,
     compare_run_adapters,
+    compute_test_difference,
     count_trainings,
     find_best_trial,
     list_tried_rates,
+    prefer_direct_training,
 )
+from rightrank.report.answer import build_answers
 from rightrank.runs.hook import Run, SelectionEnd, wrap_hook_errors
 from rightrank.runs.values import Selected, SelectedRank
 from rightrank.schema.command import build_next_commands
 from rightrank.schema.decision import AdapterAnswer, Decision, ExportedAdapter
 from rightrank.schema.errors import ModelError
-from rightrank.schema.events import AdapterRecorded, DecisionRecorded
+from rightrank.schema.events import AdapterRecorded, DecisionRecorded, Records
 from rightrank.search.truncations import choose_adapter
 
 CARD_FILES = ("README.md", *CARD_IMAGES)  # written to `adapter/` by the hook that writes the views

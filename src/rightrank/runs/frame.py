@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from rightrank.decision.records import Records, exclude_longer_trainings
+from rightrank.decision.run import exclude_longer_trainings
+from rightrank.schema.events import Records
 from rightrank.schema.trials import TrialFinished, TrialOutcome
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from rightrank.schema.errors import RightrankError, RunError, describe_error, lo
 from rightrank.schema.events import AnyJournalRecord, Event, Listener, RunContinued, RunStarted
 
 if TYPE_CHECKING:
-    from rightrank.decision.records import Records
     from rightrank.runs.folder import RunFolder
     from rightrank.runs.selection import PreparedSelection
     from rightrank.runs.values import Selected
     from rightrank.schema.decision import AdapterAnswer
+    from rightrank.schema.events import Records
 
 
 @dataclass(frozen=True, slots=True)

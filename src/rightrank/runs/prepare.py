@@ -23,12 +23,11 @@ from rightrank.bases.base_models import (
 )
 from rightrank.data.forms import DataForm
 from rightrank.data.splits import DataSplits, load_data
-from rightrank.decision.records import Records
 from rightrank.planning.planner import MemoryPlan, plan_loaded
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.selection import Executor, PreparedSelection, SelectionRequest
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.events import JournalRecord, Listener, RunKind, RunStarted, TestEvaluated
+from rightrank.schema.events import JournalRecord, Listener, Records, RunKind, RunStarted, TestEvaluated
 from rightrank.schema.settings import SelectSettings, select_identity_settings
 from rightrank.schema.trials import Trial, TrialFinished, TrialOutcome
 from rightrank.search import make_strategy

@@ -30,7 +30,7 @@ from rightrank.adapters.truncation import Moments
 from rightrank.data.forms import Example
 from rightrank.data.rows import read_rows
 from rightrank.data.splits import DataSplits, load_data, load_held_out
-from rightrank.decision.adapter_comparison import SEARCH_OPTION, Criterion, ScoredAdapter, format_margin
+from rightrank.decision.adapter import SEARCH_OPTION, Criterion, ScoredAdapter, format_margin
 from rightrank.runs.compare import load_run_splits, read_labels
 from rightrank.schema.command import build_reproduce_command
 from rightrank.schema.configs import convert_configs

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import yaml
 
 from rightrank.data.files import write_text
-from rightrank.decision.records import Records, add_base_note, decide_run, get_effective_start
+from rightrank.decision.run import add_base_note, decide_run
 from rightrank.report.format import format_bytes
 from rightrank.runs.finish import export_provisional, finish_run
 from rightrank.runs.folder import RunFolder
@@ -27,7 +27,16 @@ from rightrank.schema.errors import (
     ResultsError,
     RunFolderError,
 )
-from rightrank.schema.events import JournalRecord, RunContinued, RunKind, RunStarted, RunStopped, SelectionPlanned
+from rightrank.schema.events import (
+    JournalRecord,
+    Records,
+    RunContinued,
+    RunKind,
+    RunStarted,
+    RunStopped,
+    SelectionPlanned,
+    get_effective_start,
+)
 from rightrank.schema.settings import CONTINUABLE_SETTINGS, select_identity_settings
 from rightrank.schema.trials import (
     OUTCOMES,

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from rightrank.bases.model_sources import normalize_model_name, require_model
 from rightrank.data.rows import require_data_source
-from rightrank.decision.records import Records
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import MissingExtraError, ModelError, SettingsError
-from rightrank.schema.events import JournalRecord, Listener, RunStarted, TestEvaluated
+from rightrank.schema.events import JournalRecord, Listener, Records, RunStarted, TestEvaluated
 from rightrank.schema.setting_table import require_no_secret
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Trial, TrialFinished, TrialOutcome

@@ -8,14 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rightrank.decision.records import (
-    Answers,
-    read_records,
-)
+from rightrank.report.answer import Answers
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.frame import build_trials_frame
 from rightrank.schema.decision import AdapterCandidate, Decision, ExportedAdapter
 from rightrank.schema.errors import ResultsError
+from rightrank.schema.events import read_records
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from rightrank.adapters.adapter_folders import CARD_IMAGES
 from rightrank.data.files import replace_file, write_text
-from rightrank.decision.records import Answers, Records, build_answers, decide_if_possible
+from rightrank.decision.run import decide_if_possible
+from rightrank.report.answer import Answers, build_answers
 from rightrank.report.figure import Figure, write_figures
 from rightrank.report.figures import build_figures, build_spectrum_figure
 from rightrank.report.html import render_model_card, render_report
@@ -18,7 +19,7 @@ from rightrank.runs.folder import RunFolder
 from rightrank.runs.hook import Hook, SelectionEnd, SelectionStart
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import InputError
-from rightrank.schema.events import AdapterRecorded, Event, RunStopped
+from rightrank.schema.events import AdapterRecorded, Event, Records, RunStopped
 from rightrank.schema.trials import OUTCOMES, SCHEMA_VERSION
 
 MAX_SHARE = 0.05  # the fraction of the wall time for writing the report while trials run

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal, TypeAlias
@@ -10,12 +11,14 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field, JsonValue, TypeAdapter, field_validator
 
 from rightrank.schema.decision import AdapterAnswer, Decision, ExportedAdapter
-from rightrank.schema.errors import MAX_EXACT_INTEGER
+from rightrank.schema.errors import MAX_EXACT_INTEGER, RunFolderError
 from rightrank.schema.metrics import LossKind
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import (
+    OUTCOMES,
     SCHEMA_VERSION,
     BoundedInt,
+    EvalPoint,
     Record,
     RedactedText,
     TrialDiverged,
@@ -211,6 +214,88 @@ JournalRecord: TypeAlias = Annotated[AnyJournalRecord, Field(discriminator="type
 
 
 JOURNAL_RECORD_ADAPTER: TypeAdapter[JournalRecord] = TypeAdapter(JournalRecord)
+
+
+@dataclass(slots=True)
+class Records:
+    """The records of a journal by kind."""
+
+    started: RunStarted
+    outcomes: list[TrialOutcome] = field(default_factory=list)  # the last outcome of each trial
+    tests: list[TestEvaluated] = field(default_factory=list)
+    adapters: list[AdapterRecorded] = field(
+        default_factory=list
+    )  # answers on the deployment rank; the last one is valid
+    evaluations: dict[str, list[EvalPoint]] = field(default_factory=dict)  # reports of custom trainers by trial
+    _indices: dict[str, int] = field(default_factory=dict, repr=False, compare=False)  # index in `outcomes` by trial
+
+    @classmethod
+    def from_journal(cls, started: RunStarted, records: Iterable[JournalRecord]) -> Records:
+        instance = cls(started)
+        for record in records:
+            instance.add(record)
+        return instance
+
+    def add(self, record: JournalRecord) -> None:
+        """Add the next record of the journal.
+
+        If a trial starts again, its earlier evaluations are dropped. A step that is reported again replaces the earlier report and all
+        later ones.
+        """
+        match record:
+            case TestEvaluated():
+                self.tests.append(record)
+            case AdapterRecorded():
+                self.adapters.append(record)
+            case TrialStarted():
+                self.evaluations.pop(record.trial_id, None)
+            case TrialEvaluated():
+                earlier_points = [
+                    point for point in self.evaluations.get(record.trial_id, []) if point.step < record.step
+                ]
+                self.evaluations[record.trial_id] = [*earlier_points, record.point]
+            case _ if isinstance(record, OUTCOMES):
+                index = self._indices.setdefault(record.trial_id, len(self.outcomes))
+                self.outcomes[index : index + 1] = [record]
+
+    @property
+    def settings(self) -> SelectSettings:
+        return self.started.select_settings
+
+    def copy(self) -> Records:
+        """Return a copy that can be changed independently."""
+        outcomes, tests, adapters = [*self.outcomes], [*self.tests], [*self.adapters]
+        return Records(self.started, outcomes, tests, adapters, {**self.evaluations}, {**self._indices})
+
+    def list_finished(self) -> list[TrialFinished]:
+        return [outcome for outcome in self.outcomes if isinstance(outcome, TrialFinished)]
+
+    @property
+    def by_id(self) -> dict[str, TrialFinished]:
+        """Return the finished trials by id."""
+        return {trial.trial_id: trial for trial in self.list_finished()}
+
+
+def read_records(journal: Sequence[JournalRecord], source: str) -> Records:
+    """Return the records of a journal. `source` names it in error messages.
+
+    Raises:
+        RunFolderError: the journal is empty, or does not begin with the start of a run.
+    """
+    if not journal or not isinstance(journal[0], RunStarted):
+        raise RunFolderError(
+            f"{source}: no run has started here; give the run folder of `rightrank select`, such as data-model"
+        )
+    return Records.from_journal(get_effective_start(journal), journal)
+
+
+def get_effective_start(journal: Sequence[JournalRecord]) -> RunStarted:
+    """Return the start of the run with the settings of its last continuation."""
+    started = journal[0]
+    assert isinstance(started, RunStarted)
+    continuations = [record for record in journal if isinstance(record, RunContinued)]
+    changed_settings = {name: value for continuation in continuations for name, value in continuation.settings.items()}
+    return started.model_copy(update={"settings": started.settings | changed_settings}) if changed_settings else started
 
 
 class SelectionPlanned(Record):

@@ -11,10 +11,10 @@ import math
 from collections.abc import Generator, Sequence
 from itertools import product
 
-from rightrank.decision.adapter import score_trials
-from rightrank.decision.adapter_comparison import ReferenceComparison
+from rightrank.decision.adapter import ReferenceComparison
 from rightrank.decision.comparison import is_within, walk_down
 from rightrank.decision.evidence import Evidence
+from rightrank.decision.run import score_trials
 from rightrank.decision.seeds import NOISE
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.settings import LONGER_TRAININGS

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TypeAlias
 
-from rightrank.decision.adapter import find_base
-from rightrank.decision.adapter_comparison import Criterion
+from rightrank.decision.adapter import Criterion
 from rightrank.decision.evidence import Evidence
+from rightrank.decision.run import find_base
 from rightrank.decision.table import ScoreTable, build_table
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import SettingsError

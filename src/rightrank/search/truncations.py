@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rightrank.adapters.find_smallest import find_smallest
-from rightrank.decision.adapter import describe_checkpoint, find_base, score_trials
-from rightrank.decision.adapter_comparison import Criterion, ReferenceComparison, build_truncation_answer
+from rightrank.decision.adapter import Criterion, ReferenceComparison, build_truncation_answer
+from rightrank.decision.run import describe_checkpoint, find_base, score_trials
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.trials import TrialFinished, TrialOutcome
 

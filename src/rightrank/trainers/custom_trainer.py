@@ -15,7 +15,6 @@ from typing import Literal, TypeAlias, TypedDict
 
 from rightrank.adapters.adapter_reader import open_adapter
 from rightrank.adapters.resize import cap_ranks, require_plain_update, resize_adapter
-from rightrank.decision.records import Records
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.selection import Executor, PreparedSelection
 from rightrank.schema.errors import (
@@ -28,7 +27,7 @@ from rightrank.schema.errors import (
     SettingsError,
     suggest_name,
 )
-from rightrank.schema.events import DataSummary, JournalRecord, Listener, RunKind, RunStarted
+from rightrank.schema.events import DataSummary, JournalRecord, Listener, Records, RunKind, RunStarted
 from rightrank.schema.metrics import format_unknown_direction, infer_direction, infer_metric_kind
 from rightrank.schema.settings import Goal, SelectSettings, select_identity_settings
 from rightrank.schema.trials import (

@@ -23,7 +23,7 @@ from rightrank.adapters.adapter_reader import AdapterFolder, open_adapter
 from rightrank.adapters.find_smallest import SmallestAdapterAnswer, find_smallest
 from rightrank.adapters.resize import RankedAdapter, list_candidate_ranks, require_plain_update, write_truncation
 from rightrank.bases.named_base import require_named_base
-from rightrank.decision.adapter_comparison import Criterion, ScoredAdapter
+from rightrank.decision.adapter import Criterion, ScoredAdapter
 from rightrank.schema.errors import DataError, ModelError, NotFiniteError
 from rightrank.trainers.batch_scores import (
     BETA,

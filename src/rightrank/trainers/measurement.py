@@ -20,7 +20,7 @@ from rightrank.adapters.adapter_reader import AdapterFolder
 from rightrank.adapters.resize import list_candidate_ranks
 from rightrank.bases.base_models import compute_base_identity
 from rightrank.data.files import replace_folder, write_text
-from rightrank.decision.adapter_comparison import Criterion
+from rightrank.decision.adapter import Criterion
 from rightrank.report.format import format_training_settings
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import ModelError, RunFolderError, SettingsError

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from rightrank.decision.adapter_comparison import Criterion, ScoredAdapter
+from rightrank.decision.adapter import Criterion, ScoredAdapter
 from rightrank.schema.decision import AdapterMethod
 from rightrank.schema.errors import MetricError
 from rightrank.schema.trials import Arm, EvalPoint, Trial, TrialFinished
