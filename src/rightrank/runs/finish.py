@@ -6,13 +6,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from rightrank.adapters.adapter_folders import (
-    BASE_FILE,
-    CARD_IMAGES,
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-)
-from rightrank.adapters.adapter_reader import open_adapter
+from rightrank.adapters.adapter_folders import BASE_FILE, CARD_IMAGES, CONFIG_FILE
 from rightrank.data.files import UnreadableError, read_json_object, replace_folder
 from rightrank.decision.run import (
     build_criterion,
@@ -29,7 +23,6 @@ from rightrank.runs.hook import Run, SelectionEnd, wrap_hook_errors
 from rightrank.runs.values import Selected, SelectedRank
 from rightrank.schema.command import build_next_commands
 from rightrank.schema.decision import AdapterAnswer, Decision, ExportedAdapter
-from rightrank.schema.errors import ModelError
 from rightrank.schema.events import AdapterRecorded, DecisionRecorded, Records
 from rightrank.search.truncations import choose_adapter
 
@@ -142,7 +135,6 @@ def export_adapter(run: Run, answer: AdapterAnswer) -> bool:
     exported, exports = _describe_exported_adapter(run.records, answer, saved), run.records.adapters
     is_new = not exports or (exports[-1].answer, exports[-1].handed_over) != (answer, exported)
     if is_new or not target.is_dir():
-        _require_loadable(saved)
         _move_user_files(run)
         with replace_folder(target) as temporary:
             for path in files:
@@ -153,23 +145,6 @@ def export_adapter(run: Run, answer: AdapterAnswer) -> bool:
         cost = exports[0].trainings if exports else count_trainings(run.records)
         run.on_event(AdapterRecorded(answer=answer, handed_over=exported, trainings=cost))
     return True
-
-
-def _require_loadable(folder: Path) -> None:
-    """Load a LoRA adapter with PEFT. A custom trainer may save files of another kind, which are exported unchanged.
-
-    Raises:
-        ModelError: PEFT can't load it.
-    """
-    if not all((folder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
-        return
-    from rightrank.training.loading import require_loadable  # brings torch, which a trainer may not need
-
-    try:
-        adapter = open_adapter(folder)
-    except ModelError:
-        return
-    require_loadable(adapter)
 
 
 def _move_user_files(run: Run) -> None:
