@@ -77,7 +77,7 @@ CASES: dict[str, Case] = {
     "head trained whole": ("Llama", SIZES, "language", {"modules_to_save": ("lm_head",)}),
     "DoRA": ("Llama", SIZES, "language", {"use_dora": True}),
     "experts": ("Mixtral", MIXTURE, "language", EXPERTS),
-    "answers": ("Llama", SIZES, "language", {"metrics": ("exact_match", "f1", "rouge1", "rougeL")}),
+    "answers": ("Llama", SIZES, "language", {"metrics": ("exact_match", "f1", "rougeL")}),
     "answers that are classes": ("Llama", SIZES, "classes", {"metrics": ("macro_f1",)}),
     "other ends": ("Llama", SIZES, "language", {}),
     "an adapter that exists": ("Llama", SIZES, "language", {}),

@@ -51,7 +51,6 @@ def test_one_metric_decides_and_the_others_are_kept(
     arguments = [
         "f1",
         "exact_match",
-        "rouge2",
         "max:mine:share",
         "max:mine.py:total",
         "min:count.py:length",
@@ -65,7 +64,7 @@ def test_one_metric_decides_and_the_others_are_kept(
     trials = read_journal_records(tmp_path / "run", TrialFinished)
     assert {trial.rank for trial in trials if trial.arm.is_direct} == {0, 1, 4}
     for trial in trials:
-        assert set(trial.example_metrics) == {"rougeL", "f1", "exact_match", "rouge2", "share", "length"}
+        assert set(trial.example_metrics) == {"rougeL", "f1", "exact_match", "share", "length"}
         assert trial.value == trial.metrics["rougeL"] == pytest.approx(sum(trial.example_metrics["rougeL"]) / 10)
         lines = (tmp_path / "run" / "answers" / f"{trial.trial_id}.jsonl").read_text().splitlines()
         written = [json.loads(line)["completion"] for line in lines]

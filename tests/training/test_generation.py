@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rightrank.schema.trials import Arm
-from rightrank.training.generation import generate_answers
+from rightrank.training.answers import generate_answers
 from rightrank.training.multi_lora import MultiLora
 from rightrank.training.runtime import Runtime
 from rightrank.training.tokens import Chat

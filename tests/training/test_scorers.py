@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from rightrank.schema.metrics import parse_metrics
-from rightrank.training.generation import ModelAnswer
-from rightrank.training.metrics import MetricScore, score_answers
+from rightrank.training.answers import ModelAnswer, score_answers
 
 pytestmark = pytest.mark.trains
 
@@ -48,6 +47,6 @@ A_NUMBER = 3
 def test_python_functions(capsys: pytest.CaptureFixture[str]) -> None:
     Path("scores_of_mine.py").write_text(FUNCTIONS)
     lengths = [float(len(text)) for text in NASTY]
-    assert score_answers(*parse_metrics("scores_of_mine:by_item"), ANSWERS) == MetricScore(sum(lengths) / 8, lengths)
-    assert score_answers(*parse_metrics("scores_of_mine.py:whole"), ANSWERS) == MetricScore(sum(lengths), None)
+    assert score_answers(*parse_metrics("scores_of_mine:by_item"), ANSWERS) == (sum(lengths) / 8, lengths)
+    assert score_answers(*parse_metrics("scores_of_mine.py:whole"), ANSWERS) == (sum(lengths), None)
     assert capsys.readouterr().out == ""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rightrank.decision.comparison import compute_file_bounds
-from rightrank.training.metrics import score_exact_match, score_macro_f1, score_rouge_l, score_rouge_n, score_token_f1
+from rightrank.training.answers import score_exact_match, score_macro_f1, score_rouge_l, score_token_f1
 
 
 @pytest.mark.parametrize(
@@ -32,11 +32,9 @@ def test_by_hand(score: object, expected: str, written: str, value: float) -> No
 
 
 def test_rouge_is_that_of_rouge_score() -> None:
-    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rouge2", "rougeL"])
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
     for expected, written in TEXTS:
         theirs = scorer.score(expected, written)
-        assert score_rouge_n(expected, written, 1) == pytest.approx(theirs["rouge1"].fmeasure)
-        assert score_rouge_n(expected, written, 2) == pytest.approx(theirs["rouge2"].fmeasure)
         assert score_rouge_l(expected, written) == pytest.approx(theirs["rougeL"].fmeasure)
 
 

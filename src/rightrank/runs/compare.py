@@ -33,8 +33,8 @@ from rightrank.schema.results import AdapterComparison, ComparisonVerdict, Metri
 from rightrank.schema.settings import SPLIT_SETTINGS, SelectSettings
 from rightrank.schema.trials import TrialFinished
 from rightrank.training.adapter_runtime import report_evaluation_progress, require_matching_base
+from rightrank.training.answers import measure_metrics, require_metric_functions
 from rightrank.training.evaluation import build_trial_record
-from rightrank.training.metrics import measure_metrics, require_metric_functions
 from rightrank.training.runtime import Runtime, attach_adapter
 from rightrank.training.tokens import encode_splits
 

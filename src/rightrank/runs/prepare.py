@@ -33,10 +33,10 @@ from rightrank.schema.trials import Trial, TrialFinished, TrialOutcome
 from rightrank.search import make_strategy
 from rightrank.search.history import build_space
 from rightrank.search.protocol import Strategy
+from rightrank.training.answers import measure_metrics, require_metric_functions
 from rightrank.training.device import describe_environment
 from rightrank.training.evaluation import MetricResults
 from rightrank.training.loop import train_trials
-from rightrank.training.metrics import measure_metrics, require_metric_functions
 from rightrank.training.pace import choose_adapters_per_pass
 from rightrank.training.runtime import Runtime, attach_adapter, build_causality_error
 from rightrank.training.targets import Targets, find_targets

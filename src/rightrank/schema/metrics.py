@@ -5,7 +5,7 @@ A metric is named by a built-in name or by a function.
 loss                            nats per token (per example for a classification, per pair for preference pairs)
 accuracy, macro_f1              for a classification
 reward_accuracy, reward_margin  for preference pairs
-exact_match, f1, rouge1, rouge2, rougeL    of the text that the model generates for a prompt
+exact_match, f1, rougeL         of the text that the model generates for a prompt
 MODULE:FUNCTION                 a Python function; MODULE may be a file, and `NAME=` before it gives it another name
 
 A function may begin with `max:` or `min:`, which says whether higher or lower is better if the name does not.
@@ -101,8 +101,6 @@ BUILT_IN_METRICS: dict[str, SpecKind] = {
     "reward_margin": "pairs",
     "exact_match": "text",
     "f1": "text",
-    "rouge1": "text",
-    "rouge2": "text",
     "rougeL": "text",
 }
 _NAMED = re.compile(r"([A-Za-z_][\w-]*)=(.+)", re.DOTALL)

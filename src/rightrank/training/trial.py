@@ -22,9 +22,9 @@ from rightrank.bases.safetensors_files import BFLOAT16
 from rightrank.schema.events import Listener, StepDone
 from rightrank.schema.settings import EVAL_SUBSET_SIZE
 from rightrank.schema.trials import EvalPoint, Trial, TrialDiverged, TrialFailed, TrialFinished
+from rightrank.training.answers import measure_metrics
 from rightrank.training.batches import Batch
 from rightrank.training.evaluation import MetricResults, Progress, Scores, build_finished_trial
-from rightrank.training.metrics import measure_metrics
 from rightrank.training.multi_lora import ArmBatch, MultiLora
 from rightrank.training.optimizer import (
     ArmOptimizer,

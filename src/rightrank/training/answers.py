@@ -1,7 +1,7 @@
-"""The metrics that are measured when a training ends: built-in scores of the model's answers, and user functions, which are imported and
-called in this process.
+"""The model's answers to held-out examples, and the metrics that score them when a training ends.
 
-Built-in metrics compare a generated answer with the expected one, from 0 (worst) to 1 (best). Macro F1 is also defined over classes.
+An answer is greedy text, generated in batches with a key-value cache, or the predicted class. Built-in metrics compare it with the
+expected answer, from 0 (worst) to 1 (best). Macro F1 is defined over classes. User functions are imported and called in this process.
 """
 
 from __future__ import annotations
@@ -17,19 +17,169 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import GenerationConfig
+
 from rightrank.data.files import replace_file
-from rightrank.schema.errors import MetricError, SettingsError, log_traceback
+from rightrank.data.forms import Example, select_template_inputs
+from rightrank.schema.errors import DataError, MetricError, SettingsError, is_out_of_memory, log_traceback
 from rightrank.schema.metrics import MetricSpec
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName
+from rightrank.training.device import enable_kv_cache
 from rightrank.training.evaluation import MetricResults
-from rightrank.training.generation import ModelAnswer, generate_answers
 from rightrank.training.runtime import Runtime
+from rightrank.training.tokens import Chat
+
+
+@dataclass(frozen=True, slots=True)
+class ModelAnswer:
+    """The model's answer to one held-out example; for classification, the predicted class."""
+
+    example_id: str
+    prompt: str
+    completion: str
+    expected: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """A prompt as the model sees it, with the expected answer from the data."""
+
+    example_id: str
+    text: str
+    expected: str
+    add_special_tokens: bool  # False for a chat template, which writes them itself
+    end: str = ""  # the text that the chat template writes after an answer
+
+
+def generate_answers(runtime: Runtime, split: SplitName) -> list[ModelAnswer]:
+    """Generate the answer to every example of a split that has a label within `seq_len`, with the current adapter, without its dropout.
+
+    Raises:
+        DataError: the data is plain text, which has no prompts.
+    """
+    if runtime.data.is_classification:
+        return _predict_classes(runtime, split)
+    if runtime.data.summary.form == "text":
+        raise DataError("the data has no prompts: metrics of generated answers need `prompt` and `completion`")
+    encoded_ids = {example.example_id for example in runtime.data.splits[split]}
+    prompts = [_build_prompt(runtime, row) for row in runtime.data.texts[split] if row.example_id in encoded_ids]
+    texts = zip(prompts, _generate(runtime, prompts), strict=True)
+    return [ModelAnswer(prompt.example_id, prompt.text, text, prompt.expected) for prompt, text in texts]
+
+
+def _build_prompt(runtime: Runtime, example: Example) -> _Prompt:
+    prompt = example.content.get("prompt")
+    completion = example.content.get("completion", example.content.get("chosen"))  # pairs have a chosen answer
+    if isinstance(prompt, str):
+        return _Prompt(example.example_id, prompt, str(completion), add_special_tokens=True)
+    messages = [*example.content["messages"]] if prompt is None else [*prompt, *(completion or [])]
+    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    chat = Chat(runtime.loaded.tokenizer, select_template_inputs(example.content))
+    text, end = chat.split_around_answer(messages[: last + 1])
+    return _Prompt(example.example_id, text, messages[last]["content"], add_special_tokens=False, end=end)
+
+
+@torch.no_grad()
+def _generate(runtime: Runtime, prompts: Sequence[_Prompt]) -> list[str]:
+    """Generate greedy text for each prompt, without adapter dropout.
+
+    Prompts of similar length are batched. If memory runs out, the batch size is halved.
+    """
+    encoded = [_encode_prompt(runtime, prompt) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
+    config = _make_generation_config(runtime, prompts)
+    texts = [""] * len(prompts)
+    batch_size, begin = runtime.settings.eval_batch_size, 0
+    while begin < len(order):
+        batch_indices = order[begin : begin + batch_size]
+        try:
+            with runtime.disable_dropout(), enable_kv_cache(runtime.model):
+                generated = _generate_batch(runtime, [encoded[index] for index in batch_indices], config)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or batch_size == 1:
+                raise
+            batch_size //= 2
+            continue
+        for index, text in zip(batch_indices, generated, strict=True):
+            texts[index] = text
+        begin += len(batch_indices)
+    return texts
+
+
+def _encode_prompt(runtime: Runtime, prompt: _Prompt) -> list[int]:
+    """Return the token ids of a prompt. A prompt that is too long loses its beginning; an empty one becomes the beginning-of-text token."""
+    tokenizer: Any = runtime.loaded.tokenizer
+    ids: list[int] = tokenizer(prompt.text, add_special_tokens=prompt.add_special_tokens, verbose=False)["input_ids"]
+    if ids and ids[-1] == tokenizer.eos_token_id and prompt.add_special_tokens:
+        ids = ids[:-1]  # some tokenizers add an end token to every text
+    positions = getattr(runtime.model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int):
+        ids = ids[-max(1, positions - runtime.settings.max_new_tokens) :]
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return ids or [start if start is not None else 0]
+
+
+def _generate_batch(runtime: Runtime, token_ids: Sequence[list[int]], config: Any) -> list[str]:
+    """Generate text for one batch. Prompts are padded on the left, so that every answer begins where its prompt ends."""
+    tokenizer: Any = runtime.loaded.tokenizer
+    longest, pad = max(map(len, token_ids)), tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in token_ids])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in token_ids])
+    device = runtime.loaded.device
+    output = runtime.model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
+    texts: list[str] = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+    return texts
+
+
+def _make_generation_config(runtime: Runtime, prompts: Sequence[_Prompt]) -> Any:
+    """Configure greedy decoding, which ends at any end token of the model, the tokenizer or the chat template.
+
+    The model's own generation settings are ignored, except for its end tokens.
+    """
+    tokenizer: Any = runtime.loaded.tokenizer
+    model_end_ids = getattr(runtime.model.generation_config, "eos_token_id", None)
+    end_ids = {tokenizer.eos_token_id, *(model_end_ids if isinstance(model_end_ids, list) else [model_end_ids])}
+    for end in {prompt.end for prompt in prompts if prompt.end}:
+        first_id = tokenizer(end.lstrip(), add_special_tokens=False)["input_ids"][:1]
+        end_ids |= set(first_id) & set(tokenizer.all_special_ids) | set(first_id) & set(tokenizer.added_tokens_decoder)
+    config: Any = GenerationConfig  # untyped in transformers
+    return config(
+        max_new_tokens=runtime.settings.max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        repetition_penalty=1.0,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=sorted(end for end in end_ids if end is not None) or None,
+    )
+
+
+@torch.no_grad()
+def _predict_classes(runtime: Runtime, split: SplitName) -> list[ModelAnswer]:
+    names, examples = runtime.data.summary.classes or [], runtime.data.splits[split]
+    texts = {example.example_id: str(example.content["text"]) for example in runtime.data.texts[split]}
+    answers: list[ModelAnswer] = []
+    size = runtime.settings.eval_batch_size
+    with runtime.disable_dropout():
+        for begin in range(0, len(examples), size):
+            rows = list(range(begin, min(begin + size, len(examples))))
+            batch = runtime.make_batch(split, rows)
+            logits = runtime.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+            for row, predicted in zip(rows, logits.argmax(-1).tolist(), strict=True):
+                example = examples[row]
+                expected = names[example.labels[0]]
+                answers.append(ModelAnswer(example.example_id, texts[example.example_id], names[predicted], expected))
+    return answers
+
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -65,18 +215,6 @@ def score_rouge_l(expected: str, completion: str) -> float:
     )
 
 
-def score_rouge_n(expected: str, completion: str, n: int) -> float:
-    """Return the F1 of ROUGE-N (Lin 2004) over n-grams of words as in `score_rouge_l`, each counted as often as it occurs."""
-    completion_ngrams, expected_ngrams = (
-        _count_ngrams(_split_words(completion), n),
-        _count_ngrams(_split_words(expected), n),
-    )
-    num_ngrams = completion_ngrams.total() + expected_ngrams.total()
-    return (
-        2 * (completion_ngrams & expected_ngrams).total() / num_ngrams if completion_ngrams and expected_ngrams else 0.0
-    )
-
-
 def score_macro_f1(expected: Sequence[str], predicted: Sequence[str]) -> tuple[float, list[float]]:
     """Return the mean F1 over all expected and predicted classes, as `average="macro"` in scikit-learn, and a score per example.
 
@@ -108,10 +246,6 @@ def _compute_macro_f1(pairs: Counter[tuple[str, str]]) -> float:
     )
 
 
-def _count_ngrams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
-    return Counter(zip(*(words[start:] for start in range(n)), strict=False))
-
-
 def _split_words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
 
@@ -134,8 +268,6 @@ def _compute_common_length(first: Sequence[str], second: Sequence[str]) -> int:
 TEXT_SCORES: dict[str, Callable[[str, str], float]] = {  # functions of the expected and the generated text
     "exact_match": score_exact_match,
     "f1": score_token_f1,
-    "rouge1": partial(score_rouge_n, n=1),
-    "rouge2": partial(score_rouge_n, n=2),
     "rougeL": score_rouge_l,
 }
 
@@ -158,26 +290,21 @@ def measure_metrics(runtime: Runtime, split: SplitName, answers_file: Path | Non
             temporary.write_text("".join(lines), encoding="utf-8")
     for spec in specs:
         try:
-            metric_score = score_answers(spec, answers)
+            value, example_scores = score_answers(spec, answers)
         except MetricError as error:
             results.failures[spec.name] = str(error)
             continue
-        results.values[spec.name] = metric_score.value
-        if metric_score.examples is not None:
-            results.example_scores[spec.name] = metric_score.examples
+        results.values[spec.name] = value
+        if example_scores is not None:
+            results.example_scores[spec.name] = example_scores
     return results
 
 
-@dataclass(frozen=True, slots=True)
-class MetricScore:
-    """A metric's value, and example scores of which it is the mean (for macro F1, pseudo-values)."""
-
-    value: float
-    examples: list[float] | None
-
-
-def score_answers(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> MetricScore:
+def score_answers(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> tuple[float, list[float] | None]:
     """Score the answers with a built-in metric or a user function.
+
+    Returns:
+        The metric's value, and the example scores of which it is the mean (for macro F1, pseudo-values); None if there are none.
 
     Raises:
         MetricError: the function failed, or returned something other than scores.
@@ -185,9 +312,9 @@ def score_answers(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> MetricSco
     if spec.name in TEXT_SCORES:
         text_score = TEXT_SCORES[spec.name]
         values = [text_score(answer.expected, answer.completion) for answer in answers]
-        return MetricScore(sum(values) / len(values), values)
+        return sum(values) / len(values), values
     if spec.name == "macro_f1":
-        return MetricScore(*score_macro_f1([a.expected for a in answers], [a.completion for a in answers]))
+        return score_macro_f1([answer.expected for answer in answers], [answer.completion for answer in answers])
     returned = _call_function(spec, answers)
     is_single_value = not isinstance(returned, list | tuple)
     scores = [returned] if is_single_value else list(returned)
@@ -201,7 +328,7 @@ def score_answers(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> MetricSco
                 f"metric {spec.name!r}: the function returned {_shorten(repr(value))}; return finite numbers"
             )
     values = [float(value) for value in scores]
-    return MetricScore(values[0], None) if is_single_value else MetricScore(sum(values) / len(values), values)
+    return sum(values) / len(values), None if is_single_value else values
 
 
 def require_metric_functions(settings: SelectSettings) -> None:
