@@ -9,7 +9,7 @@ from rightrank.decision.adapter import Criterion
 from rightrank.decision.comparison import compute_file_bounds
 from rightrank.decision.run import build_trained_answer, compare_adapters, prefer_direct_training, score_trials
 from rightrank.decision.run import compute_test_difference as difference_on_test
-from rightrank.decision.table import format_distribution
+from rightrank.decision.table import Cell, compute_distribution, format_distribution
 from rightrank.schema.decision import AdapterAnswer, DifferenceDistribution
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.metrics import LossKind
@@ -73,18 +73,12 @@ def test_the_smallest_truncation_whose_bound_is_within_the_margin() -> None:
         assert candidate.difference_low < candidate.difference < candidate.difference_high
 
 
-def test_the_answer_reports_examples_that_get_much_worse() -> None:
-    unchanged_mean = make_trial("a", 16, 0.0, parent="top", noise=0.0)
-    rare = np.array(unchanged_mean.example_losses)
-    rare[::40] += 0.1 * TOKENS  # one example of forty gets worse by .1 a token, the mean by .0025
-    rare[1::40] -= 0.1 * TOKENS
-    answer = find_adapter(TOP, unchanged_mean.model_copy(update={"example_losses": rare.tolist()}))
-    assert (answer.rank, answer.difference) == (16, pytest.approx(0.0))
-    assert answer.distribution is not None
-    assert (answer.distribution.threshold, answer.distribution.share_worse) == (0.05, 0.025)
-    assert answer.distribution.worst_tenth_mean == pytest.approx(0.025)
-    assert answer.distribution == answer.candidates[-1].distribution
-    assert answer.candidates[0].distribution is None  # the reference
+def test_the_distribution_of_a_difference_shows_examples_that_get_much_worse() -> None:
+    worse_by = np.zeros(80)
+    worse_by[::40], worse_by[1::40] = 0.1, -0.1  # the mean is 0
+    distribution = compute_distribution(Cell("difference", 0.0, worse_by, np.ones(80)), 0.005)
+    assert (distribution.threshold, distribution.share_worse) == (0.05, 0.025)
+    assert distribution.worst_tenth_mean == pytest.approx(0.025)
 
 
 def test_a_few_of_many_examples_are_not_rounded_to_none() -> None:
@@ -260,7 +254,6 @@ def test_a_better_direct_training_replaces_the_truncation(rank: int, shift: floa
     ]
     assert AdapterAnswer.model_validate(improved_answer.model_dump()) == improved_answer
     assert improved_answer.difference_high is not None
-    assert improved_answer.distribution is not None
     assert improved_answer.sentence.endswith("with 95% confidence). It was trained at that rank.")
 
 
@@ -349,28 +342,6 @@ def test_a_trained_adapter_is_compared_with_the_given_reference() -> None:
     assert [candidate.trial_id for candidate in answer_with_reference.candidates] == ["small"]
     assert build_trained_answer(small, Criterion("loss", False, None), TOP).margin == 0.005
     assert answer_with_reference.sentence == "The adapter is the one trained at rank 8; no truncation was compared."
-
-
-def test_the_spread_of_a_perplexity_is_in_its_own_unit() -> None:
-    """Report differences of examples as perplexities: a ratio of 1.5 at a perplexity of 4 is a difference of 2."""
-    scores = {"top": [4.0] * 40, "cut": [4.0] * 36 + [6.0] * 4}
-    trials = [
-        trial.model_copy(
-            update={
-                "example_losses": [],
-                "example_tokens": [],
-                "example_scores": scores[trial.trial_id],
-                "metrics": {"perplexity": 4.0},
-                "value": 4.0,
-            }
-        )
-        for trial in (TOP, make_trial("cut", 32, 0.0, parent="top"))
-    ]
-    answer = find_adapter(*trials, criterion=Criterion("perplexity", False, 1.0))
-    candidate = answer.candidates[1]
-    assert candidate.distribution is not None
-    assert candidate.distribution.worst_tenth_mean == pytest.approx(2.0)
-    assert candidate.difference == pytest.approx(4 * (1.5**0.1 - 1))
 
 
 def test_a_truncation_to_the_top_rank_is_not_a_lower_rank() -> None:

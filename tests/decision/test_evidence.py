@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rightrank.decision import table
-from rightrank.decision.evidence import measure_noise
+from rightrank.decision.evidence import measure_seed_variance
 from rightrank.decision.rule import decide_table
 from rightrank.decision.table import (
     Cell,
@@ -35,17 +35,17 @@ def test_common_and_individual_seed_noise_are_separated_where_ranks_share_seeds(
     The row means are 3 and 5, the column means 2, 3.5 and 6.5, and the grand mean is 4. The residuals are 0, -.5, .5
     and their opposites. Their squares sum to 1, over (2-1)·(3-1) degrees = .5. The variance of the columns is 5.25.
     """
-    noise = measure_noise([make_contender(1, s0=1, s1=2, s2=6), make_contender(4, s0=3, s1=5, s2=7)])
-    assert noise.individual == pytest.approx(0.5)
-    assert noise.individual_degrees == 2
-    assert noise.common == pytest.approx(5.25 - 0.5 / 2)
-    assert noise.common_degrees == 2
+    variance, degrees = measure_seed_variance(
+        [make_contender(1, s0=1, s1=2, s2=6), make_contender(4, s0=3, s1=5, s2=7)]
+    )
+    common, individual = 5.25 - 0.5 / 2, 0.5
+    assert variance == pytest.approx(common + individual)
+    assert degrees == pytest.approx(variance**2 / (common**2 / 2 + individual**2 / 2))
 
 
 def test_common_noise_is_never_negative() -> None:
-    noise = measure_noise([make_contender(1, s0=1, s1=2), make_contender(4, s0=2, s1=1)])
-    assert noise.common == 0
-    assert (noise.individual, noise.individual_degrees, noise.common_degrees) == (pytest.approx(1.0), 1, 1)
+    noise = measure_seed_variance([make_contender(1, s0=1, s1=2), make_contender(4, s0=2, s1=1)])
+    assert noise == pytest.approx((1.0, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -55,11 +55,9 @@ def test_common_noise_is_never_negative() -> None:
 )
 def test_seed_noise_is_pooled_where_fewer_than_two_seeds_are_shared(other_contenders: list[Contender]) -> None:
     """Pool a sum of squares of 2 over 1 degree at rank 1 with one of 8 over 2 degrees at rank 4, which has three seeds."""
-    noise = measure_noise([make_contender(1, s0=1, s1=3), *other_contenders])
     has_three_seeds = bool(other_contenders) and len(other_contenders[0].cells) == 3
-    assert noise.individual == pytest.approx(10 / 3 if has_three_seeds else 2.0)
-    assert noise.individual_degrees == (3 if has_three_seeds else 1)
-    assert (noise.common, noise.common_degrees) == (0.0, 0.0)
+    expected = (10 / 3, 3) if has_three_seeds else (2.0, 1)
+    assert measure_seed_variance([make_contender(1, s0=1, s1=3), *other_contenders]) == pytest.approx(expected)
 
 
 def compute_pair_differences(left_contender: Contender, right_contender: Contender) -> list[tuple[str, float, float]]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rightrank.decision.rule import decide_table
-from rightrank.decision.run import build_run_table, decide_by_metric, list_comparable_outcomes, list_metrics
+from rightrank.decision.run import build_run_table, decide_run, list_comparable_outcomes, list_metrics
 from rightrank.decision.table import Cell, ScoreTable, build_table
 from rightrank.schema.events import Records
 from tests.decision.tables import build_value_table
@@ -52,12 +52,9 @@ def test_the_metric_that_decides_comes_first() -> None:
 
 def test_another_metric_may_decide_in_place_of_the_loss() -> None:
     records = make_measured_run()
-    decision = decide_by_metric(records, list_comparable_outcomes(records), "exact_match", 0.1)
+    decision = decide_run(records, "exact_match", 0.1)
     assert (decision.metric, decision.higher_is_better, decision.margin) == ("exact_match", True, 0.1)
     assert (decision.reference_rank, decision.basis) == (16, "examples")
-    lower_outcomes = [outcome for outcome in records.outcomes if outcome.rank < 16]
-    fewer = decide_by_metric(records, lower_outcomes, "exact_match", 0.1)
-    assert [evidence.rank for evidence in fewer.ranks] == [0, 1, 4]
 
 
 def test_the_direction_of_a_metric_can_be_given() -> None:
@@ -66,12 +63,7 @@ def test_the_direction_of_a_metric_can_be_given() -> None:
     records_with_direction = change_settings(make_measured_run(), metrics=["min:colour=mine:colour"])
     lower = build_run_table(records_with_direction, metric="colour")
     assert (lower.higher_is_better, lower.cells[16, 1e-3, 0].loss) == (False, 9.0)
-    assert (
-        decide_by_metric(
-            records_with_direction, list_comparable_outcomes(records_with_direction), "colour", 1.0
-        ).reference_rank
-        == 1
-    )
+    assert decide_run(records_with_direction, "colour", 1.0).reference_rank == 1
     assert build_run_table(records_with_direction, metric="colour", higher=True).higher_is_better is True
 
 

@@ -16,7 +16,6 @@ from rightrank.decision.comparison import (
     Estimate,
     compute_required_examples,
     estimate_mean,
-    is_conclusive,
 )
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.next_run import EXAMPLE_COUNTS
@@ -47,7 +46,6 @@ def test_the_required_examples_decide_four_of_five_runs() -> None:
 def test_a_difference_at_the_margin_is_never_decided() -> None:
     pilot = estimate_mean(np.random.default_rng(0).normal(0.005, 0.1, size=(1, 100)), np.ones(100))
     pilot = type(pilot)(0.005, 1e-4, 0.0, 0.0, 100, 1, 0.0, 0.0)
-    assert not is_conclusive(pilot.scale_to(6400, 1), 0.005)
     assert compute_required_examples(pilot, 0.005) is None
 
 
@@ -236,21 +234,12 @@ def test_a_best_rate_at_the_edge_extends_the_rates_by_one_step(
     assert f" at {rate:.2g} too" in run.sentence
 
 
-def compute_smallest_margin(planned: Estimate) -> float:
-    """Return the smallest margin at which a run of this size is expected to decide."""
-    return planned.compute_bound(CONFIDENCE) + NORMAL.inv_cdf(POWER) * planned.standard_error
-
-
-NEAR = 1e-6
-
-
 def test_a_plan_ends_at_64_times_the_examples() -> None:
-    estimated = replace(
-        estimate_mean(np.random.default_rng(5).normal(size=(1, 100)), np.ones(100)), mean=0.0, skewness=0.0
-    )
-    limit = compute_smallest_margin(estimated.scale_to(5800, 1))  # 58 times as many examples; the next step is 66 times
-    assert compute_required_examples(estimated, limit * (1 + NEAR)) == 5800
-    assert compute_required_examples(estimated, limit * (1 - NEAR)) is None
+    error = 1 / 100**0.5
+    estimated = Estimate(0.0, error**2, 0.0, 0.0, 100, 1, 0.0, 0.0)
+    reach = (NORMAL.inv_cdf(CONFIDENCE) + NORMAL.inv_cdf(POWER)) * error
+    assert compute_required_examples(estimated, reach / 7.6) == 5800  # 57.8 times as many
+    assert compute_required_examples(estimated, reach / 8.01) is None
 
 
 @pytest.mark.parametrize(("rate", "expected"), [(0.0, "at a higher learning rate"), (2e-3, "at learning rate 0.006")])

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rightrank.data.files import report_disk_errors, write_text
 from rightrank.decision import rule
 from rightrank.decision.run import (
-    add_base_note,
-    decide_by_metric,
+    decide_run,
     list_comparable_outcomes,
     list_metrics,
     list_tried_rates,
@@ -198,7 +197,7 @@ def _decide_run_folder(
     records = read_records(folder.journal.read(), str(folder.path))
     started = records.started
     direct = list_comparable_outcomes(records)
-    metric, requested_margin = metric or started.metric, margin
+    metric = metric or started.metric
     metrics = list_metrics(records)
     if metric not in metrics or (started.data.form == "custom" and metric != started.metric):
         raise ResultsError(f"{folder.path}: the run has no metric {metric!r}; it has {', '.join(metrics)}")
@@ -208,15 +207,11 @@ def _decide_run_folder(
             f"{folder.path}: only one rank was trained, so there is no decision on the training rank (rightrank select with "
             f"--goal training-rank continues the run); the adapter: {records.adapters[-1].answer.sentence}"
         )
-    outcomes = direct
-    if metric == started.metric:
-        outcomes = list_comparable_outcomes(records)
-        margin = records.settings.margin if margin is None else margin
-    decision = add_base_note(decide_by_metric(records, outcomes, metric, margin, **options), records)
+    decision = decide_run(records, metric, margin, **options)
     adapter = records.adapters[-1].answer.sentence if records.adapters else None
     decision = decision.model_copy(update={"adapter_sentence": adapter})
     commands = (
-        build_next_commands(started, decision.next_runs, str(folder.path), requested_margin, list_tried_rates(records))
+        build_next_commands(started, decision.next_runs, str(folder.path), margin, list_tried_rates(records))
         if metric == started.metric
         else []
     )

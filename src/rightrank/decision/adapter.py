@@ -18,24 +18,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from rightrank.decision.comparison import (
     CONFIDENCE,
     Bounds,
     compute_file_bounds,
     compute_required_examples,
-    compute_score_range,
     estimate_file_difference,
     is_within,
 )
 from rightrank.decision.table import (
     Cell,
     MetricUnit,
-    compute_distribution,
+    build_cell,
     compute_paired_difference,
-    number_groups,
-    orient_scores,
 )
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, AdapterMethod, Gain, ShareStep
 from rightrank.schema.metrics import (
@@ -58,7 +53,6 @@ ANSWER_FIELDS = {
     "difference_high",
     "share_kept",
     "share_kept_low",
-    "distribution",
 }
 MAX_DIRECT_RANK = 4  # at these ranks a direct training can beat a truncation (docs/explanation/science.md)
 STEP_SHARES = (0.99, 0.98, 0.95, 0.9)  # shares of the gain for which an answer names the smallest rank
@@ -109,13 +103,7 @@ class ScoredAdapter:
         """
         kind = infer_metric_kind(criterion.metric, criterion.higher_is_better, criterion.loss)
         kind = "other" if kind == "perplexity" and value <= 0 else kind
-        scores, weights = (np.asarray(each, dtype=np.float64) for each in example_scores or ([value], [1.0]))
-        scale = (
-            weights if kind == "perplexity" else np.ones(1)
-        )  # The logarithm applies to the score without its weight.
-        sums = orient_scores(scores / scale, kind, criterion.higher_is_better) * scale
-        score_range = compute_score_range(kind, scores, weights)
-        cell = Cell(name, value, sums, weights, score_range, groups=number_groups(groups, len(weights)))
+        cell = build_cell(name, value, example_scores, kind, criterion.higher_is_better, groups)
         return cls(name, rank, method, cell, kind)
 
 
@@ -236,7 +224,6 @@ class ReferenceComparison:
     def build_candidate(self, adapter: ScoredAdapter) -> AdapterCandidate:
         difference, cell, reference = 0.0, adapter.cell, self.reference
         low = high = 0.0 if adapter is reference else None  # 0 is exact
-        distribution = None
         lost = None if self.gain_bounds is None or self.has_no_gain else Bounds(0.0, 0.0, 0.0)
         is_within_margin = True
         if adapter.name != reference.name:
@@ -244,8 +231,6 @@ class ReferenceComparison:
             difference = unit.convert_difference(bounds.mean)
             if cell.examples:
                 low, high = unit.convert_difference(bounds.low), unit.convert_difference(bounds.high)
-                paired = compute_paired_difference(cell, reference.cell)
-                distribution = compute_distribution(paired, self.margin, unit.convert_difference)
             is_within_margin = self._is_within_margin(cell, high, difference)
         return AdapterCandidate(
             rank=adapter.rank,
@@ -259,7 +244,6 @@ class ReferenceComparison:
             share_kept=lost and 1 - lost.mean,
             share_kept_low=None if lost is None or high is None else 1 - lost.high,
             share_kept_high=None if lost is None or high is None else 1 - lost.low,
-            distribution=distribution,
         )
 
     def _is_within_margin(self, cell: Cell, high: float | None, difference: float) -> bool:

@@ -38,7 +38,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import count, takewhile
+from itertools import takewhile
 from statistics import NormalDist
 
 import numpy as np
@@ -126,27 +126,22 @@ def compute_file_bounds(
 
 
 def compute_required_examples(estimate: Estimate, margin: float, confidence: float = CONFIDENCE) -> int | None:
-    """Compute the fewest examples that are expected to settle the difference, rounded up to two digits.
+    """Compute about how many examples settle the difference with probability `POWER`, rounded up to two digits.
+
+    The distances of the present bound from the mean, and of a true mean that passes it, shrink with the root of their number.
 
     Returns None if `MAX_EXAMPLE_GROWTH` times as many are not enough, or if there are no example scores.
     """
-    if estimate.examples < 2:
+    if estimate.examples < 2 or estimate.mean == margin:
         return None
-    factors = (1.15**power for power in count(1))
-    for factor in takewhile(lambda factor: factor <= MAX_EXAMPLE_GROWTH, factors):
-        step = 10 ** max(0, math.floor(math.log10(estimate.examples * factor)) - 1)
-        size = int(math.ceil(estimate.examples * factor / step) * step)
-        if is_conclusive(estimate.scale_to(size, estimate.seeds), margin, confidence):
-            return size
-    return None
-
-
-def is_conclusive(estimate: Estimate, margin: float, confidence: float = CONFIDENCE) -> bool:
-    """Return whether runs of this size settle the comparison with probability `POWER` if the true mean is the estimated one."""
-    error = NORMAL.inv_cdf(POWER) * estimate.standard_error
-    if estimate.mean < margin:
-        return is_within(estimate.compute_bound(confidence) + error, margin)
-    return not is_within(estimate.compute_bound(1 - confidence) - error, margin)
+    bound = estimate.compute_bound(confidence if estimate.mean < margin else 1 - confidence)
+    distance = abs(bound - estimate.mean) + NORMAL.inv_cdf(POWER) * estimate.standard_error
+    growth = (distance / (margin - estimate.mean)) ** 2
+    if growth > MAX_EXAMPLE_GROWTH:
+        return None
+    size = estimate.examples * growth
+    step = 10 ** max(0, math.floor(math.log10(max(size, 1.0))) - 1)
+    return int(math.ceil(size / step) * step)
 
 
 def walk_down(ranks: Iterable[int], reference: int, is_passed: Callable[[int], bool]) -> int:
@@ -172,17 +167,12 @@ class Estimate:
     interaction_variance: float  # included in both of the above
     examples: int  # independent examples, or groups if there are any
     seeds: int
-    seeds_degrees: float
+    seeds_degrees: float  # 0: not measured
     skewness: float  # of the examples' influence
-    kurtosis: float | None = None  # of the examples' influence, if two adapters are compared
-    has_separate_seeds: bool = (
-        False  # whether the seed variance was replaced (`replace_seed_variance`) and has its own degrees of freedom
+    examples_degrees: float = MAX_DEGREES
+    is_pair: bool = (
+        False  # whether exactly two adapters are compared; skewness then widens a bound and never narrows it
     )
-    grouped_degrees: float | None = None  # degrees of freedom of groups: fewer if a few groups hold most rows
-
-    @property
-    def examples_degrees(self) -> float:
-        return self.examples - 1.0 if self.grouped_degrees is None else self.grouped_degrees
 
     @property
     def variance(self) -> float:
@@ -196,68 +186,38 @@ class Estimate:
 
     @property
     def degrees(self) -> float:
-        """Return Satterthwaite's degrees of freedom of the summed components; for two adapters, those of a variance with this kurtosis."""
-        if self.kurtosis is not None:
-            return max(1.0, min(self.examples_degrees, 2 * self.examples / max(self.kurtosis - 1, 1e-9)))
-        squares = 0.0
-        if self.examples > 1:
-            squares += self.examples_variance**2 / self.examples_degrees
+        """Return Satterthwaite's degrees of freedom of the summed components."""
+        squares = self.examples_variance**2 / self.examples_degrees
         if self.seeds_degrees > 0:
             squares += self.seeds_variance**2 / self.seeds_degrees
-        if self.examples > 1 and self.seeds > 1:
-            squares += self.interaction_variance**2 / (self.examples_degrees * (self.seeds - 1))
-        return MAX_DEGREES if squares <= 0 else float(min(MAX_DEGREES, max(1.0, self.variance**2 / squares)))
+        return MAX_DEGREES if squares == 0 else min(MAX_DEGREES, max(1.0, self.variance**2 / squares))
 
     def compute_bound(self, confidence: float) -> float:
-        """Compute the one-sided confidence bound of the true mean: an upper one above one half, a lower one below it."""
-        reach, shift = self._count_standard_errors(confidence), 0.0
-        if self.examples > 1 and self.variance > 0:
+        """Compute the one-sided confidence bound of the true mean: an upper one above one half, a lower one below it.
+
+        Each component of the variance has the quantile of its own degrees of freedom. Satterthwaite's degrees would follow the examples
+        where two seeds agree by chance, and the bound would then be too near.
+        """
+        if self.variance == 0:
+            return self.mean
+        share = min(1.0, self.seeds_variance / self.variance)
+        seed_quantile = compute_t_quantile(self.seeds_degrees or MAX_DEGREES, confidence)
+        example_quantile = compute_t_quantile(self.examples_degrees, confidence)
+        reach = math.sqrt(share * seed_quantile**2 + (1 - share) * example_quantile**2)
+        shift = 0.0
+        if self.examples > 1:
             # The distribution over seeds is assumed to be symmetric.
-            share = float((self.examples_variance / self.variance) ** 1.5)
-            shift = share * self.skewness * (2 * reach * reach + 1) / (6 * math.sqrt(self.examples))
-            shift = max(-MAX_SKEWNESS_SHIFT * abs(reach), min(MAX_SKEWNESS_SHIFT * abs(reach), shift))
-        if self.kurtosis is not None and shift * reach < 0:
+            example_share = float((self.examples_variance / self.variance) ** 1.5)
+            shift = example_share * self.skewness * (2 * reach * reach + 1) / (6 * math.sqrt(self.examples))
+            shift = max(-MAX_SKEWNESS_SHIFT * reach, min(MAX_SKEWNESS_SHIFT * reach, shift))
+        reach = math.copysign(reach, confidence - 0.5)
+        if self.is_pair and shift * reach < 0:
             shift = 0.0
         return self.mean + self.standard_error * (reach + shift)
 
-    def _count_standard_errors(self, confidence: float) -> float:
-        """Return the number of standard errors to the bound.
-
-        If the seed variance was replaced, each component of the variance has the quantile of its own degrees of freedom. Satterthwaite's
-        degrees would follow the examples where two seeds agree by chance, and the bound would then be too near.
-        """
-        if not self.has_separate_seeds or self.seeds_degrees <= 0 or self.variance <= 0:
-            return compute_t_quantile(self.degrees, confidence)
-        seed_quantile = compute_t_quantile(self.seeds_degrees, confidence)
-        example_quantile = compute_t_quantile(self.examples_degrees, confidence) if self.examples > 1 else 0.0
-        share = min(1.0, self.seeds_variance / self.variance)
-        return math.copysign(math.sqrt(share * seed_quantile**2 + (1 - share) * example_quantile**2), seed_quantile)
-
     def replace_seed_variance(self, variance: float, degrees: float) -> Estimate:
         """Return the same mean with another seed variance, such as a pooled or a published one."""
-        return replace(self, seeds_variance=variance, seeds_degrees=degrees, has_separate_seeds=True)
-
-    def scale_to(self, examples: int, seeds: int) -> Estimate:
-        """Return the estimate that a run of another size is expected to give: the same mean with scaled variance components."""
-        example_ratio = self.examples / examples if self.examples > 1 and examples > 0 else 1.0
-        seed_ratio = self.seeds / seeds
-        pure_examples = max(self.examples_variance - self.interaction_variance, 0.0) * example_ratio
-        pure_seeds = max(self.seeds_variance - self.interaction_variance, 0.0) * seed_ratio
-        interaction = self.interaction_variance * example_ratio * seed_ratio
-        degrees = self.seeds_degrees
-        if degrees > 0:
-            degrees = max(degrees + seeds - self.seeds, 1.0)
-        grouped = None if self.grouped_degrees is None else max(1.0, self.grouped_degrees / example_ratio)
-        return replace(
-            self,
-            examples_variance=pure_examples + interaction,
-            seeds_variance=pure_seeds + interaction,
-            interaction_variance=interaction,
-            examples=examples,
-            seeds=seeds,
-            seeds_degrees=degrees,
-            grouped_degrees=grouped,
-        )
+        return replace(self, seeds_variance=variance, seeds_degrees=degrees)
 
 
 def estimate_mean(
@@ -283,7 +243,7 @@ def estimate_mean(
     mean = float(by_seed.mean())
     seeds_variance = float(by_seed.var(ddof=1)) / seeds if seeds > 1 else 0.0
     if examples < 2:
-        return Estimate(mean, 0.0, seeds_variance, 0.0, 0, seeds, float(seeds - 1), 0.0)
+        return Estimate(mean, 0.0, seeds_variance, 0.0, 0, seeds, seeds - 1.0, 0.0)
     differing = (sums != np.median(sums)).any(axis=0) if score_range else np.zeros(0)
     if groups is not None:
         sums, weights, differing = (
@@ -305,8 +265,8 @@ def estimate_mean(
         interaction_variance = min(interaction, examples_variance, seeds_variance)
     skewness = float(np.mean(influence**3)) / mean_square**1.5 if mean_square > 0 else 0.0
     variances = (examples_variance, seeds_variance, interaction_variance)
-    grouped = None if groups is None else compute_group_degrees(weights)
-    return Estimate(mean, *variances, examples, seeds, float(seeds - 1), skewness, grouped_degrees=grouped)
+    degrees = examples - 1.0 if groups is None else compute_group_degrees(weights)
+    return Estimate(mean, *variances, examples, seeds, seeds - 1.0, skewness, degrees)
 
 
 def sum_by_group(values: Floats, groups: Groups | None) -> Floats:
@@ -377,7 +337,11 @@ def estimate_file_difference(
     plain = estimate_mean(sums[None, :], weights, score_range, groups, confidence)
     influence = sum_by_group(sums - weights * plain.mean, groups)
     mean_square = float(np.mean(influence**2))
-    return replace(plain, kurtosis=float(np.mean(influence**4)) / mean_square**2) if mean_square > 0 else plain
+    if mean_square == 0:
+        return plain
+    kurtosis = float(np.mean(influence**4)) / mean_square**2
+    degrees = max(1.0, min(plain.examples_degrees, 2 * plain.examples / max(kurtosis - 1, 1e-9)))
+    return replace(plain, examples_degrees=degrees, is_pair=True)
 
 
 def compute_binary_bound(worse: int, better: int, examples: int, confidence: float) -> float:

@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import combinations
 
 import numpy as np
 
 from rightrank.decision.comparison import (
-    CONFIDENCE,
     MAX_DEGREES,
     Estimate,
     estimate_mean,
@@ -38,17 +37,14 @@ from rightrank.decision.seeds import (
     NOISE,
     NOISE_DEGREES,
     WITHIN_DEGREES,
-    JointMeans,
     NoiseComponents,
     PairNoise,
     Prior,
-    compute_mean_noise,
     get_noise,
     measure_pair_noise,
     pool_prior,
-    sample_joint_means,
+    sample_joint_noise,
     sample_multivariate_noise,
-    split_seed_variance,
 )
 from rightrank.decision.table import (
     Contender,
@@ -67,23 +63,6 @@ from rightrank.schema.metrics import Margin, compute_margin
 from rightrank.schema.trials import Floats
 
 MAX_EQUAL_ERRORS = 2.0  # A rank within so many standard errors of the best is treated as equally good.
-
-
-@dataclass(frozen=True, slots=True)
-class _SeedNoise:
-    """Variances of one training's mean over seeds."""
-
-    common: float  # shared by all ranks of a seed
-    common_degrees: float
-    individual: float  # of each rank; a paired difference has twice this
-    individual_degrees: float  # 0: stated or published, not measured
-
-    def compute_mean_variance(self, seeds: int) -> tuple[float, float]:
-        """Compute the variance of a mean over this many seeds, and Satterthwaite's degrees of freedom (0: not measured)."""
-        components = [(self.common, self.common_degrees), (self.individual, self.individual_degrees)]
-        squares = sum(variance**2 / degrees for variance, degrees in components if degrees > 0)
-        total = sum(variance for variance, _ in components)
-        return total / seeds, total**2 / squares if squares > 0 else 0.0
 
 
 class Evidence:
@@ -155,14 +134,16 @@ class Evidence:
     def has_examples(self) -> bool:
         return self.basis in ("examples and seeds", "examples")
 
-    def estimate_noise(self, rank: int) -> _SeedNoise:
-        """Estimate the seed noise of the rank's mean, pooled over the ranks that are at least as good.
+    def _estimate_seed_variance(self, rank: int, seeds: int) -> tuple[float, float]:
+        """Estimate the variance of the rank's mean over this many seeds, with its degrees of freedom (0: not measured).
 
-        It also applies to the rank's difference from the base model, which has no seed.
+        It is pooled over the ranks that are at least as good, and also that of the rank's difference from the base model, which has no seed.
         """
-        if self.basis in ("examples and seeds", "seeds"):
-            return measure_noise(self._list_better_ranks(rank, lambda contender: len(contender.cells) > 1))
-        return _SeedNoise(0.0, 0.0, 0.0, 0.0)
+        if self.basis not in ("examples and seeds", "seeds"):
+            return 0.0, 0.0
+        better = self._list_better_ranks(rank, lambda contender: len(contender.cells) > 1)
+        variance, degrees = measure_seed_variance(better)
+        return variance / seeds, degrees
 
     @cached_property
     def _ordered(self) -> list[Contender]:
@@ -222,7 +203,7 @@ class Evidence:
         better ranks. benchmarks/decide/printed.py measures what this leaves of the error.
         """
         error, rivals, degrees = math.inf, [0.0], [MAX_DEGREES]
-        for contender in sorted(self.contenders.values(), key=lambda rival: (rival.loss, rival.rank)):
+        for contender in self._ordered:
             if not compute_differences(pair_cells(contender, self.reference)).any():
                 continue  # the reference itself, or a rank with the same scores
             difference = self.estimate_difference(contender)
@@ -258,7 +239,7 @@ class Evidence:
         stated_variance = self._get_stated_variance(contender)
         if stated_variance is not None:
             return mean.replace_seed_variance(stated_variance, 0.0)
-        variance, degrees = self.estimate_noise(contender.rank).compute_mean_variance(len(contender.cells))
+        variance, degrees = self._estimate_seed_variance(contender.rank, len(cells))
         return mean.replace_seed_variance(max(variance, mean.interaction_variance), degrees)
 
     def estimate_difference(self, contender: Contender, reference: Contender | None = None) -> Estimate:
@@ -266,19 +247,18 @@ class Evidence:
         opponent = reference or self.reference
         pairs = pair_cells(contender, opponent)
         paired = replace(estimate_pairs(pairs), mean=contender.loss - opponent.loss)
-        stated_variances = [self._get_stated_variance(contender), self._get_stated_variance(opponent)]
-        if all(variance is not None for variance in stated_variances):
-            return paired.replace_seed_variance(
-                sum(variance for variance in stated_variances if variance is not None), 0.0
-            )
+        stated = [self._get_stated_variance(contender), self._get_stated_variance(opponent)]
+        stated_variances = [variance for variance in stated if variance is not None]
+        if len(stated_variances) == 2:
+            return paired.replace_seed_variance(sum(stated_variances), 0.0)
         if contender.rank == 0 or opponent.rank == 0:
-            variance, degrees = self.estimate_noise(max(contender.rank, opponent.rank)).compute_mean_variance(
-                len(pairs)
-            )
+            variance, degrees = self._estimate_seed_variance(max(contender.rank, opponent.rank), len(pairs))
         elif self.lacks_uncertainty:
             variance, degrees = 0.0, 0.0
         else:
-            variance, degrees = _estimate_seed_variance(pairs, self.build_prior(contender.rank))
+            pair, prior = _measure_pair_noise(pairs), self.build_prior(contender.rank)
+            variance, degrees = (pair.variance, pair.degrees) if prior is None else prior.moderate(pair)
+            variance /= len(pairs)
         return paired.replace_seed_variance(max(variance, paired.interaction_variance), degrees)
 
     def compute_probability(self, rank: int, margin: float) -> float | None:
@@ -288,7 +268,8 @@ class Evidence:
         """
         if self.lacks_uncertainty:
             return None
-        return float(np.mean(self._worse_than_best[self.joint.ranks.index(rank)] <= margin))
+        ranks = [contender.rank for contender in self._all_contenders]
+        return float(np.mean(self._worse_than_best[ranks.index(rank)] <= margin))
 
     def compute_margins(self, probability: float, seeds: int = 0, examples: int = 0) -> dict[int, float]:
         """Compute the margin from which each rank has the probability. The values must have an uncertainty.
@@ -299,9 +280,10 @@ class Evidence:
         """
         worse = self._worse_than_best
         if seeds or examples:
-            worse = self.joint.compute_losses_to_best(math.sqrt(self._compute_planned_variance(seeds, examples)))
-        margins = np.quantile(worse, probability, axis=1, method="inverted_cdf")
-        return {rank: margin for rank, margin in zip(self.joint.ranks, margins.tolist(), strict=True) if rank > 0}
+            worse = self._draw_losses_to_best(math.sqrt(self._compute_planned_variance(seeds, examples)))
+        margins = np.quantile(worse, probability, axis=1, method="inverted_cdf").tolist()
+        contenders = zip(self._all_contenders, margins, strict=True)
+        return {contender.rank: margin for contender, margin in contenders if contender.rank > 0}
 
     def _compute_planned_variance(self, seeds: int, examples: int) -> float:
         """Compute the variance at a planned size divided by the present one; arguments as in `compute_margins`."""
@@ -313,7 +295,15 @@ class Evidence:
 
     @cached_property
     def _worse_than_best(self) -> Floats:
-        return self.joint.compute_losses_to_best()
+        return self._draw_losses_to_best(1.0)
+
+    def _draw_losses_to_best(self, noise: float) -> Floats:
+        """Return [ranks and base, draws] how much worse each of them truly is than the best rank, with the noise scaled by `noise`."""
+        means = np.array([contender.loss for contender in self._all_contenders])
+        true_losses = means[:, None] + noise * self._joint_noise
+        is_rival = [contender.rank > 0 for contender in self._all_contenders]
+        worse: Floats = true_losses - true_losses[is_rival].min(axis=0)
+        return worse
 
     @cached_property
     def _design_effect(self) -> float:
@@ -328,48 +318,39 @@ class Evidence:
         cells = [contender.cells for contender in self.contenders.values()]
         return min(map(len, cells)), next(iter(cells[0].values())).examples
 
-    def find_indistinguishable_ranks(self, confidence: float) -> list[int]:
-        """Return the ranks that are not shown to be worse than the best, in ascending order.
-
-        The confidence is at least `CONFIDENCE`.
-        """
-        return self.joint.find_indistinguishable_ranks(max(CONFIDENCE, confidence))
-
     @cached_property
-    def joint(self) -> JointMeans:
-        """Return the joint distribution of the true means of ranks and base model."""
-        ranks, losses = zip(*((contender.rank, contender.loss) for contender in self._all_contenders), strict=True)
-        return sample_joint_means(ranks, losses, *self._pairwise_posteriors)
-
-    @property
     def _all_contenders(self) -> list[Contender]:
         """Return the ranks and the base model, the best first."""
         everyone = [*self.contenders.values(), *([self.base] if self.base else [])]
         return sorted(everyone, key=lambda contender: (contender.loss, contender.rank))
 
     @cached_property
-    def _pairwise_posteriors(self) -> tuple[Floats, float]:
-        """Return [ranks, ranks] variances of the measured differences about the true ones, and the degrees of freedom of the best two ranks."""
-        positions = {contender.rank: number for number, contender in enumerate(self._ordered)}
-        variances, degrees = np.zeros((len(self._all_contenders), len(self._all_contenders))), 0.0
-        best = {contender.rank for contender in self._ordered[:2]}
-        for (row, first), (column, second) in combinations(enumerate(self._all_contenders), 2):
-            worse = max((first, second), key=lambda contender: positions.get(contender.rank, -1))
-            if self.has_examples:
-                pairs = pair_cells(first, second)
-                noise = _measure_pair_noise(pairs)
-                examples = pairs[0][0].examples / noise.design_effect
-                prior = self._build_noise_prior(worse.rank, NOISE_DEGREES, math.inf, examples=examples)
-                variance, of_pair = compute_mean_noise(noise, prior, len(pairs), examples, self.noise)
-                of_pair = max(1.0, min(of_pair, examples - 1))
-                if noise.example_variance == 0:  # Bounded scores that are all equal are no proof of equal adapters.
-                    variance = max(variance, estimate_pairs(pairs).examples_variance)
-            else:
-                difference = self.estimate_difference(worse, first if worse is second else second)
-                variance, of_pair = difference.variance, difference.degrees
+    def _joint_noise(self) -> Floats:
+        """Return [ranks and base, draws] of the noise of the measured means about the true ones, with the degrees of the best two ranks."""
+        everyone, best_ranks = self._all_contenders, {contender.rank for contender in self._ordered[:2]}
+        variances, degrees = np.zeros((len(everyone), len(everyone))), MAX_DEGREES
+        for (row, first), (column, second) in combinations(enumerate(everyone), 2):
+            variance, pair_degrees = self._measure_true_difference(first, second)
             variances[row, column] = variances[column, row] = variance
-            degrees = of_pair if {first.rank, second.rank} == best else degrees
-        return variances, degrees
+            degrees = pair_degrees if {first.rank, second.rank} == best_ranks else degrees
+        return sample_joint_noise(variances, degrees)
+
+    def _measure_true_difference(self, better: Contender, worse: Contender) -> tuple[float, float]:
+        """Return the variance of the measured difference about the true one, and its degrees of freedom."""
+        rank = worse.rank or better.rank
+        if not self.has_examples:
+            first, second = (worse, better) if worse.rank else (better, worse)
+            difference = self.estimate_difference(first, second)
+            return difference.variance, difference.degrees
+        pairs = pair_cells(better, worse)
+        pair = _measure_pair_noise(pairs)
+        examples = pairs[0][0].examples / pair.design_effect
+        variance, degrees = self._build_noise_prior(rank, NOISE_DEGREES, math.inf, examples=examples).moderate(pair)
+        variance /= len(pairs)
+        variance += (self.noise.examples / examples + self.noise.learning_rates) * pair.example_variance
+        if pair.example_variance == 0:  # Bounded scores that are all equal are no proof of equal adapters.
+            variance = max(variance, estimate_pairs(pairs).examples_variance)
+        return variance, max(1.0, min(degrees, examples - 1))
 
     def _get_stated_variance(self, contender: Contender) -> float | None:
         """Return the variance of the contender's mean that the table states, or None if the evidence does not rest on such deviations."""
@@ -379,31 +360,28 @@ class Evidence:
         return None if cell.deviation is None else cell.deviation**2 / cell.deviation_seeds
 
 
-def measure_noise(contenders: list[Contender]) -> _SeedNoise:
-    """Measure the seed noise of the ranks with two seeds or more, pooled over these ranks.
+def measure_seed_variance(contenders: list[Contender]) -> tuple[float, float]:
+    """Measure the variance of one training over seeds, pooled over the ranks with two seeds or more, and its degrees of freedom.
 
-    If two or more of them share two or more seeds, the variance that they have in common is separated from the individual one.
+    If two or more of them share two or more seeds, the variance that they have in common is separated from that of each rank, since it
+    has only the degrees of freedom of the seeds (Satterthwaite).
     """
     several = [contender for contender in contenders if len(contender.cells) > 1]
     shared = sorted(set.intersection(*(set(contender.cells) for contender in several)))
-    if len(several) > 1 and len(shared) > 1:
-        means = np.array([[contender.cells[seed].loss for seed in shared] for contender in several])
-        common, individual = split_seed_variance(means)
-        pure = max(0.0, common - individual / len(several))
-        return _SeedNoise(pure, len(shared) - 1.0, individual, (len(several) - 1.0) * (len(shared) - 1.0))
-    squares = sum(float(np.var([cell.loss for cell in c.cells.values()], ddof=1)) * (len(c.cells) - 1) for c in several)
-    degrees = float(sum(len(contender.cells) - 1 for contender in several))
-    return _SeedNoise(0.0, 0.0, squares / degrees, degrees)
+    if len(several) < 2 or len(shared) < 2:
+        losses = [[cell.loss for cell in contender.cells.values()] for contender in several]
+        degrees = sum(len(values) - 1.0 for values in losses)
+        return sum(float(np.var(values, ddof=1)) * (len(values) - 1) for values in losses) / degrees, degrees
+    means = np.array([[contender.cells[seed].loss for seed in shared] for contender in several])
+    level = means.mean(axis=0)
+    residuals = means - means.mean(axis=1, keepdims=True) - level + level.mean()
+    seed_degrees = len(shared) - 1.0
+    rank_degrees = seed_degrees * (len(several) - 1.0)
+    individual = float((residuals**2).sum()) / rank_degrees
+    common = max(0.0, float(level.var(ddof=1)) - individual / len(several))
+    squares = common**2 / seed_degrees + individual**2 / rank_degrees
+    return common + individual, (common + individual) ** 2 / squares if squares > 0 else 0.0
 
 
 def _measure_pair_noise(pairs: list[Pair]) -> PairNoise:
     return measure_pair_noise(compute_differences(pairs), pairs[0][0].weights, pairs[0][0].groups)
-
-
-def _estimate_seed_variance(pairs: list[Pair], prior: Prior | None) -> tuple[float, float]:
-    """Return the seed variance of a mean of paired differences, and its degrees of freedom; 0 if nothing was measured."""
-    noise = _measure_pair_noise(pairs)
-    if prior is None:
-        return noise.variance / len(pairs), noise.degrees
-    variance, degrees = prior.moderate(noise)
-    return variance / len(pairs), degrees

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from rightrank.decision.comparison import MAX_SEEDS, is_within
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.ranks import Comparison, find_failed_rank, format_rank_names
+from rightrank.decision.ranks import Comparison, find_unexplained_rank, format_rank_names
 from rightrank.decision.table import ScoreTable
 from rightrank.schema.decision import NextRun, Verdict
 
@@ -24,7 +24,7 @@ def plan_next_runs(comparison: Comparison, verdict: Verdict, flags: list[str]) -
     if verdict == "no_gain":
         runs.append(_plan_after_no_gain(comparison.evidence))
     elif verdict == "undecided":
-        if (failed := find_failed_rank(comparison)) is not None:
+        if (failed := find_unexplained_rank(comparison)) is not None:
             runs.append(_plan_repetition(comparison, failed))
         if comparison.is_open:
             runs.extend(_plan_runs_for_confidence(comparison))
@@ -44,9 +44,8 @@ def plan_next_runs(comparison: Comparison, verdict: Verdict, flags: list[str]) -
 def _plan_repetition(comparison: Comparison, rank: int) -> NextRun:
     """Plan to repeat the training that probably failed: at a lower learning rate if none was tried, else with another seed."""
     evidence, start = comparison.evidence, f"Train rank {rank} again"
-    outliers = sum(outlier.rank == rank for outlier in evidence.outliers)
-    if outliers or comparison.evidence.has_lower_rate(rank):
-        seeds = len(evidence.contenders[rank].cells) + outliers + 1
+    if evidence.has_lower_rate(rank):
+        seeds = len(evidence.contenders[rank].cells) + 1
         sentence = f"{start} with another seed ({_format_cost(1)}): it may have failed."
         return NextRun(action="seeds", ranks=[rank], seeds=seeds, trials=1, sentence=sentence)
     rate = evidence.contenders[rank].learning_rate
@@ -61,7 +60,7 @@ def _plan_runs_for_confidence(comparison: Comparison) -> list[NextRun]:
     """Plan more examples, and more seeds, that would give a rank the requested probability. Examples need no training and come first."""
     evidence, confidence, margin = comparison.evidence, comparison.confidence, comparison.margin
     assert confidence is not None
-    (seeds, examples), ranks = evidence.size, evidence.find_indistinguishable_ranks(confidence)
+    (seeds, examples), ranks = evidence.size, comparison.list_indistinguishable_ranks()
 
     def is_reached(more_seeds: int, more_examples: int) -> bool:
         return is_within(min(evidence.compute_margins(confidence, more_seeds, more_examples).values()), margin)

@@ -5,9 +5,8 @@ The verdict is the first row that applies, from the most sobering to the plaines
     ===========  =====================================================================================
     no_gain      the base model is within the margin of the best adapter, or the adapter is not shown to be better
                  than it (for one number per rank: within the margin of a table without a base)
-    undecided    no rank has the requested probability; a rank above the reference is clearly worse than it
-                 without a reason (`find_unexplained_rank`); or the answer rests on a rank of which one of
-                 two seeds is far from the other (`find_doubtful_rank`)
+    undecided    no rank has the requested probability; or a rank above the reference is clearly worse than
+                 it without a reason (`find_unexplained_rank`)
     overfitting  the largest rank is worse than the margin allows on held-out data and better in training
     flat         the smallest rank is chosen, and no rank is shown to be worse than the margin allows
     rising       the largest rank is chosen, and every smaller one is shown to be worse than the margin allows
@@ -77,6 +76,14 @@ class Comparison:
         probability = self.compute_probability(rank)
         assert probability is not None
         return probability
+
+    def list_indistinguishable_ranks(self) -> list[int]:
+        """List the ranks that are not shown to be worse than the margin allows, by their bounds and with a probability of `CONFIDENCE`."""
+        return [
+            rank
+            for rank in self.ranks
+            if self.by_rank[rank].non_inferior is not False or self.require_probability(rank) > 1 - CONFIDENCE
+        ]
 
     @property
     def is_open(self) -> bool:
@@ -200,7 +207,7 @@ def determine_verdict(comparison: Comparison) -> Verdict:
     """Return the first row of the table above that applies."""
     if comparison.is_base_enough:
         return "no_gain"
-    if comparison.is_open or find_failed_rank(comparison) is not None:
+    if comparison.is_open or find_unexplained_rank(comparison) is not None:
         return "undecided"
     if is_overfitting(comparison):
         return "overfitting"
@@ -209,22 +216,6 @@ def determine_verdict(comparison: Comparison) -> Verdict:
     if is_rising(comparison) and all(comparison.is_worse(rank) for rank in comparison.ranks[:-1]):
         return "rising"
     return "saturated"
-
-
-def find_failed_rank(comparison: Comparison) -> int | None:
-    """Find a rank of which a training may have failed so that the answer depends on it, or return None."""
-    unexplained = find_unexplained_rank(comparison)
-    return find_doubtful_rank(comparison) if unexplained is None else unexplained
-
-
-def find_doubtful_rank(comparison: Comparison) -> int | None:
-    """Find the chosen rank or the reference if only one of its two seeds counts, since they are far from each other, or return None.
-
-    Which of the two is the usual one is not known.
-    """
-    answer = {comparison.chosen, comparison.reference.rank}
-    doubtful = (outlier.rank for outlier in comparison.evidence.outliers if len(outlier.other_values) == 1)
-    return next((rank for rank in doubtful if rank in answer), None)
 
 
 def find_unexplained_rank(comparison: Comparison) -> int | None:

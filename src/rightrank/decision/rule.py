@@ -25,7 +25,6 @@ from rightrank.decision.ranks import (
     collect_flags,
     compare_ranks,
     determine_verdict,
-    find_doubtful_rank,
     find_unexplained_rank,
     format_rank_names,
 )
@@ -87,13 +86,12 @@ def decide_table(
 
 def _build_probability_fields(comparison: Comparison) -> dict[str, Any]:
     """Return the fields of a decision by probabilities; empty if the values decided."""
-    evidence, confidence, recommended = comparison.evidence, comparison.confidence, comparison.chosen
-    if confidence is None:
+    if comparison.confidence is None:
         return {}
     return {
-        "requested_confidence": confidence,
-        "probability": comparison.compute_probability(recommended),
-        "indistinguishable_ranks": evidence.find_indistinguishable_ranks(confidence),
+        "requested_confidence": comparison.confidence,
+        "probability": comparison.compute_probability(comparison.chosen),
+        "indistinguishable_ranks": comparison.list_indistinguishable_ranks(),
     }
 
 
@@ -235,8 +233,6 @@ def _format_undecided(comparison: Comparison, margin_text: str, unit: MetricUnit
             f"Undecided: rank {unexplained} is {_format_difference(comparison, unexplained, unit)} than rank {comparison.reference.rank}, "
             f"although a larger rank should be about as good: its training may have failed.{remark}"
         )
-    if (doubtful := find_doubtful_rank(comparison)) is not None:
-        return f"Undecided: the two seeds of rank {doubtful} are far apart, and one training may have failed.{remark}"
     return _format_cannot_tell(comparison, margin_text, unit)
 
 
@@ -244,7 +240,7 @@ def _format_cannot_tell(comparison: Comparison, margin_text: str, unit: MetricUn
     """Format the indistinguishable ranks, and the recommended one with its probability and the margin at which it would be enough."""
     evidence, recommended, confidence = comparison.evidence, comparison.chosen, comparison.confidence
     assert confidence is not None  # values without uncertainty can tell
-    indistinguishable = evidence.find_indistinguishable_ranks(confidence)
+    indistinguishable = comparison.list_indistinguishable_ranks()
     worse_ranks = [rank for rank in comparison.ranks if rank not in indistinguishable]
     margin = format_number(unit.convert_difference(evidence.compute_margins(confidence)[recommended]))
     likely = format_probability(comparison.require_probability(recommended))

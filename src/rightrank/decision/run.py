@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
-
-import numpy as np
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from rightrank.decision.adapter import (
     ANSWER_FIELDS,
@@ -17,17 +15,13 @@ from rightrank.decision.adapter import (
     format_claim,
     format_steps,
 )
-from rightrank.decision.comparison import compute_bounds, compute_file_bounds, compute_score_range, is_within
+from rightrank.decision.comparison import is_within
 from rightrank.decision.ranks import DEFAULT_CONFIDENCE
 from rightrank.decision.rule import decide_table
 from rightrank.decision.table import (
-    Cell,
-    MetricUnit,
     ScoreTable,
     build_table,
-    estimate_pairs,
     find_best_point,
-    number_groups,
 )
 from rightrank.schema.decision import (
     AdapterAnswer,
@@ -38,9 +32,8 @@ from rightrank.schema.decision import (
 )
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.events import Records, RunStarted, TestEvaluated
-from rightrank.schema.metrics import Checkpoint, Margin, compute_margin, format_unknown_direction, infer_metric_kind
+from rightrank.schema.metrics import Checkpoint, Margin, format_unknown_direction
 from rightrank.schema.trials import (
-    Floats,
     TrialDiverged,
     TrialFinished,
     TrialOutcome,
@@ -49,32 +42,27 @@ from rightrank.schema.trials import (
 
 
 def score_trials(outcomes: Sequence[TrialOutcome], criterion: Criterion) -> dict[str, ScoredAdapter]:
-    """Return the adapters of the finished complete trainings and truncations by trial id.
+    """Return the adapters of the finished complete trainings and truncations by trial id."""
+    finished = [outcome for outcome in outcomes if isinstance(outcome, TrialFinished)]
+    return _score_trials([trial for trial in finished if trial.rank > 0 and trial.stop_at is None], criterion)
 
-    If their numbers of examples differ, each one has only its value.
-    """
+
+def _score_trials(trials: Iterable[TrialFinished], criterion: Criterion) -> dict[str, ScoredAdapter]:
+    """Return the trials that have the metric by id. If their numbers of examples differ, each one has only its value."""
     metric = criterion.metric
-    trials = [
-        outcome
-        for outcome in outcomes
-        if isinstance(outcome, TrialFinished)
-        and outcome.rank > 0
-        and outcome.stop_at is None
-        and metric in outcome.metrics
-    ]
-    example_scores = {trial.trial_id: trial.get_weighted_scores(metric) for trial in trials}
-    lengths = {len(items[0]) if items else 0 for items in example_scores.values()}
+    measured = [(trial, trial.get_weighted_scores(metric)) for trial in trials if metric in trial.metrics]
+    is_paired = len({len(scores[0]) if scores else 0 for _, scores in measured}) == 1
     return {
         trial.trial_id: ScoredAdapter.from_scores(
             trial.trial_id,
             trial.rank,
             trial.metrics[metric],
-            example_scores[trial.trial_id] if len(lengths) == 1 else None,
+            scores if is_paired else None,
             criterion,
             method="trained" if trial.truncate_from is None else "truncated",
             groups=trial.example_groups,
         )
-        for trial in trials
+        for trial, scores in measured
     }
 
 
@@ -206,27 +194,22 @@ def compute_test_difference(
     """Return the difference from the reference on the test split with its 95% upper bound; None if either has no test value."""
     if chosen is None or reference is None:
         return None
-    sides = [_get_test_scores(test, criterion.metric) for test in (chosen, reference)]
-    sign = -1.0 if criterion.higher_is_better else 1.0
-    if sides[0] is None or sides[1] is None:
-        return sign * (chosen.value - reference.value), None
-    (ours, weights), (theirs, _) = sides[0], sides[1]
-    score_range = compute_score_range(infer_metric_kind(criterion.metric, criterion.higher_is_better), [ours, theirs])
-    groups = number_groups(chosen.example_groups, len(weights))
-    if len(weights) < 2:
-        return float(sign * (ours - theirs).sum() / weights.sum()), None
-    bounds = compute_file_bounds(sign * (ours - theirs), weights, score_range, groups)
-    return bounds.mean, bounds.high
-
-
-def _get_test_scores(test: TestEvaluated, metric: str) -> tuple[Floats, Floats] | None:
-    """Return `(sums, weights)` by example, or None for a metric without example scores on the test split."""
-    correct = test.example_correct if metric == "accuracy" else None
-    values = test.example_losses if metric == "loss" else correct or test.example_metrics.get(metric)
-    if values is None:
-        return None
-    scores = np.asarray(values, dtype=np.float64)
-    return scores, np.asarray(test.example_tokens, dtype=np.float64) if metric == "loss" else np.ones_like(scores)
+    scores = [test.get_weighted_scores(criterion.metric) for test in (chosen, reference)]
+    ours, theirs = (
+        ScoredAdapter.from_scores(
+            test.trial_id,
+            test.rank,
+            test.value,
+            test_scores if None not in scores else None,
+            criterion,
+            groups=test.example_groups,
+        )
+        for test, test_scores in zip((chosen, reference), scores, strict=True)
+    )
+    comparison = ReferenceComparison(theirs, {}, criterion)
+    bounds = comparison.compute_bounds(ours.cell)
+    high = comparison.unit.convert_difference(bounds.high) if ours.cell.examples else None
+    return comparison.unit.convert_difference(bounds.mean), high
 
 
 def _compare_with_reference(
@@ -239,47 +222,24 @@ def _compare_with_reference(
     return ReferenceComparison(adapters[answer.reference_id], adapters, replace(criterion, margin=margin), base)
 
 
-@dataclass(frozen=True, slots=True)
-class Provenance:
-    """The steps that produced an adapter; enough to reproduce it."""
-
-    rank: int
-    trained_rank: int
-    learning_rate: float
-    steps: int  # of the training; 0: a custom trainer decides
-    checkpoint_step: int | None  # of the best checkpoint; None: the last
-    truncation: str | None  # the method; None: it was not truncated
-    checkpoint_is_mean: bool = False  # whether the checkpoint is the mean of the factors since the warm-up
-
-    def format_sentence(self) -> str:
-        """Format a sentence such as "trained at rank 64 (learning rate 0.003, 240 steps), truncated to rank 8 by K-FAC"."""
-        checkpoint = "" if self.checkpoint_step is None else f" step {self.checkpoint_step} of"
-        checkpoint = f" the mean of the factors at{checkpoint}" if self.checkpoint_is_mean else checkpoint
-        steps = f",{checkpoint} {self.steps} steps" if self.steps else ""
-        rate = f"learning rate {self.learning_rate:g}" if self.learning_rate else ""  # 0: unknown
-        details = f"{rate}{steps}".removeprefix(", ")
-        clauses = [f"trained at rank {self.trained_rank}" + (f" ({details})" if details else "")]
-        if self.truncation is not None:
-            clauses.append(f"truncated to rank {self.rank} by {self.truncation}")
-        return ", ".join(clauses)
-
-
 TRUNCATION_METHODS = {"kfac": "K-FAC", "svd": "SVD"}
 
 
-def build_provenance(trial: TrialFinished, finished: Sequence[TrialFinished]) -> Provenance:
-    """Return the provenance of a trial's adapter."""
-    parent = next((candidate for candidate in finished if candidate.trial_id == trial.truncate_from), trial)
-    is_truncated = trial.rank < parent.rank
-    return Provenance(
-        rank=trial.rank,
-        trained_rank=parent.rank,
-        learning_rate=parent.learning_rate,
-        steps=parent.steps,
-        checkpoint_step=parent.checkpoint_step,
-        truncation=TRUNCATION_METHODS[trial.truncation or "svd"] if is_truncated else None,
-        checkpoint_is_mean=parent.checkpoint_is_mean,
-    )
+def format_provenance(trial: TrialFinished, trained: TrialFinished) -> str:
+    """Say how an adapter was made: "trained at rank 64 (learning rate 0.003, 240 steps), truncated to rank 8 by K-FAC".
+
+    Args:
+        trained: the training that the trial truncates, or the trial itself.
+    """
+    details = [f"learning rate {trained.learning_rate:g}"] if trained.learning_rate else []  # 0: unknown
+    if trained.steps:  # 0: a custom trainer decides
+        step = "" if trained.checkpoint_step is None else f"step {trained.checkpoint_step} of "
+        mean = "the mean of the factors at " if trained.checkpoint_is_mean else ""
+        details.append(f"{mean}{step}{trained.steps} steps")
+    text = f"trained at rank {trained.rank}" + (f" ({', '.join(details)})" if details else "")
+    if trial.rank == trained.rank:
+        return text
+    return f"{text}, truncated to rank {trial.rank} by {TRUNCATION_METHODS[trial.truncation or 'svd']}"
 
 
 # From benchmarks/early_rates/judged.json: at rank 64, a rate that was chosen at a quarter ended within .005 nats of the best of four.
@@ -311,73 +271,55 @@ def describe_learning_rate(
     chosen = at_step.get(trained.learning_rate)
     if not isinstance(chosen, TrialFinished):
         return None
-    is_loss = step < chosen.steps and "loss" in chosen.metrics
-    metric = "loss" if is_loss else criterion.metric
-    higher_is_better = criterion.higher_is_better and not is_loss
+    final_metric = criterion.metric
+    if step < chosen.steps and "loss" in chosen.metrics:
+        margin = criterion.margin if criterion.metric == "loss" else None
+        criterion = replace(criterion, metric="loss", higher_is_better=False, margin=margin)
+    metric = criterion.metric
     compared = [outcome for outcome in at_step.values() if isinstance(outcome, TrialFinished)]
-    has_means = is_loss and all(outcome.mean_losses for outcome in compared)
-    searched = [outcome.use_mean_losses() for outcome in compared] if has_means else compared
-    table = build_table(searched, metric, higher_is_better, loss=criterion.loss)
-    current_values = {outcome.learning_rate: outcome.metrics.get(metric) for outcome in compared if has_means}
-    cells = {rate: cell for (_, rate, _), cell in table.cells.items()}
-    if chosen.learning_rate not in cells:
+    has_means = metric == "loss" and step < chosen.steps and all(outcome.mean_losses for outcome in compared)
+    scored = _score_trials([outcome.use_mean_losses() if has_means else outcome for outcome in compared], criterion)
+    if chosen.trial_id not in scored:
         return None
-    reference = cells[chosen.learning_rate]
-    unit = MetricUnit(table.kind, higher_is_better, reference.value)
-    base = find_base(outcomes, replace(criterion, metric=metric, higher_is_better=higher_is_better), trained.trial_id)
-    gain = None if base is None else unit.convert_difference(base.cell.loss - reference.loss)
-    setting = criterion.margin if metric == criterion.metric else None
-    setting = None if base is None and isinstance(setting, str) else setting
-    margin = compute_margin(setting, table.kind, abs(reference.value), list(map(abs, table.list_values())), gain)
+    base = find_base(outcomes, criterion, trained.trial_id)
+    comparison = ReferenceComparison(scored[chosen.trial_id], scored, criterion, base)
     final_values = {
-        outcome.learning_rate: outcome.metrics.get(criterion.metric)
+        outcome.learning_rate: outcome.metrics.get(final_metric)
         for outcome in trainings
         if isinstance(outcome, TrialFinished) and outcome.is_direct and outcome.steps == chosen.steps
     }
     failures = {outcome.learning_rate: text for outcome in trainings if (text := _format_failure(outcome))}
     candidates = []
-    for rate in sorted(at_step):
-        cell = cells.get(rate)
-        candidate = LearningRateCandidate(
-            learning_rate=rate,
-            value=cell and cell.value,
-            current_value=current_values.get(rate),
-            final_value=final_values.get(rate),
-            failure=failures.get(rate) or (None if cell else "failed"),
+    for rate, outcome in sorted(at_step.items()):
+        adapter = scored.get(outcome.trial_id)
+        fields: dict[str, Any] = {}
+        if adapter is not None and adapter is not comparison.reference:
+            candidate = comparison.build_candidate(adapter)
+            names = ("difference", "difference_low", "difference_high")
+            fields = {name: getattr(candidate, name) for name in names}
+            fields["is_within_margin"] = candidate.is_within_margin if adapter.cell.examples else None
+        if has_means and isinstance(outcome, TrialFinished):
+            fields["current_value"] = outcome.metrics.get(metric)
+        candidates.append(
+            LearningRateCandidate(
+                learning_rate=rate,
+                value=adapter and adapter.cell.value,
+                final_value=final_values.get(rate),
+                failure=failures.get(rate) or (None if adapter else "failed"),
+                **fields,
+            )
         )
-        if cell is not None and cell is not reference:
-            candidate = _compare(candidate, cell, reference, unit, margin)
-        candidates.append(candidate)
     answer = LearningRateAnswer(
         learning_rate=trained.learning_rate,
         rank=trained.rank,
         metric=metric,
         step=step,
         steps=chosen.steps,
-        margin=margin,
+        margin=comparison.margin,
         candidates=candidates,
         sentence="",
     )
     return answer.model_copy(update={"sentence": _format_sentence(answer)})
-
-
-def _compare(
-    candidate: LearningRateCandidate, cell: Cell, reference: Cell, unit: MetricUnit, margin: float
-) -> LearningRateCandidate:
-    """Return the candidate with its difference from the chosen learning rate, in the metric's unit."""
-    difference = unit.convert_difference(cell.loss - reference.loss)
-    if not cell.examples:
-        return candidate.model_copy(update={"difference": difference})
-    bounds = compute_bounds(estimate_pairs([(cell, reference)]))
-    high = unit.convert_difference(bounds.high)
-    return candidate.model_copy(
-        update={
-            "difference": difference,
-            "difference_low": unit.convert_difference(bounds.low),
-            "difference_high": high,
-            "is_within_margin": is_within(high, margin),
-        }
-    )
 
 
 def _format_failure(outcome: TrialOutcome) -> str:
@@ -425,36 +367,31 @@ def _format_result(candidate: LearningRateCandidate) -> str:
     return f"{candidate.difference:+.2g} with {candidate.learning_rate:g}{bounds}"
 
 
-def decide_run(records: Records) -> Decision:
-    """Decide at the margin and by the metric of the run.
-
-    Raises:
-        ResultsError: fewer than two ranks have a finished trial.
-    """
-    return decide_by_metric(records, list_comparable_outcomes(records), records.started.metric, records.settings.margin)
-
-
-def decide_by_metric(
+def decide_run(
     records: Records,
-    outcomes: Sequence[TrialOutcome],
-    metric: str,
+    metric: str | None = None,
     margin: Margin | None = None,
     *,
     higher: bool | None = None,
-    confidence: float | None = None,
+    confidence: float = DEFAULT_CONFIDENCE,
     checkpoint: Checkpoint | None = None,
 ) -> Decision:
-    """Decide by one of the run's metrics, at the run's checkpoint unless one is given.
+    """Decide by the run's metric, margin and checkpoint unless others are given.
 
     Raises:
         ResultsError: fewer than two ranks have the metric, or its direction is not known.
     """
-    settings = records.settings
-    return decide_table(
-        build_run_table(records, outcomes, metric, higher),
-        margin,
-        checkpoint=checkpoint or settings.checkpoint,
-        confidence=confidence or DEFAULT_CONFIDENCE,
+    if margin is None and metric in (None, records.started.metric):
+        margin = records.settings.margin
+    table = build_run_table(records, metric, higher)
+    checkpoint = checkpoint or records.settings.checkpoint
+    decision = decide_table(table, margin, checkpoint=checkpoint, confidence=confidence)
+    if not records.started.is_custom_trainer or any(trial.rank == 0 for trial in records.list_finished()):
+        return decision
+    failed = next((trial for trial in records.outcomes if trial.rank == 0), None)
+    reason = "add 0 to the ranks" if failed is None or isinstance(failed, TrialFinished) else failed.reason
+    return decision.model_copy(
+        update={"sentence": f"{decision.sentence} The base was not measured, so no gain over it is shown ({reason})."}
     )
 
 
@@ -464,12 +401,7 @@ def list_metrics(records: Records) -> list[str]:
     return list(dict.fromkeys([records.started.metric, *names]))
 
 
-def build_run_table(
-    records: Records,
-    outcomes: Sequence[TrialOutcome] | None = None,
-    metric: str | None = None,
-    higher: bool | None = None,
-) -> ScoreTable:
+def build_run_table(records: Records, metric: str | None = None, higher: bool | None = None) -> ScoreTable:
     """Build the table of a run's scores by `metric`, by default the deciding one.
 
     `higher` says whether higher is better, if given.
@@ -478,7 +410,7 @@ def build_run_table(
         ResultsError: neither the caller, nor the run, nor the metric's name has the direction.
     """
     started = records.started
-    outcomes = list_comparable_outcomes(records) if outcomes is None else outcomes
+    outcomes = list_comparable_outcomes(records)
     if started.data.form == "custom":  # The example scores of a custom trainer belong to the deciding metric.
         return build_table(outcomes, started.metric, started.higher_is_better if higher is None else higher)
     metric = metric or started.metric
@@ -533,17 +465,6 @@ def find_best_trial(records: Records, decision: Decision, rank: int) -> TrialFin
     trials = [trial for trial in records.list_finished() if trial.trial_id in evidence.trial_ids]
     sign = -1 if decision.higher_is_better else 1
     return min(trials, key=lambda trial: (sign * trial.value, trial.seed))
-
-
-def add_base_note(decision: Decision, records: Records) -> Decision:
-    """Say in the decision of a custom trainer's run that the base was not measured."""
-    if not records.started.is_custom_trainer or any(trial.rank == 0 for trial in records.list_finished()):
-        return decision
-    failed = next((trial for trial in records.outcomes if trial.rank == 0), None)
-    reason = "add 0 to the ranks" if failed is None or isinstance(failed, TrialFinished) else failed.reason
-    return decision.model_copy(
-        update={"sentence": f"{decision.sentence} The base was not measured, so no gain over it is shown ({reason})."}
-    )
 
 
 def decide_if_possible(records: Records) -> Decision | None:

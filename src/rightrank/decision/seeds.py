@@ -8,7 +8,7 @@ example similarly also differ little from seed to seed. The ratio of the two sta
 
 With one seed nothing is measured, and no value replaces a measurement in an interval. The noise of earlier grids (`NOISE`) gives
 every rank a probability besides, with one seed and with several: from the joint distribution of the ranks' true means given the measured
-ones (`JointMeans`). Its prior is flat. Its noise is a multivariate t, drawn from a fixed seed of its own, whose covariance has the variances
+ones (`sample_joint_noise`). Its prior is flat. Its noise is a multivariate t, drawn from a fixed seed of its own, whose covariance has the variances
 of all paired differences. The level that all ranks share cancels in every difference and is left out.
 """
 
@@ -114,14 +114,6 @@ def get_noise(kind: MetricKind) -> NoiseComponents:
     return LOSS_NOISE if kind in LOSS_KINDS or kind == "perplexity" else NOISE
 
 
-def compute_mean_noise(
-    pair: PairNoise, prior: Prior, seeds: int, examples: float, noise: NoiseComponents = NOISE
-) -> tuple[float, float]:
-    """Compute the variance of a mean difference about the true one, and its degrees of freedom."""
-    variance, degrees = prior.moderate(pair)
-    return variance / seeds + (noise.examples / examples + noise.learning_rates) * pair.example_variance, degrees
-
-
 def pool_prior(other_pairs: Sequence[PairNoise], initial_prior: Prior, rank_degrees: float) -> Prior:
     """Pool the expectation of earlier grids (`initial_prior`) with the differences of other ranks.
 
@@ -153,21 +145,6 @@ def measure_pair_noise(sums: Floats, weights: Floats, groups: Groups | None = No
     return PairNoise(variance, seeds - 1.0, squares / (seeds * (examples - 1)), likeness)
 
 
-def split_seed_variance(means: Floats) -> tuple[float, float]:
-    """Split the variance over seeds of a [ranks, seeds] matrix of means into `(common, individual)`; at least two seeds.
-
-    `common` is the variance of the seeds' level, which all ranks share. `individual` is the variance of the residuals,
-    with (ranks - 1)(seeds - 1) degrees of freedom; a paired difference of two ranks has twice this variance.
-    """
-    ranks, seeds = means.shape
-    level = means.mean(axis=0)
-    common = float(level.var(ddof=1))
-    if ranks < 2:
-        return common, 0.0
-    residuals = means - means.mean(axis=1, keepdims=True) - level + means.mean()
-    return common, float((residuals**2).sum()) / ((ranks - 1) * (seeds - 1))
-
-
 def sample_multivariate_noise(covariance: Floats, degrees: float, draws: int) -> Floats:
     """Draw [n, draws] of a multivariate t with mean 0 from a fixed seed; normal from `MAX_DEGREES` on.
 
@@ -184,49 +161,8 @@ def sample_multivariate_noise(covariance: Floats, degrees: float, draws: int) ->
     return noise
 
 
-@dataclass(frozen=True, slots=True)
-class JointMeans:
-    """Draws of the oriented means: lower is better. The base model, if present, is rank 0 and never counts as the best."""
-
-    ranks: tuple[int, ...]
-    means: Floats  # [ranks]
-    noise: Floats  # [ranks, draws] of the means
-    errors: Floats  # [ranks, ranks] standard errors of the differences
-    degrees: float
-
-    @property
-    def _rivals(self) -> list[int]:
-        """Return the indices of the ranks that can be the best."""
-        return [index for index, rank in enumerate(self.ranks) if rank > 0]
-
-    def compute_losses_to_best(self, noise: float = 1.0) -> Floats:
-        """Return [ranks, draws] how much worse each rank truly is than the best, with the noise scaled by `noise`."""
-        true = self.means[:, None] + noise * self.noise
-        worse: Floats = true - true[self._rivals].min(axis=0)
-        return worse
-
-    def find_indistinguishable_ranks(self, confidence: float) -> list[int]:
-        """Return the ranks that are not shown to be worse than the best, in ascending order.
-
-        A rank that equals the best is excluded with the remaining probability, although the best is the best of several: its difference
-        is compared with that of equal ranks (Gupta 1965, "On some multiple decision (selection and ranking) rules", Technometrics
-        7). The clearest rank is tested first, and an excluded rank is no rival to the next.
-        """
-        rivals = self._rivals
-        best = min(rivals, key=lambda index: (self.means[index], self.ranks[index]))
-        differences = self.means - self.means[best]
-        for index in sorted(
-            rivals, key=lambda index: differences[index] / (self.errors[index, best] or 1.0), reverse=True
-        ):
-            equal_differences = self.noise[index] - self.noise[rivals].min(axis=0)
-            if differences[index] <= np.quantile(equal_differences, confidence):
-                break
-            rivals.remove(index)
-        return sorted(self.ranks[index] for index in rivals)
-
-
-def sample_joint_means(ranks: Sequence[int], means: Sequence[float], variances: Floats, degrees: float) -> JointMeans:
-    """Draw the joint distribution of the true means, each minus that of the first rank.
+def sample_joint_noise(variances: Floats, degrees: float) -> Floats:
+    """Draw [ranks, draws] of the noise of measured means, each minus that of the first rank.
 
     Ranks are in order from best to worst, so that a worse one changes no draw of the others.
 
@@ -235,5 +171,4 @@ def sample_joint_means(ranks: Sequence[int], means: Sequence[float], variances: 
         degrees: the degrees of freedom of the variances.
     """
     covariance = (variances[0] + variances[:, :1] - variances) / 2
-    noise = sample_multivariate_noise(covariance, degrees, DRAWS)
-    return JointMeans(tuple(ranks), np.array(means), noise, np.sqrt(variances), degrees)
+    return sample_multivariate_noise(covariance, degrees, DRAWS)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -159,8 +159,8 @@ def find_outliers(table: ScoreTable) -> list[Outlier]:
     """Find the trainings that ended far from every other seed of their rank and learning rate, such as one that diverged.
 
     Far is more than a share of the typical loss and than `FAR_DEVIATIONS` standard deviations over seeds, the largest of the medians of
-    all other columns, of those with this learning rate, of those with this rank, and of the other seeds. Of two seeds, the one farther
-    from the typical loss is the outlier. If half of three or more seeds are far, the learning rate is unstable, and none is an outlier.
+    all other columns, of those with this rank, and of the other seeds. Of two seeds, the one farther from the typical loss is the outlier. If half of
+    three or more seeds are far, the learning rate is unstable, and none is an outlier.
     """
     columns = {
         (rank, rate): cells
@@ -168,52 +168,27 @@ def find_outliers(table: ScoreTable) -> list[Outlier]:
         for rate, cells in table.get_cells_by_rate(rank).items()
         if len(cells) > 1
     }
-    if not columns:
-        return []
-    losses = {key: np.array([cell.loss for cell in cells.values()]) for key, cells in columns.items()}
-    deviations = {key: float(values.std(ddof=1)) for key, values in losses.items()}
-    typical_loss = float(np.median(np.concatenate(list(losses.values()))))
+    losses = {key: [cell.loss for cell in cells.values()] for key, cells in columns.items()}
+    typical_loss = float(np.median(list(chain.from_iterable(losses.values())))) if losses else 0.0
     outliers: list[Outlier] = []
     for key, cells in columns.items():
-        seeds, values = [*cells], losses[key]
-        far = [
-            index
-            for index, distance in enumerate(_compute_nearest_distances(values))
-            if distance > FAR_SHARE * abs(typical_loss)
-            and distance > FAR_DEVIATIONS * _get_typical_deviation(key, deviations, np.delete(values, index))
-        ]
-        if len(cells) == 2 and far:
-            far = [max(far, key=lambda index: abs(values[index] - typical_loss))]
+        other_losses = {column: values for column, values in losses.items() if column != key}
+        same_rank = [values for (rank, _), values in other_losses.items() if rank == key[0]]
+        far = []
+        for seed, cell in cells.items():
+            others = [other.loss for number, other in cells.items() if number != seed]
+            groups = (other_losses.values(), same_rank, [others] if len(others) > 1 else [])
+            deviations = [np.median([np.std(values, ddof=1) for values in group]) for group in groups if group]
+            limit = max(FAR_SHARE * abs(typical_loss), FAR_DEVIATIONS * max(deviations, default=math.inf))
+            if min(abs(cell.loss - loss) for loss in others) > limit:
+                far.append(seed)
+        if len(cells) == 2:
+            far = sorted(far, key=lambda seed: abs(cells[seed].loss - typical_loss))[-1:]
         if len(cells) == 2 or 2 * len(far) < len(cells):
-            outliers += [
-                Outlier(*key, seeds[i], cells[seeds[i]].value, tuple(cells[s].value for s in seeds if s != seeds[i]))
-                for i in far
-            ]
+            for seed in far:
+                other_values = tuple(cell.value for number, cell in cells.items() if number != seed)
+                outliers.append(Outlier(*key, seed, cells[seed].value, other_values))
     return outliers
-
-
-def _compute_nearest_distances(values: Floats) -> list[float]:
-    """Compute the distance of each value to the nearest other one."""
-    order = np.argsort(values)
-    steps = np.diff(values[order], prepend=-math.inf, append=math.inf)
-    nearest = np.empty_like(values)
-    nearest[order] = np.minimum(steps[:-1], steps[1:])
-    return [float(distance) for distance in nearest]
-
-
-def _get_typical_deviation(
-    key: tuple[int, float], deviations: Mapping[tuple[int, float], float], other_losses: Floats
-) -> float:
-    """Return the standard deviation over seeds that is expected of a rank and learning rate; infinite if there is nothing to compare with."""
-    (rank, rate), others = key, {cell: value for cell, value in deviations.items() if cell != key}
-    rest_deviation = [float(other_losses.std(ddof=1))] if len(other_losses) > 1 else []
-    groups = (
-        [*others.values(), *rest_deviation],
-        [value for (_, other_rate), value in others.items() if other_rate == rate],
-        [value for (other_rank, _), value in others.items() if other_rank == rank],
-        rest_deviation,
-    )
-    return max((float(np.median(group)) for group in groups if group), default=math.inf)
 
 
 def build_table(
@@ -235,24 +210,25 @@ def build_table(
     outcomes = list(outcomes)
     kind = infer_metric_kind(metric, higher_is_better, loss)
     scored = [o for o in outcomes if isinstance(o, TrialFinished) and metric in o.metrics]
-    examples = _collect_example_scores(scored, metric)
-    sizes = {0 if items is None else len(items[0]) for items in examples}
-    if len(sizes) > 1 or 0 in sizes:  # Trials with different examples, or none, can't be paired.
-        examples = [([trial.metrics[metric]], [1.0]) for trial in scored]
     if kind == "perplexity" and not all(trial.metrics[metric] > 0 for trial in scored):
         kind = "other"  # Perplexities are above 0.
-    scores, weights = map(_stack_rows, zip(*examples, strict=True)) if scored else np.ones((2, 0, 1))
-    scale = weights if kind == "perplexity" else np.ones(1)  # The logarithm applies to the score without its weight.
-    sums = orient_scores(scores / scale, kind, higher_is_better) * scale
-    losses = (sums.sum(axis=1) / weights.sum(axis=1)).tolist()
-    cells: dict[tuple[int, float, int], Cell] = {}
-    for trial, values, oriented, weight, loss in zip(scored, scores, sums, weights, losses, strict=True):
-        cell = _build_cell(trial, metric, kind, oriented, weight, compute_score_range(kind, values, weight))
-        # The same value, computed for all trials at once, which takes a hundredth of the time.
-        vars(cell)["loss"] = loss
-        cells[trial.rank, trial.learning_rate, trial.seed] = cell
-    if points_metric not in (None, metric):
-        cells = {key: replace(cell, points=()) for key, cell in cells.items()}
+    cells = {
+        (trial.rank, trial.learning_rate, trial.seed): build_cell(
+            trial.trial_id,
+            trial.metrics[metric],
+            items,
+            kind,
+            higher_is_better,
+            trial.example_groups,
+            train_value=trial.train_value,
+            deviation=_convert_deviation(trial, metric, kind),
+            deviation_seeds=trial.averaged_seeds,
+            steps=trial.steps or None,
+            checkpoint_step=trial.checkpoint_step,
+            points=tuple(trial.points) if points_metric in (None, metric) else (),
+        )
+        for trial, items in zip(scored, _collect_example_scores(scored, metric), strict=True)
+    }
     missing = Counter(o.rank for o in outcomes if not isinstance(o, TrialFinished) or metric not in o.metrics)
     tried_rates: dict[int, set[float]] = {}
     for outcome in chain(outcomes, partial_outcomes):
@@ -261,21 +237,45 @@ def build_table(
     return ScoreTable(metric, higher_is_better, cells, missing, kind, tried_rates)
 
 
+def build_cell(
+    name: str,
+    value: float,
+    example_scores: tuple[Sequence[float], Sequence[float]] | None,
+    kind: MetricKind,
+    higher_is_better: bool,
+    groups: Sequence[int] | None = None,
+    **fields: Any,
+) -> Cell:
+    """Build a cell from scores in the metric's direction.
+
+    Args:
+        value: the mean score.
+        example_scores: `(score of each example times its weight, weights)`; None if only the mean is known.
+        groups: the group of each example; None: no groups.
+        fields: other fields of the cell.
+    """
+    scores, weights = (np.asarray(each, dtype=np.float64) for each in example_scores or ([value], [1.0]))
+    scale = weights if kind == "perplexity" else np.ones(1)  # The logarithm applies to the score without its weight.
+    sums = orient_scores(scores / scale, kind, higher_is_better) * scale
+    score_range = compute_score_range(kind, scores, weights)
+    return Cell(name, value, sums, weights, score_range, groups=number_groups(groups, len(weights)), **fields)
+
+
 def _collect_example_scores(
     trials: Sequence[TrialFinished], metric: MetricName
 ) -> list[tuple[Sequence[float], Sequence[float]] | None]:
-    """Return `(scores times weights, weights)` by example of each trial, or None for a trial with one number.
+    """Return `(scores times weights, weights)` by example of each trial, or None for all if their examples cannot be paired.
 
     A base with one number has this score on each example of the ranks.
     """
     examples = [trial.get_weighted_scores(metric) for trial in trials]
-    weights = next((items[1] for trial, items in zip(trials, examples, strict=True) if items and trial.rank), None)
-    if weights is None:
-        return examples
-    return [
+    weights = next((items[1] for trial, items in zip(trials, examples, strict=True) if items and trial.rank), [])
+    examples = [
         ([trial.metrics[metric] * weight for weight in weights], weights) if items is None and not trial.rank else items
         for trial, items in zip(trials, examples, strict=True)
     ]
+    is_paired = all(items is not None and len(items[1]) == len(weights) for items in examples)
+    return examples if weights and is_paired else [None] * len(trials)
 
 
 def number_groups(numbers: Sequence[int] | None, examples: int) -> Groups | None:
@@ -283,13 +283,6 @@ def number_groups(numbers: Sequence[int] | None, examples: int) -> Groups | None
     if numbers is None or len(numbers) != examples or len(set(numbers)) in (1, examples):
         return None
     return np.unique(np.asarray(numbers, np.int64), return_inverse=True)[1]
-
-
-def _stack_rows(lists: Sequence[Sequence[float]]) -> Floats:
-    """Stack lists of one length to a matrix. If all are equal, as the tokens of the examples are, they share a row."""
-    if all(values == lists[0] for values in lists):
-        return np.broadcast_to(np.asarray(lists[0], dtype=np.float64), (len(lists), len(lists[0])))
-    return np.fromiter(chain.from_iterable(lists), dtype=np.float64).reshape(len(lists), -1)
 
 
 def orient_scores(scores: ArrayLike, kind: MetricKind, higher: bool) -> Floats:
@@ -319,26 +312,12 @@ class MetricUnit:
         return math.log1p(margin / self.reference) if self.kind == "perplexity" else margin
 
 
-def _build_cell(
-    trial: TrialFinished, metric: MetricName, kind: MetricKind, sums: Floats, weights: Floats, score_range: float
-) -> Cell:
+def _convert_deviation(trial: TrialFinished, metric: MetricName, kind: MetricKind) -> float | None:
+    """Return the stated deviation in the oriented unit."""
     deviation = trial.seed_deviation
-    if deviation is not None and kind == "perplexity":
-        deviation = math.log1p(deviation / trial.metrics[metric])
-    return Cell(
-        trial_id=trial.trial_id,
-        value=trial.metrics[metric],
-        sums=sums,
-        weights=weights,
-        score_range=score_range,
-        groups=number_groups(trial.example_groups, len(weights)),
-        train_value=trial.train_value,
-        deviation=deviation,
-        deviation_seeds=trial.averaged_seeds,
-        steps=trial.steps or None,
-        checkpoint_step=trial.checkpoint_step,
-        points=tuple(trial.points),
-    )
+    if deviation is None or kind != "perplexity":
+        return deviation
+    return math.log1p(deviation / trial.metrics[metric])
 
 
 def select_checkpoint(table: ScoreTable, checkpoint: Checkpoint) -> ScoreTable:

@@ -14,10 +14,10 @@ from rightrank.decision.next_run import plan_rate_run
 from rightrank.decision.rule import format_number, format_probability
 from rightrank.decision.run import (
     build_criterion,
-    build_provenance,
     build_run_table,
     count_trainings,
     describe_learning_rate,
+    format_provenance,
 )
 from rightrank.report.adapter_page import ENOUGH
 from rightrank.report.figure import encode_image
@@ -110,14 +110,13 @@ def build_answers(
 ) -> Answers:
     adapter = records.adapters[-1] if records.adapters else None
     chosen = records.by_id.get(adapter.answer.trial_id) if adapter else None
-    provenance = None if chosen is None else build_provenance(chosen, records.list_finished())
+    trained = chosen and records.by_id.get(chosen.truncate_from or chosen.trial_id, chosen)
     sentence = run = None
     adapter_rate, adapter_steps = 0.0, 0
-    if provenance is not None:
-        adapter_rate, adapter_steps = provenance.learning_rate, provenance.steps
-        sentence, rank = provenance.format_sentence(), provenance.trained_rank
-        run = plan_rate_run(build_run_table(records), rank, provenance.learning_rate, [rank])
-    trained = chosen and records.by_id.get(chosen.truncate_from or chosen.trial_id)
+    if chosen is not None and trained is not None:
+        adapter_rate, adapter_steps = trained.learning_rate, trained.steps
+        sentence = format_provenance(chosen, trained)
+        run = plan_rate_run(build_run_table(records), trained.rank, trained.learning_rate, [trained.rank])
     rate = None if trained is None else describe_learning_rate(trained, records.outcomes, build_criterion(records))
     return Answers(
         decision,

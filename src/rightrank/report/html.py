@@ -18,7 +18,7 @@ from typing import Any
 
 from rightrank.adapters.adapter_folders import ADAPTERS_IMAGE, CARD_IMAGES, RANK_CURVE_IMAGE
 from rightrank.adapters.loading_code import format_base_arguments, format_loading_code
-from rightrank.decision.run import build_provenance
+from rightrank.decision.run import format_provenance
 from rightrank.report.adapter_page import build_candidate_table
 from rightrank.report.answer import (
     Answers,
@@ -168,6 +168,7 @@ def render_model_card(records: Records, decision: Decision | None, images: Colle
     started, adapter_record = records.started, records.adapters[-1]
     answer = adapter_record.answer
     trial = records.by_id[answer.trial_id]
+    trained = records.by_id.get(trial.truncate_from or trial.trial_id, trial)
     loading = format_loading_code("this/folder", started.model_name, started.data.classes is not None)
     template = load_templates(autoescape=False).get_template("model_card.md")
     return template.render(
@@ -177,7 +178,8 @@ def render_model_card(records: Records, decision: Decision | None, images: Colle
         decision=decision,
         evidence=build_evidence_table(decision) if decision is not None else [],
         adapter_record=adapter_record,
-        provenance=build_provenance(trial, records.list_finished()),
+        provenance=format_provenance(trial, trained),
+        trained=trained,
         candidates=build_candidate_table(answer, started.metric),
         tests=_build_test_rows(records),
         classification=started.data.form == "classification",

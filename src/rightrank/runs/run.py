@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import yaml
 
 from rightrank.data.files import write_text
-from rightrank.decision.run import add_base_note, decide_run
+from rightrank.decision.run import decide_run
 from rightrank.report.format import format_bytes
 from rightrank.runs.finish import export_provisional, finish_run
 from rightrank.runs.folder import RunFolder
@@ -181,7 +181,7 @@ def decide_training_rank(run: Run, first_reason: str) -> Decision:
     """Decide on every full training in the folder, including those from before the run was continued."""
     try:
         with wrap_hook_errors("the decision"):
-            return add_base_note(decide_run(run.records), run.records)
+            return decide_run(run.records)
     except ResultsError:
         raise AllTrialsFailedError(
             f"fewer than two ranks have a full training, so there is nothing to compare{first_reason}; "

@@ -139,7 +139,6 @@ class AdapterCandidate(Record):
     share_kept: float | None = None
     share_kept_low: float | None = None  # its 95% bounds, one-sided; None without example scores
     share_kept_high: float | None = None
-    distribution: DifferenceDistribution | None = None  # None: the reference itself, or no example scores
 
 
 class AdapterAnswer(Record):
@@ -155,7 +154,6 @@ class AdapterAnswer(Record):
     difference_high: float | None
     share_kept: float | None = None  # as in `AdapterCandidate`
     share_kept_low: float | None = None
-    distribution: DifferenceDistribution | None = None  # of that difference
     margin: float  # in the metric's unit
     margin_share: float | None = (
         None  # the margin as a share of the gain; None if it was given in the metric's unit, or without a base

@@ -19,6 +19,7 @@ from rightrank.schema.trials import (
     SCHEMA_VERSION,
     BoundedInt,
     EvalPoint,
+    ExampleScores,
     Record,
     RedactedText,
     TrialDiverged,
@@ -152,7 +153,7 @@ class RunStarted(Record):
         return settings
 
 
-class TestEvaluated(Record):
+class TestEvaluated(ExampleScores):
     """The value of a finished trial on the test split, which the selection never uses."""
 
     __test__ = False  # the class is not a pytest test
@@ -162,11 +163,6 @@ class TestEvaluated(Record):
     trial_id: str
     rank: BoundedInt
     value: float
-    example_losses: list[float]
-    example_tokens: list[BoundedInt]
-    example_correct: list[BoundedInt] | None = None
-    example_groups: list[BoundedInt] | None = None
-    example_metrics: dict[str, list[float]] = Field(default_factory=dict)  # by metric: one value per example
     metrics: dict[str, float] = Field(default_factory=dict)  # all metrics measured on the test split
     metric: str | None = None  # the metric of `value`, if it is not the deciding one: a task has no test split
 

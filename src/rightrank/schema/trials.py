@@ -135,14 +135,9 @@ class TrialStarted(ArmFields):
     trial_id: str
 
 
-class TrialFinished(ArmFields):
-    """A trial that ended with a result. Lists per example have the order of the run's `evaluation_examples`."""
+class ExampleScores(Record):
+    """Scores by example. Lists have the order of the run's `evaluation_examples`, or of its test split."""
 
-    type: Literal["trial_finished"] = "trial_finished"
-    schema_version: BoundedInt = SCHEMA_VERSION
-    trial_id: str
-    value: float  # of the deciding metric, on the validation split
-    metrics: dict[str, float]  # all metrics measured on the validation split
     # summed over the example's label tokens, nats
     example_losses: list[float] = Field(default_factory=list)
     example_tokens: list[BoundedInt] = Field(default_factory=list)  # label tokens of the example
@@ -154,6 +149,28 @@ class TrialFinished(ArmFields):
     example_groups: list[BoundedInt] | None = None  # the group number of each example; None: no groups
     # metric of generated answers → one value per example
     example_metrics: dict[str, list[float]] = Field(default_factory=dict)
+
+    def get_weighted_scores(self, metric: str) -> tuple[Sequence[float], Sequence[float]] | None:
+        """Return `(scores times weights, weights)` of a metric by example, in the metric's direction, or None if it was not measured."""
+        if metric == "loss" and self.example_losses:
+            return self.example_losses, self.example_tokens
+        if self.example_scores is not None:  # the deciding metric, whatever name the custom trainer uses
+            weights = self.example_weights or [1.0] * len(self.example_scores)
+            return [score * weight for score, weight in zip(self.example_scores, weights, strict=True)], weights
+        scores = self.example_metrics.get(metric)
+        if metric == "accuracy" and self.example_correct is not None:
+            scores = [float(correct) for correct in self.example_correct]
+        return None if scores is None else (scores, [1.0] * len(scores))
+
+
+class TrialFinished(ArmFields, ExampleScores):
+    """A trial that ended with a result."""
+
+    type: Literal["trial_finished"] = "trial_finished"
+    schema_version: BoundedInt = SCHEMA_VERSION
+    trial_id: str
+    value: float  # of the deciding metric, on the validation split
+    metrics: dict[str, float]  # all metrics measured on the validation split
     failed_metrics: dict[str, str] = Field(default_factory=dict)  # metric → why it has no value
     truncation: Literal["svd", "kfac"] | None = None  # how an adapter was truncated; None: it was not
     checkpoint_step: BoundedInt | None = None  # the step of the best checkpoint, if that was kept; None: the last one
@@ -201,18 +218,6 @@ class TrialFinished(ArmFields):
     def seconds(self) -> float:
         """Return the seconds of training and evaluation."""
         return self.train_seconds + self.eval_seconds
-
-    def get_weighted_scores(self, metric: str) -> tuple[Sequence[float], Sequence[float]] | None:
-        """Return `(scores times weights, weights)` of a metric by example, in the metric's direction, or None if it was not measured."""
-        if metric == "loss" and self.example_losses:
-            return self.example_losses, self.example_tokens
-        if self.example_scores is not None:  # the deciding metric, whatever name the custom trainer uses
-            weights = self.example_weights or [1.0] * len(self.example_scores)
-            return [score * weight for score, weight in zip(self.example_scores, weights, strict=True)], weights
-        scores = self.example_metrics.get(metric)
-        if metric == "accuracy" and self.example_correct is not None:
-            scores = [float(correct) for correct in self.example_correct]
-        return None if scores is None else (scores, [1.0] * len(scores))
 
 
 class TrialDiverged(ArmFields):
