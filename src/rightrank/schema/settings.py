@@ -468,7 +468,7 @@ class SelectSettings(StepSettings, _TrainerFields):
         None,
         MACHINE,
         "adapters trained in one pass over the base model (multi-LoRA, [engine](../explanation/engine.md)); by default "
-        "as many as save time and fit into memory, 1 on a CPU",
+        "as many as fit into memory (at most 16), 1 on a CPU",
         identity=False,
         foreign_names=("arms",),
         gt=0,

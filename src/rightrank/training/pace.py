@@ -1,9 +1,7 @@
-"""The speed of training on this device, measured on a few real steps: predicts the time of a selection and chooses how many
-adapters to train in one pass.
+"""The speed of training on this device, measured on a few real steps, and the number of adapters that share a pass.
 
-Adapters share a pass as long as memory allows it and the time per arm falls. On a CPU a larger batch hardly lowers the time per
-example, so arms are trained one after the other unless the settings give a number. On an accelerator the time of a step is measured
-with 1, 2, 4, … adapters until doubling no longer pays or no longer fits.
+On a CPU a larger batch hardly lowers the time per example, so arms are trained one after the other unless the settings give a number.
+On an accelerator as many share a pass as fit into memory; `loop.py` continues with fewer where the plan was wrong.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -28,7 +26,6 @@ from rightrank.training.optimizer import ArmOptimizer, make_schedule, take_step
 from rightrank.training.runtime import Runtime
 
 MAX_ADAPTERS_PER_PASS = 16
-MAX_TIME_RATIO = 0.95  # doubling pays if the time per arm falls below this fraction of the previous time
 CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # relative, of example losses
 WARM_UP_STEPS, TIMED_STEPS = 1, 3
 SCRATCH = "scratch"  # name of the temporary adapter
@@ -86,18 +83,12 @@ def measure_pace(runtime: Runtime, arm: Arm) -> Pace | None:
 
 def _time_training(runtime: Runtime, arm: Arm) -> Pace:
     full_plan = runtime.plan_batches(arm.seed)
-    plan = _plan_timed_steps(runtime, full_plan)
-    batches = runtime.get_cache_batches("validation") or batch_by_length(
-        runtime.data.splits["validation"], runtime.settings.eval_batch_size
-    )
-    eval_indices = list(batches[len(batches) // 2])
-    train_indices = [index for indices in plan for index in indices]
-    fill_seconds, num_filled = _time_task(runtime, lambda: runtime.fill_caches("train", train_indices))
+    plan = full_plan[: WARM_UP_STEPS + TIMED_STEPS]
+    validation_batches = batch_by_length(runtime.data.splits["validation"], runtime.settings.eval_batch_size)
+    eval_indices = validation_batches[len(validation_batches) // 2]
+    fill_seconds, num_filled = _time_task(runtime, lambda: runtime.fill_caches("train", chain.from_iterable(plan)))
     runtime.fill_caches("validation", eval_indices)
-    with (
-        MultiLora(runtime.model, runtime.settings) as multi_lora,
-        runtime.use_gradient_checkpointing(),
-    ):
+    with MultiLora(runtime.model, runtime.settings) as multi_lora, runtime.use_gradient_checkpointing():
         parameters = multi_lora.add(SCRATCH, arm, runtime.make_config(arm))
         schedule = make_schedule(runtime.settings, arm.steps)
         optimizer = ArmOptimizer(runtime, parameters, arm.learning_rate, plan, schedule)
@@ -110,50 +101,32 @@ def _time_training(runtime: Runtime, arm: Arm) -> Pace:
         evaluate = partial(runtime.evaluate_adapters, "validation", multi_lora, [SCRATCH], eval_indices)
         eval_seconds = _time_task(runtime, evaluate)[0]
     timed_steps = slice(min(WARM_UP_STEPS, len(plan) - 1), None)
+    token_ratio = _count_tokens(runtime, full_plan) / _count_tokens(runtime, plan[timed_steps])
     num_held_out = len(runtime.data.splits["validation"])
+    modules = runtime.targets.modules
     return Pace(
         arm.rank,
         plan[timed_steps],
         eval_indices,
-        training_seconds=sum(seconds[timed_steps])
-        * _count_positions(runtime, full_plan)
-        / _count_positions(runtime, plan[timed_steps]),
+        training_seconds=sum(seconds[timed_steps]) * token_ratio,
         evaluation_seconds=eval_seconds * num_held_out / len(eval_indices),
         subset_fraction=min(1.0, EVAL_SUBSET_SIZE / num_held_out),
         cache_seconds=fill_seconds * _count_cached_tokens(runtime, full_plan) / num_filled if num_filled else 0.0,
-        matrix_elements=sum(module.in_features * module.out_features for module in runtime.targets.modules),
-        parameters_per_rank=sum(module.in_features + module.out_features for module in runtime.targets.modules),
+        matrix_elements=sum(module.in_features * module.out_features for module in modules),
+        parameters_per_rank=sum(module.in_features + module.out_features for module in modules),
     )
 
 
-def _plan_timed_steps(runtime: Runtime, full_plan: Sequence[list[int]]) -> list[list[int]]:
-    """Return the examples of each measured step.
-
-    If results of the base alone are cached, all steps have the same examples of medium length, so that few of them are computed.
-    """
-    plan, batches = full_plan[: WARM_UP_STEPS + TIMED_STEPS], runtime.get_cache_batches("train")
-    if not batches:
-        return list(plan)
-    from_middle = sorted(range(len(batches)), key=lambda number: abs(number - len(batches) // 2))
-    examples = list(islice(chain.from_iterable(batches[number] for number in from_middle), len(plan[0])))
-    return [examples] * len(plan)
+def _count_tokens(runtime: Runtime, plan: Sequence[list[int]]) -> int:
+    return sum(int(runtime.data.splits["train"].lengths[indices].sum()) for indices in plan)
 
 
 def _count_cached_tokens(runtime: Runtime, plan: Sequence[list[int]]) -> int:
     """Count the tokens for which a selection computes results of the base alone."""
-    train, held_out = runtime.data.splits["train"], (runtime.data.splits[split] for split in HELD_OUT)
-    trained = sorted({index for indices in plan for index in indices})
-    return int(train.lengths[trained].sum()) + sum(int(examples.lengths.sum()) for examples in held_out)
-
-
-def _count_positions(runtime: Runtime, batches: Sequence[list[int]]) -> int:
-    """Count the positions that the model computes in these steps, including padding."""
-    train, size = runtime.data.splits["train"], runtime.settings.batch_size
-    if runtime.fast_paths.sequence_packing:
-        return sum(int(train.lengths[batch].sum()) for batch in batches)
-    longest = train.longest_sequences
-    micro = [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
-    return sum(len(rows) * int(longest[rows].max()) for rows in micro)
+    held_out = (runtime.data.splits[split] for split in HELD_OUT)
+    return _count_tokens(runtime, [sorted({*chain.from_iterable(plan)})]) + sum(
+        int(examples.lengths.sum()) for examples in held_out
+    )
 
 
 def choose_adapters_per_pass(
@@ -173,12 +146,12 @@ def choose_adapters_per_pass(
     if obstacle is not None:
         notice(f"arms are trained one after the other: {obstacle}")
         return 1
-    if requested is None:
-        return _find_fastest_count(runtime, arms, MAX_ADAPTERS_PER_PASS if limit is None else limit)
-    if limit is not None and limit < requested:
+    size = requested or MAX_ADAPTERS_PER_PASS
+    if limit is None or limit >= size:
+        return size
+    if requested is not None:
         notice(f"adapters_per_pass {requested} may not fit in memory according to the plan: continuing with {limit}")
-        return limit
-    return requested
+    return limit
 
 
 def find_multi_lora_obstacle(runtime: Runtime, arms: Sequence[Arm]) -> str | None:
@@ -197,33 +170,6 @@ def find_multi_lora_obstacle(runtime: Runtime, arms: Sequence[Arm]) -> str | Non
     if not torch.allclose(shared, alone, rtol=tolerance, atol=tolerance):
         return "this model's losses differ when two arms share a pass"
     return None
-
-
-def _find_fastest_count(runtime: Runtime, arms: Sequence[Arm], limit: int = MAX_ADAPTERS_PER_PASS) -> int:
-    """Double the number of adapters up to `limit` while that saves time; stop when memory runs out."""
-    best, count = _measure_seconds_per_arm(runtime, arms[:1]), 1
-    while count * 2 <= min(limit, len(arms)):
-        with catch_memory_errors() as reasons:
-            seconds = _measure_seconds_per_arm(runtime, arms[: count * 2])
-        if reasons or seconds > MAX_TIME_RATIO * best:
-            break
-        best, count = seconds, count * 2
-    return count
-
-
-def _measure_seconds_per_arm(runtime: Runtime, arms: Sequence[Arm]) -> float:
-    """Return the time of the fastest of a few passes, forward and backward, over temporary adapters of these arms, per arm."""
-    with (
-        MultiLora(runtime.model, runtime.settings) as multi_lora,
-        runtime.use_gradient_checkpointing(),
-    ):
-        for number, arm in enumerate(arms):
-            multi_lora.add(f"scratch_{number}", arm, runtime.make_config(arm))
-        batch = runtime.make_batch("train", runtime.plan_batches(arms[0].seed)[0][: runtime.settings.batch_size])
-        arm_batches = [ArmBatch(f"scratch_{number}", batch, 1.0, None) for number in range(len(arms))]
-        run_pass = partial(runtime.accumulate_gradients, multi_lora, arm_batches)
-        times = [_time_task(runtime, run_pass)[0] for _ in range(WARM_UP_STEPS + TIMED_STEPS)]
-    return min(times[WARM_UP_STEPS:]) / len(arms)
 
 
 def _compute_probe_losses(runtime: Runtime, arms: Sequence[Arm]) -> tuple[torch.Tensor, torch.Tensor]:

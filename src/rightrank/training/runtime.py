@@ -122,11 +122,6 @@ class Runtime:
         with self.fast_paths.use_attention():
             return sum(int(lengths[group].sum()) for group in self._fill_in_batches(split, set(indices)))
 
-    def get_cache_batches(self, split: SplitName) -> list[list[int]]:
-        """Return the batches in which results of the base alone are computed, by length; none if nothing is cached."""
-        cache = self._reference or self.fast_paths.prefix
-        return [] if cache is None else cache.batches[split].batches
-
     def _fill_in_batches(self, split: SplitName, expected: set[int]) -> Iterator[list[int]]:
         """Yield the indices of each batch once it is computed. Reference log-probabilities are computed from the prefix."""
         if self._reference is not None:
