@@ -19,8 +19,6 @@ METHODS = (
     "bracket, two seeds",
     "grid",
     "always 16, rate tuned",
-    "Kneedle",
-    "random search",
     "Optuna TPE + median",
     "ASHA (Optuna)",
 )
@@ -64,21 +62,6 @@ def format_strategies() -> str:
     return format_table(["exact, too small, trainings", *families], lines)
 
 
-def format_adapters() -> str:
-    """Format the results for the deployment rank, over all margins of a family."""
-    rows = read_compared("adapters")
-    lines = []
-    for family in dict.fromkeys(row["family"] for row in rows):
-        family_rows = [row for row in rows if row["family"] == family]
-        grids = sum(row["curves"] for row in family_rows)
-        names = ("exact", "under_picks", "false_passes", "not_above_direct")
-        shares = [f"{sum(row[name] for row in family_rows) / grids:.0%}" for name in names]
-        trainings = sum(row["mean_trainings"] * row["curves"] for row in family_rows) / grids
-        lines.append([family, *shares, f"{trainings:.1f}"])
-    head = ["grids", "exact", "too small", "false passes", "rank not above that of direct trainings", "trainings"]
-    return format_table(head, lines)
-
-
 def format_endpoints() -> str:
     """Format the endpoints of the judgement of the learning-rate rule, in nats on the test split."""
     judged = read_stored("early_rates/judged.json")
@@ -86,12 +69,9 @@ def format_endpoints() -> str:
     lines = []
     for key, text, endpoint in (
         ("a: adapter minus 16 tuned, both hand over their best evaluation", "`--goal adapter`, 1.75 trainings, minus rank 16 tuned by four", "a"),
-        ("a, the last evaluations: rank 64 minus 16 tuned", "the same, if both handed over their last evaluation, before truncation", ""),
+        ("a, the last evaluations: rank 64 minus 16 tuned", "the same, if both hand over their last evaluation, before truncation", ""),
         ("b: regret of the rate at rank 64", "the chosen rate minus the best of the four, at rank 64", "b"),
-        ("c: the rule minus the rule of before, repeated rows", "minus the rule of before, where rows repeat", "c"),
-        ("the rule minus the rule of before, rank 64", "minus the rule of before, all grids", ""),
-        ("d: the same at an eighth minus 16 tuned", "rates compared at an eighth (1.375 trainings), minus rank 16 tuned", ""),
-        ("16 tuned: best minus last evaluation", "rank 16 tuned: best evaluation minus the last", ""),
+        ("c: the rule minus the rule of before, repeated rows", "the chosen rate minus that of the earlier rule, where rows repeat", "c"),
     ):  # fmt: skip
         row = summary[key]
         result = "" if not endpoint else "holds" if holds[endpoint] else "fails"
@@ -136,19 +116,10 @@ def _format_signed(interval: dict[str, Any]) -> str:
     return f"{interval['mean']:+.3f} ({interval['low']:+.3f} to {interval['high']:+.3f})"
 
 
-def format_published() -> str:
-    scores = read_stored("decide/published.json")["scores"]
-    head = ["acceptable", "too small", "too large"]
-    return format_table(
-        ["rule", *head, "of"], [[rule, *(row[name] for name in head), row["of"]] for rule, row in scores.items()]
-    )
-
-
 def format_coverage() -> str:
     summary = read_stored("decide/calibration.json")["summary"]
     names = {
         "covers, two seeds or more": "95% intervals that cover, two seeds or more",
-        "covers, quiet seeds": "the same, seeds far quieter than on short real grids",
         "covers, one seed": "one seed (an indication): intervals over examples alone",
         "false fallback, mean": "a rank that the bounds show to be enough is worse than the margin",
         "false fallback, worst world": "the same, in the worst kind of table",
@@ -186,32 +157,13 @@ def format_rerankers() -> str:
     return format_table(head, lines)
 
 
-def format_memory() -> str:
-    cases = read_stored("plan/results/published.json")["cases"]
-    return format_table(
-        ["published case", "measured", "planned", "error"],
-        [
-            [
-                f"rank {case['rank']} on {', '.join(case['target_modules'])}",
-                f"{case['reserved'] / 1e9:.2f} GB",
-                f"{case['predicted'] / 1e9:.2f} GB",
-                f"{case['error']:+.1%}",
-            ]
-            for case in cases
-        ],
-    )
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "strategies": format_strategies,
-    "adapters": format_adapters,
     "endpoints": format_endpoints,
     "families": format_families,
     "shares": format_shares,
-    "published": format_published,
     "coverage": format_coverage,
     "rerankers": format_rerankers,
-    "memory": format_memory,
 }
 
 

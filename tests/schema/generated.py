@@ -78,7 +78,6 @@ def format_page() -> str:
     return f"""# Settings
 
 Give a setting in a YAML file (`--config FILE`), as `--set name=value`, or by the option of `rightrank select` that has its name.
-The error for an unknown name suggests the setting with that meaning (`lr`: `learning_rates`), or three similar names.
 A run is resumed by the same settings, and continued with other values of those marked (c).
 
 {chr(10).join(sections)}"""

@@ -267,7 +267,7 @@ class StepSettings(PeftFields):
     memory_bytes: Bytes = setting(
         None,
         MACHINE,
-        "memory budget, such as 24GiB; ranks that need more are skipped; by default the memory of the CUDA device",
+        "memory budget, such as 24GiB, by default that of the CUDA device; ranks that need more are skipped",
         option="--memory",
         identity=False,
         foreign_names=("memory",),
@@ -276,7 +276,7 @@ class StepSettings(PeftFields):
     load_in_4bit: bool = option(
         False,
         MACHINE,
-        "load the base model's matrices in 4 bits, with bitsandbytes (extra `bnb`), on CUDA or a CPU",
+        "load the base model's matrices in 4 bits, with bitsandbytes (extra `bnb`)",
     )
     load_in_8bit: bool = setting(False, MACHINE, "load the base model's matrices in 8 bits")
     gradient_checkpointing: bool = setting(
@@ -320,14 +320,13 @@ class SelectSettings(StepSettings, _TrainerFields):
     goal: Goal = option(
         "adapter",
         COMPARE,
-        "`adapter` trains the largest rank and truncates it; `best-adapter` also trains it for twice the steps and keeps the better; "
-        "`training-rank` finds the smallest rank to train at",
+        "`adapter`, `best-adapter` (trains twice the steps too, and keeps the better) or `training-rank` ([guide](../how-to/strategies.md))",
         identity=False,
     )
     strategy: str = option(
         "bracket",
         COMPARE,
-        "`bracket`, `grid` or `upward`; what to train next ([guide](../how-to/strategies.md))",
+        "what to train next: `bracket`, `grid` or `upward`",
         continuable=True,
     )
     ranks: Ranks = option(
@@ -363,14 +362,13 @@ class SelectSettings(StepSettings, _TrainerFields):
     margin: SettingMargin = option(
         None,
         DECIDE,
-        "how much worse than the best is still enough: a share of what the training gained over the base such as `2%` (the default is "
-        "`1%`), or a number in the metric's unit",
+        "the loss of quality that you accept: a share of the gain over the base such as `2%` (default `1%`), or a number in the metric's unit",
         continuable=True,
     )
     checkpoint: Checkpoint = setting(
         "best",
         DECIDE,
-        "`best` or `last`: the checkpoint of each training that counts and is kept; `best` is the best evaluation of the factors or of their mean since the warm-up",
+        "which evaluation of a training counts and is kept: `last`, or `best` of the factors and of their mean since the warm-up",
         foreign_names=("load_best_model_at_end",),
     )
     metrics: tuple[str, ...] = setting(
@@ -425,15 +423,15 @@ class SelectSettings(StepSettings, _TrainerFields):
     beta: float = setting(
         0.1,
         TRAINING,
-        "for preference pairs: how strongly the distance from the base model is penalized ([guide](../how-to/preference-pairs.md))",
+        "for [preference pairs](../how-to/preference-pairs.md): the penalty on the distance from the base model",
         gt=0,
     )
 
     columns: Columns = option(
         (),
         DATA,
-        "columns with other names, such as prompt=question; `ignore=source` ignores a column; `group=document` names the column that "
-        "defines [groups of rows](file-formats.md#rows-that-belong-together), by default `group`, else the prompt",
+        "columns with other names, such as prompt=question; `ignore=source` ignores a column; `group=document` names the column of "
+        "[groups](file-formats.md#rows-that-belong-together)",
         split=True,
     )
     validation: str = option(
@@ -444,8 +442,8 @@ class SelectSettings(StepSettings, _TrainerFields):
     max_eval_examples: int | None = option(
         None,
         DATA,
-        "maximum number of examples in the validation and in the test split; by default 200 to 2,000: as many as one evaluation scores in "
-        "about a tenth of a training, and 200 if the model generates answers. Evaluations during training score the first 200",
+        "maximum number of examples of a held-out split; by default 200 to 2,000 by the length of the training, and 200 if the model "
+        "generates answers. Evaluations during training score the first 200",
         gt=1,
     )
     num_evaluations: int = setting(
@@ -454,8 +452,7 @@ class SelectSettings(StepSettings, _TrainerFields):
     dtype: AutoDtype = setting(
         "auto",
         MACHINE,
-        "type of the frozen base model, `auto`, `bf16`, `fp16` or `fp32`; `auto` is bfloat16 on a CUDA device that "
-        "supports it, else float32; adapters train in float32",
+        "type of the frozen base model, `auto`, `bf16`, `fp16` or `fp32`; `auto` is bfloat16 on a CUDA device that supports it, else float32",
         foreign_names=("bf16", "fp16", "torch_dtype"),
         aliases=DTYPE_ALIASES,
     )
@@ -476,8 +473,7 @@ class SelectSettings(StepSettings, _TrainerFields):
     workers: int | None = option(
         None,
         MACHINE,
-        "train in this many processes, each with its base model and device; on Ray, at most this many "
-        "([several devices and machines](../how-to/clusters.md))",
+        "train in this many processes, each with its base model and device ([guide](../how-to/clusters.md))",
         identity=False,
         foreign_names=("gpus", "num_workers"),
         gt=0,
@@ -488,7 +484,7 @@ class SelectSettings(StepSettings, _TrainerFields):
     report_to: tuple[str, ...] = option(
         (),
         MACHINE,
-        "trackers: trackio, wandb, mlflow; every trial is reported to them ([trackers](../how-to/tracking.md))",
+        "trackers of every trial: trackio, wandb, mlflow ([guide](../how-to/tracking.md))",
         identity=False,
         split=True,
     )
