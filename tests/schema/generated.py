@@ -1,12 +1,17 @@
-"""Generate files from the table of settings; run `python -m tests.schema.generated` to write them.
+"""Generate files from the table of settings and from the public names; run `python -m tests.schema.generated` to write them.
 
-A test compares the files. `schema/keywords.py` types the keywords of `select_rank` and `plan`, and
-`docs/reference/settings.md` lists all settings.
+A test compares the files. `schema/keywords.py` types the keywords of `select_rank` and `plan`,
+`docs/reference/settings.md` lists all settings, and `docs/reference/python.md` has the signatures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ast
+import importlib
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
@@ -16,6 +21,9 @@ from rightrank.schema.setting_table import Group, Row, Settings, list_rows
 from rightrank.schema.settings import DTYPE_ALIASES, SelectSettings
 
 ROOT = Path(__file__).parents[2]
+PYTHON_PAGE = ROOT / "docs" / "reference" / "python.md"
+# A block of a signature, above the directive that shows the docstring on the site.
+SIGNATURE = re.compile(r"```py\n(?:(?!```).)*\n```\n\n::: (rightrank[\w.]*)", re.DOTALL)
 WRITTEN = {  # additional types that a keyword allows
     "columns": "Mapping[str, str] | Sequence[str]",
     "memory_bytes": "int | str",
@@ -95,9 +103,53 @@ def format_default(default: object) -> str:
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
+def format_python_page() -> str:
+    """Return the content of `docs/reference/python.md`, with the signatures of the source."""
+    text = PYTHON_PAGE.read_text(encoding="utf-8")
+    return SIGNATURE.sub(lambda match: f"```py\n{format_signatures(match[1])}\n```\n\n::: {match[1]}", text)
+
+
+def format_signatures(name: str) -> str:
+    """Format the call and the purpose of a function, of a class with its fields, or of each public function of a module."""
+    module, _, last = name.rpartition(".")
+    tree = ast.parse(inspect.getsource(getattr(importlib.import_module(module), last)))
+    nodes = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"]
+    return "\n".join(_format_call(node) for node in nodes)
+
+
+def _format_call(node: ast.FunctionDef | ast.ClassDef) -> str:
+    """Format the names and defaults; `help` and the site have the types."""
+    is_class = isinstance(node, ast.ClassDef)
+    parameters = ", ".join(_iterate_fields(node)) if is_class else _format_parameters(node.args)
+    returned = (
+        f"\N{NO-BREAK SPACE}->\N{NO-BREAK SPACE}{ast.unparse(node.returns)}" if not is_class and node.returns else ""
+    )
+    call = textwrap.fill(f"{node.name}({parameters}){returned}", 110, subsequent_indent="    ")
+    purpose = (ast.get_docstring(node) or "").partition("\n")[0].partition(". ")[0].rstrip(".")
+    return f"# {purpose}\n{call}"
+
+
+def _format_parameters(arguments: ast.arguments) -> str:
+    for argument in ast.walk(arguments):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    return ast.unparse(arguments).replace("=lambda _: None", "=...")
+
+
+def _iterate_fields(node: ast.ClassDef) -> Iterator[str]:
+    """Yield the fields that a caller may give, with their defaults."""
+    for field in node.body:
+        if isinstance(field, ast.AnnAssign) and not re.search("init=False|exclude=True", ast.unparse(field)):
+            name = ast.unparse(field.target)
+            default = ast.unparse(field.value) if field.value else ""
+            default = "[]" if "default_factory=list" in default else default
+            yield "*" if name == "_" else f"{name}={default}" if default else name
+
+
 GENERATED: dict[Path, Callable[[], str]] = {
     ROOT / "src" / "rightrank" / "schema" / "keywords.py": format_keywords,
     ROOT / "docs" / "reference" / "settings.md": format_page,
+    PYTHON_PAGE: format_python_page,
 }
 
 if __name__ == "__main__":
