@@ -410,14 +410,14 @@ def test_a_metric_without_a_known_direction_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "the file is empty"),
+        ("", "no rows; give a header and one row"),
         ("rank,eval_loss\n", "no rows; give a header and one row"),
         ("size,eval_loss\n1,2\n2,3\n", "none of the columns (eval_loss, size) is recognized as the rank"),
         ("rank,other\n1,2\n2,3\n", "is recognized as the held-out value"),
         ("rank,train_loss\n1,2\n2,3\n", "a training loss does not measure held-out data"),
         ("rank,eval_loss\n1.5,2\n2,3\n", "runs.csv:2: rank '1.5' is not allowed"),
         ("rank,eval_loss\n-1,2\n2,3\n", "runs.csv:2: rank '-1' is not allowed"),
-        ("rank,eval_loss\n,2\n2,3\n", "runs.csv:2: there is a value but no rank"),
+        ("rank,eval_loss\n,2\n2,3\n", "runs.csv:2: rank '' is not allowed: give a whole number up to 1,048,576; 0 is the base"),
         ("rank,eval_loss\n0,3\n4,2\n", "the trainings have only rank 4"),
         ('rank,eval_loss\n1,"2,1"\n2,"2,0"\n', "runs.csv:2: eval_loss '2,1' is not allowed: give a number"),
         ("rank;lr;eval_loss\n1;0.01;2,001\n2;0.01;2,002\n", "write it with a decimal point"),

@@ -246,6 +246,8 @@ def parse_json(text: str, decoder: json.JSONDecoder = _DECODER) -> Any:
         raise UnreadableError(f"{error.msg} at column {error.colno}", error.lineno) from None
     except RecursionError:
         raise UnreadableError("nested too deeply") from None
+    except UnreadableError:  # of the decoder
+        raise
     except ValueError:
         raise UnreadableError("an integer of thousands of digits") from None
 

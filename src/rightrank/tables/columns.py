@@ -1,14 +1,13 @@
 """A table of results as columns.
 
-A column stores its cells, and for each row the index of its cell. Cells that recur are stored, converted and compared once, so that a
+A column stores each distinct cell once, and for each row the index of its cell. So cells that recur are converted and compared once, and a
 table of a million rows takes little time and memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -20,6 +19,7 @@ from rightrank.schema.errors import ResultsError, quote_value, suggest_name
 BLANK_TEXTS = {"", "-", "–", "—", "none", "null", "n/a", "na", "nan", "nat", "<na>"}  # texts of empty cells
 MAX_NAMES = 12
 Codes: TypeAlias = "NDArray[np.int64]"
+Mask: TypeAlias = "NDArray[np.bool_]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,20 @@ class Column:
         used, codes = np.unique(self.codes[rows], return_inverse=True)
         return Column([self.cells[code] for code in used.tolist()], codes)
 
-    def list_texts(self) -> list[str]:
-        """Return the text of each cell; empty for a blank one. Equal numbers have equal texts."""
-        return [_format_cell(cell) for cell in self.cells]
+    def test(self, is_true: Callable[[Any], bool]) -> Mask:
+        """Return for each row whether a condition holds for its cell."""
+        return np.array([is_true(cell) for cell in self.cells], dtype=bool)[self.codes]
+
+    def encode(self, convert: Callable[[Any], Any]) -> tuple[list[Any], Codes]:
+        """Return the distinct values of the converted cells in order, and the index of each row's value."""
+        values = [convert(cell) for cell in self.cells]
+        distinct = sorted(set(values))
+        codes = {value: code for code, value in enumerate(distinct)}
+        return distinct, np.array([codes[value] for value in values])[self.codes]
+
+    def parse_numbers(self) -> list[float | None]:
+        """Convert the cells to numbers: NaN for blank cells, None for those that are no numbers."""
+        return list(map(parse_number, self.cells))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +59,6 @@ class Table:
     prefixes: Column  # the beginning of each row's origin
     numbers: Codes  # [rows] the number that ends it
     settings: frozenset[str] = frozenset()
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.numbers)
 
     def describe_row(self, row: int) -> str:
         """Return where a row comes from, such as `runs.csv:3`."""
@@ -83,32 +90,19 @@ class Table:
         Raises:
             ResultsError: there is no such column, or no row with these values.
         """
-        mask = np.ones(self.num_rows, dtype=bool)
+        mask = np.ones(len(self.numbers), dtype=bool)
         for name, value in values.items():
             self.require_column(name, "--where")
-            column, text = self.columns[name], _format_cell(value)
-            matches = np.array([cell_text == text for cell_text in column.list_texts()])
-            mask &= matches[column.codes]
+            texts, codes = self.columns[name].encode(format_cell)
+            mask &= np.array([text == format_cell(value) for text in texts])[codes]
             if not mask.any():
-                texts = format_names([quote_value(cell, 40) for cell in sorted(set(column.list_texts()))])
-                raise ResultsError(f"--where {name}={value}: {self.name} has no such row; the values are {texts}")
+                allowed = format_names([quote_value(text, 40) for text in texts])
+                raise ResultsError(f"--where {name}={value}: {self.name} has no such row; the values are {allowed}")
         return self.select(mask) if values else self
 
     def require_column(self, name: str, option: str) -> None:
         if name not in self.columns:
             raise ResultsError(f"{option} {name}: {self.name} has no column {name!r}{suggest_name(name, self.columns)}")
-
-    def parse_numbers(self, name: str) -> list[float | None]:
-        """Convert the cells of a column to numbers: NaN for blank cells, None for those that are no numbers."""
-        cells = self.columns[name].cells
-        if "_" not in "".join(map(str, cells)):
-            with suppress(TypeError, ValueError, OverflowError):
-                return [float(cell) for cell in cells]
-        return list(map(parse_number, cells))
-
-    def find_row(self, name: str, code: int) -> int:
-        """Find the first row with a cell of a column."""
-        return int(np.flatnonzero(self.columns[name].codes == code)[0])
 
 
 def is_blank(cell: Any) -> bool:
@@ -126,7 +120,8 @@ def parse_number(cell: Any) -> float | None:
         return None
 
 
-def _format_cell(cell: Any) -> str:
+def format_cell(cell: Any) -> str:
+    """Return the text of a cell; empty for a blank one. Equal numbers have equal texts."""
     if is_blank(cell):
         return ""
     number = parse_number(cell)

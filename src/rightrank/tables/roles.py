@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rightrank.schema.errors import ResultsError, suggest_name
 from rightrank.schema.metrics import infer_direction
-from rightrank.tables.columns import Table, format_names
+from rightrank.tables.columns import Table, format_cell, format_names
 
 # The names of each role, as in docs/how-to/decide.md. The prefixes of trackers (`config.`, `params.`, `metrics.`) are left out.
 NAMES: dict[str, tuple[str, ...]] = {
@@ -80,13 +80,11 @@ def is_label(name: str) -> bool:
 
 def is_setting(name: str) -> bool:
     """Return whether a tracker says that a column is a setting of the training."""
-    return _split_name(name)[:1] != [] and (
-        _split_name(name)[0] in _SETTING_PREFIXES or bool(_OPTUNA_PREFIX.match(name))
-    )
+    return bool(_SETTING_PREFIXES & {*_split_name(name)[:1]} or _OPTUNA_PREFIX.match(name))
 
 
 def _is_logged(name: str) -> bool:
-    return _split_name(name)[:1] != [] and _split_name(name)[0] in _LOGGED_PREFIXES
+    return bool(_LOGGED_PREFIXES & {*_split_name(name)[:1]})
 
 
 def infer_column_direction(name: str) -> bool | None:
@@ -133,30 +131,31 @@ def _find_role(
     table: Table, role: str, names: Collection[str], columns_by_name: Mapping[str, list[str]], value: str
 ) -> str | None:
     """Find the column of a role. A setting is not read from the logged numbers of a tracker."""
-    if role in UNIQUE_ROLES:
-        candidates = [
-            column
-            for name in names
-            for column in columns_by_name.get(name, [])
-            if column != value and not _is_logged(column)
-        ]
-    else:
-        groups = ([column for column in columns_by_name.get(name, []) if column != value] for name in names)
-        candidates = next(filter(None, groups), [])
+    is_unique = role in UNIQUE_ROLES
+    candidates = [
+        column
+        for name in names
+        for column in columns_by_name.get(name, [])
+        if column != value and not (is_unique and _is_logged(column))
+    ]
+    if candidates and not is_unique:
+        preferred = normalize_name(candidates[0])
+        candidates = [column for column in candidates if normalize_name(column) == preferred]
     return _require_one(table, candidates, f"--columns {role}=COLUMN") if candidates else None
 
 
-def _require_one(table: Table, candidates: list[str], advice: str) -> str:
+def _require_one(table: Table, candidates: Collection[str], advice: str) -> str:
     """Return the only candidate, or the first of several that have the same cells in every row."""
-    candidates = sorted(candidates)
-    columns = [table.columns[name] for name in candidates]
-    texts = [[column.list_texts()[code] for code in column.codes] for column in columns] if len(columns) > 1 else []
-    if any(cells != texts[0] for cells in texts):
-        raise ResultsError(
-            f"{table.name}: the columns {format_names(candidates)} may mean the same; name the one to use with {advice}, or leave one "
-            "out with --ignore"
-        )
-    return candidates[0]
+    first, *others = sorted(candidates)
+    texts, codes = table.columns[first].encode(format_cell)
+    for name in others:
+        other_texts, other_codes = table.columns[name].encode(format_cell)
+        if other_texts != texts or (other_codes != codes).any():
+            raise ResultsError(
+                f"{table.name}: the columns {format_names([first, *others])} may mean the same; name the one to use with {advice}, or leave "
+                "one out with --ignore"
+            )
+    return first
 
 
 def _find_value(
@@ -165,30 +164,29 @@ def _find_value(
     """Return `(column, name of the metric)` of the held-out value."""
     if "value" in mapping:
         return mapping["value"], metric or mapping["value"]
-    names = sorted(table.columns)
+    if metric is not None and metric in table.columns:
+        return metric, metric
+    value_names: Collection[str] = VALUE_NAMES
     if metric is not None:
-        if metric in table.columns:
-            return metric, metric
         metric_name = normalize_name(metric)
-        names_in_order = [metric_name, *(f"{split}_{metric_name}" for split in SPLITS), "value"]
-        candidates = next((columns_by_name[name] for name in names_in_order if name in columns_by_name), None)
-        if candidates is None:
-            raise ResultsError(
-                f"{table.name}: there is no column {metric!r} and no column `value`{suggest_name(metric, names)}; the columns are {format_names(names)}"
-            )
-        return _require_one(table, candidates, "--metric COLUMN"), metric
-    candidates = next((columns_by_name[name] for name in VALUE_NAMES if name in columns_by_name), None)
-    if candidates is None:  # a column that is the only one with the name of a metric
-        candidates = [
-            name for name in names if infer_column_direction(name) is not None and "train" not in name.lower()
-        ]
-        candidates = candidates if len(candidates) == 1 else None
-    if candidates is None:
+        value_names = (metric_name, *(f"{split}_{metric_name}" for split in SPLITS), "value")
+    candidates: list[str] = next((columns_by_name[name] for name in value_names if name in columns_by_name), [])
+    names = sorted(table.columns)
+    if not candidates and metric is not None:
+        raise ResultsError(
+            f"{table.name}: there is no column {metric!r} and no column `value`{suggest_name(metric, names)}; the columns are {format_names(names)}"
+        )
+    if not candidates:  # a column that is the only one with the name of a metric
+        metrics = [name for name in names if infer_column_direction(name) is not None and "train" not in name.lower()]
+        candidates = metrics if len(metrics) == 1 else []
+    if not candidates:
         note = " (a training loss does not measure held-out data)" if "train_loss" in columns_by_name else ""
         raise ResultsError(
             f"{table.name}: none of the columns ({format_names(names)}) is recognized as the held-out value{note}; name it with --metric COLUMN"
         )
     column = _require_one(table, candidates, "--metric COLUMN")
+    if metric is not None:
+        return column, metric
     if _may_be_training_loss(column, columns_by_name):
         raise ResultsError(
             f"{table.name}: {column} may be the training loss, which does not measure held-out data; if it was measured on held-out "

@@ -1,4 +1,4 @@
-"""Read result tables into columns: from CSV, TSV, JSON, JSON lines, Parquet and Excel files, data frames, and mappings in memory."""
+"""Read result tables into columns: from text files, Parquet and Excel, folders of transformers' Trainer, data frames, and mappings in memory."""
 
 from __future__ import annotations
 
@@ -8,26 +8,28 @@ import re
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate, compress, islice
+from itertools import chain, groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from rightrank.data.files import UnreadableError, detect_path_kind, parse_json
+from rightrank.data.files import UnreadableError, detect_path_kind, parse_json, read_json_object
 from rightrank.data.rows import detect_delimiter
 from rightrank.schema.errors import MissingExtraError, ResultsError
 from rightrank.tables.columns import Codes, Column, Table
-from rightrank.tables.trainer_outputs import STATE_FILE, read_trainer_outputs
 
 FILE_TYPES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".xlsx")
 CHUNK_ROWS = 1000  # fits into the cache of a processor
 MAX_DEPTH = 8  # of nested mappings whose values become columns; deeper ones are texts
-MAX_CELL_CHARACTERS = 2**24
-LINE_BREAK = re.compile(r"\r\n|\r|\n")
-# Rows with the same columns: the beginning of their origin, the names, the cells by column, and the number that ends each row's origin.
-Chunk: TypeAlias = tuple[str, Sequence[str], Sequence[Sequence[Any]], Sequence[int]]
+STATE_FILE = "trainer_state.json"
+CONFIG_FILE = "adapter_config.json"
+STATE_SETTINGS = ("max_steps", "num_train_epochs", "train_batch_size")
+_SEED = re.compile(r"seed[-_=]?(\d+)", re.IGNORECASE)
+# A row: the beginning of its origin and the number that ends it, the names of its columns, and its cells.
+Row: TypeAlias = tuple[str, int, Sequence[Any], Sequence[Any]]
 
 
 def read_table(source: Any) -> Table:
@@ -43,100 +45,82 @@ def read_table(source: Any) -> Table:
     if kind not in ("file", "folder"):
         raise ResultsError(f"{path}: no such file or folder; give a CSV or JSONL file of results, or a run folder")
     if kind == "file":
-        return _read_files(path, [path])
+        return _build_table(str(path), _read_file(path))
     if states := sorted(path.rglob(STATE_FILE)):
-        outputs, settings = read_trainer_outputs(path, states)
-        chunks = (chunk for prefix, rows in outputs for chunk in _collect_rows(prefix, rows))
-        return _build_table(str(path), chunks, settings)
+        return _build_table(str(path), *_read_trainer_outputs(path, states))
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in FILE_TYPES and file.is_file())
     if not files:
         raise ResultsError(
             f"{path}: the folder contains no results in a known format; give a run folder, trainings with {STATE_FILE}, or "
             f"a folder of files ending in {', '.join(FILE_TYPES)}"
         )
-    return _read_files(path, files)
-
-
-def _read_files(source: Path, files: Sequence[Path]) -> Table:
-    return _build_table(str(source), (chunk for file in files for chunk in _read_file(file)))
+    return _build_table(str(path), chain.from_iterable(map(_read_file, files)))
 
 
 class _ColumnBuilder:
-    """Collects the cells of a column: the distinct ones and an index for each row, or all of them where most are distinct."""
+    """Collects the distinct cells of a column, and the index of each row's cell."""
 
-    def __init__(self, first_cells: Sequence[Any]) -> None:
+    def __init__(self) -> None:
         self._codes_by_cell: defaultdict[Any, int] = defaultdict()
         self._codes_by_cell.default_factory = self._codes_by_cell.__len__
         self._codes: list[Codes] = []
-        self._cells: list[Any] = []
-        self._has_distinct_cells = len(set(map(str, first_cells))) > len(first_cells) / 2
         self.num_rows = 0
 
     def extend(self, cells: Sequence[Any]) -> None:
         if not set(map(type, cells)) <= {str, int, float, NoneType}:
             cells = [_simplify_cell(cell) for cell in cells]
-        if self._has_distinct_cells:
-            self._cells.extend(cells)
-        else:
-            self._codes.append(np.fromiter(map(self._codes_by_cell.__getitem__, cells), np.int64, len(cells)))
+        self._codes.append(np.fromiter(map(self._codes_by_cell.__getitem__, cells), np.int64, len(cells)))
         self.num_rows += len(cells)
 
     def build_column(self) -> Column:
-        if self._has_distinct_cells:
-            return Column(self._cells, np.arange(self.num_rows))
         return Column(list(self._codes_by_cell), np.concatenate(self._codes))
 
 
 def _simplify_cell(cell: Any) -> Any:
     """Convert a cell to a number, a text or None. Truth values and lists are settings, and therefore texts."""
+    if isinstance(cell, np.generic):
+        cell = cell.item()
     if cell is None or type(cell) in (str, int, float):
         return cell
-    if isinstance(cell, bool | np.bool_):
-        return str(bool(cell))
-    if isinstance(cell, np.generic):
-        return _simplify_cell(cell.item())
     return json.dumps(cell, sort_keys=True, default=str) if isinstance(cell, list | tuple | Mapping) else str(cell)
 
 
-def _build_table(name: str, chunks: Iterable[Chunk], settings: frozenset[str] = frozenset()) -> Table:
-    """Collect chunks of rows as columns. A column that a chunk does not have is blank in its rows."""
-    builders: dict[str, _ColumnBuilder] = {}
-    prefixes, numbers = _ColumnBuilder([name, name]), array("q")
-    for prefix, titles, columns, row_numbers in chunks:
+def _build_table(name: str, rows: Iterable[Row], settings: frozenset[str] = frozenset()) -> Table:
+    """Collect rows as columns. A column that a row does not have is blank in it."""
+    builders: defaultdict[str, _ColumnBuilder] = defaultdict(_ColumnBuilder)
+    prefixes, numbers = _ColumnBuilder(), array("q")
+    for (prefix, titles), group in groupby(rows, key=itemgetter(0, 2)):
         names = [str(title).strip() for title in titles]
         if len(set(names)) < len(names):
             repeated = next(title for title in names if names.count(title) > 1)
             raise ResultsError(f"{name}: two columns are named {repeated!r}; rename one of them, or remove it")
-        for title, cells in zip(names, columns, strict=True):
-            if title not in builders:
-                builders[title] = _ColumnBuilder(cells)
-                builders[title].extend([None] * len(numbers))
-            builders[title].extend(cells)
-        prefixes.extend([prefix] * len(row_numbers))
-        numbers.extend(row_numbers)
-        for builder in builders.values():
-            builder.extend([None] * (len(numbers) - builder.num_rows))
+        while chunk := list(islice(group, CHUNK_ROWS)):
+            for title, cells in zip(names, zip(*(row[3] for row in chunk), strict=True), strict=True):
+                builders[title].extend([None] * (len(numbers) - builders[title].num_rows))
+                builders[title].extend(cells)
+            numbers.extend(row[1] for row in chunk)
+            prefixes.extend([prefix] * len(chunk))
     if not numbers:
         raise ResultsError(f"{name}: no rows; give a header and one row for each training")
-    titled_columns = {title: builder.build_column() for title, builder in builders.items()}
-    return Table(name, titled_columns, prefixes.build_column(), np.frombuffer(numbers, dtype=np.int64), settings)
+    for builder in builders.values():
+        builder.extend([None] * (len(numbers) - builder.num_rows))
+    columns = {title: builder.build_column() for title, builder in builders.items()}
+    return Table(name, columns, prefixes.build_column(), np.frombuffer(numbers, dtype=np.int64), settings)
 
 
-def _read_file(path: Path) -> Iterator[Chunk]:
+def _read_file(path: Path) -> Iterator[Row]:
     suffix = path.suffix.lower()
     if suffix not in FILE_TYPES:
         raise ResultsError(
             f"{path}: files of type {suffix or '(no extension)'!r} are not supported; give a file ending in {', '.join(FILE_TYPES)}"
         )
-    if path.stat().st_size == 0:
-        raise ResultsError(f"{path}: the file is empty; give a header and one row for each training")
     try:
         if suffix in (".parquet", ".xlsx"):
             yield from _read_with_pandas(path)
         elif suffix in (".csv", ".tsv"):
             yield from _read_csv(path)
         else:
-            yield from _collect_rows(*_read_json(path))
+            yield from _read_json(path)
     except UnicodeDecodeError as error:
         raise ResultsError(
             f"{path}: not UTF-8 text (byte {error.start}: {error.reason}); convert it to UTF-8"
@@ -145,138 +129,106 @@ def _read_file(path: Path) -> Iterator[Chunk]:
         raise ResultsError(f"{path}: can't read it ({error.strerror or error}); give a file that can be read") from None
 
 
-def _read_csv(path: Path) -> Iterator[Chunk]:
-    csv.field_size_limit(MAX_CELL_CHARACTERS)
-    delimiter = detect_delimiter(path)
+def _read_csv(path: Path) -> Iterator[Row]:
+    delimiter, prefix = detect_delimiter(path), f"{path}:"
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
             names = next(reader, [])
-            while True:
-                previous_line = reader.line_num
-                rows = list(islice(reader, CHUNK_ROWS))
-                numbers = _number_lines(rows, previous_line, reader.line_num)
-                if not {*map(len, rows)} <= {0, len(names)}:
-                    is_wrong = (len(cells) not in (0, len(names)) for cells in rows)
-                    cells, number = next(compress(zip(rows, numbers, strict=True), is_wrong))
+            for cells in reader:
+                if len(cells) == len(names):
+                    yield prefix, reader.line_num, names, cells
+                elif cells:
                     raise ResultsError(
-                        f"{path}:{number}: {len(cells)} cells, but the header has {len(names)} columns; quote cells that "
+                        f"{prefix}{reader.line_num}: {len(cells)} cells, but the header has {len(names)} columns; quote cells that "
                         f"contain {delimiter!r}, and write empty cells too"
                     )
-                if not all(rows):  # blank lines
-                    numbers = [number for number, cells in zip(numbers, rows, strict=True) if cells]
-                    rows = [cells for cells in rows if cells]
-                yield f"{path}:", names, list(zip(*rows, strict=True)) or [()] * len(names), numbers
-                if reader.line_num == previous_line:
-                    return
         except csv.Error as error:
-            raise ResultsError(f"{path}:{reader.line_num}: not {path.suffix[1:].upper()} ({error})") from None
+            raise ResultsError(f"{prefix}{reader.line_num}: not {path.suffix[1:].upper()} ({error})") from None
 
 
-def _number_lines(rows: Sequence[Sequence[str]], previous_line: int, last_line: int) -> Sequence[int]:
-    """Return the number of the line that ends each row. A row has several lines if its cells contain line breaks."""
-    if last_line - previous_line == len(rows):
-        return range(previous_line + 1, last_line + 1)
-    num_lines = (1 + sum(len(LINE_BREAK.findall(cell)) for cell in cells) for cells in rows)
-    return list(accumulate(num_lines, initial=previous_line))[1:]
-
-
-class _Pairs(list[tuple[str, Any]]):
-    """The names and values of a JSON object. A mapping would drop the first of two values with one name."""
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_Pairs)
-
-
-def _read_json(path: Path) -> tuple[str, Iterator[tuple[int, Any]]]:
-    """Return the beginning of each row's origin, and the rows of a JSON list or of JSON lines with their numbers."""
-    with path.open(encoding="utf-8-sig") as file:
-        is_list = file.read(64).lstrip().startswith("[")
-    if not is_list:
-        return f"{path}:", _read_json_lines(path)
-    try:
-        entries = parse_json(path.read_text(encoding="utf-8-sig"), _DECODER)
-    except UnreadableError as error:
-        raise ResultsError(f"{path}:{error.line}: not a table in JSON ({error}); give a list of objects") from None
-    return f"{path}: entry ", enumerate(entries, start=1)
-
-
-def _read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+def _read_json(path: Path) -> Iterator[Row]:
+    """Read a JSON list of objects, or JSON lines."""
     with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    yield number, parse_json(line, _DECODER)
-                except UnreadableError as error:
-                    raise ResultsError(
-                        f"{path}:{number}: not a row in JSON ({error}); give one JSON object a line"
-                    ) from None
+        is_list = lines.read(64).lstrip().startswith("[")
+    with path.open(encoding="utf-8-sig") as lines:
+        if is_list:
+            yield from _flatten_rows(f"{path}: entry ", enumerate(_parse_json(path, lines.read()), start=1))
+        else:
+            rows = (
+                (number, _parse_json(path, line, number)) for number, line in enumerate(lines, start=1) if line.strip()
+            )
+            yield from _flatten_rows(f"{path}:", rows)
 
 
-def _collect_rows(prefix: str, rows: Iterable[tuple[int, Any]]) -> Iterator[Chunk]:
-    """Collect mappings with the same names into chunks. The values of nested mappings become columns with dotted names."""
-    names: tuple[str, ...] = ()
-    cells: list[tuple[Any, ...]] = []
-    numbers: list[int] = []
-    for number, fields in rows:
-        if not isinstance(fields, _Pairs | Mapping):
+def _parse_json(path: Path, text: str, first_line: int = 1) -> Any:
+    try:
+        return parse_json(text, _DECODER)
+    except UnreadableError as error:
+        raise ResultsError(
+            f"{path}:{first_line + error.line - 1}: not a row in JSON ({error}); give a list of objects, or one object a line"
+        ) from None
+
+
+def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object from its names and values; without this, the first of two values with one name is dropped."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise UnreadableError(f"two columns are named {repeated!r}")
+    return dict(pairs)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_build_object)
+
+
+def _flatten_rows(prefix: str, entries: Iterable[tuple[int, Any]]) -> Iterator[Row]:
+    """Read mappings. The values of nested mappings become columns with dotted names."""
+    for number, fields in entries:
+        if not isinstance(fields, Mapping):
             raise ResultsError(
                 f"{prefix}{number}: got a {type(fields).__name__}; give a mapping with `rank` and a held-out metric"
             )
-        row_names, row_cells = _transpose(fields)
-        if any(issubclass(kind, _Pairs | Mapping) for kind in set(map(type, row_cells))):
-            row_names, row_cells = _transpose(_Pairs(_flatten(fields)))
-        if cells and (row_names != names or len(cells) == CHUNK_ROWS):
-            yield prefix, names, list(zip(*cells, strict=True)), numbers
-            cells, numbers = [], []
-        names = row_names
-        cells.append(row_cells)
-        numbers.append(number)
-    if cells:
-        yield prefix, names, list(zip(*cells, strict=True)), numbers
+        pairs = list(_flatten(fields))
+        yield prefix, number, [name for name, _ in pairs], [value for _, value in pairs]
 
 
-def _transpose(fields: _Pairs | Mapping[Any, Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Return `(names, values)` of a mapping."""
-    if isinstance(fields, Mapping):
-        return tuple(fields), tuple(fields.values())
-    return tuple(name for name, _ in fields), tuple(value for _, value in fields)
-
-
-def _flatten(fields: _Pairs | Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    for name, value in zip(*_transpose(fields), strict=True):
-        if isinstance(value, _Pairs | Mapping) and depth < MAX_DEPTH:
+def _flatten(fields: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    for name, value in fields.items():
+        if isinstance(value, Mapping) and depth < MAX_DEPTH:
             yield from _flatten(value, f"{prefix}{name}.", depth + 1)
         else:
             yield f"{prefix}{name}", value
 
 
-def _read_memory(source: Any) -> Iterator[Chunk]:
+def _read_memory(source: Any) -> Iterator[Row]:
     if hasattr(source, "iloc"):
-        yield _read_frame(source, "row ")
-    else:
-        rows = source.to_dicts() if hasattr(source, "to_dicts") else source  # a data frame of polars
-        yield from _collect_rows("row ", enumerate(rows, start=1))
+        return _read_frame(source, "row ")
+    rows = source.to_dicts() if hasattr(source, "to_dicts") else source  # a data frame of polars
+    return _flatten_rows("row ", enumerate(rows, start=1))
 
 
-def _read_frame(frame: Any, prefix: str) -> Chunk:
+def _read_frame(frame: Any, prefix: str) -> Iterator[Row]:
     """Read a data frame of pandas. An index with a name, or of texts, is a column."""
     if any(name is not None for name in frame.index.names) or frame.index.inferred_type == "string":
         frame = frame.reset_index(allow_duplicates=True)
-    columns = [frame.iloc[:, number].tolist() for number in range(frame.shape[1])]
-    return prefix, list(frame.columns), columns, range(1, len(frame) + 1)
+    names = list(frame.columns)
+    columns = [frame.iloc[:, number].tolist() for number in range(len(names))]
+    for number, cells in enumerate(zip(*columns, strict=True), start=1):
+        yield prefix, number, names, cells
 
 
-def _read_with_pandas(path: Path) -> Iterator[Chunk]:
+def _read_with_pandas(path: Path) -> Iterator[Row]:
     try:
         import pandas
 
         # pandas renames the second of two columns with one name, so the header of a sheet is read as a row.
         if path.suffix.lower() == ".xlsx":
             sheet = pandas.read_excel(path, header=None, dtype=object)
-            yield f"{path}: row ", sheet.iloc[0].tolist(), *_read_frame(sheet.iloc[1:].reset_index(drop=True), "")[2:]
+            frame = sheet.iloc[1:].reset_index(drop=True).set_axis(sheet.iloc[0].tolist(), axis=1)
         else:
-            yield _read_frame(pandas.read_parquet(path), f"{path}: row ")
+            frame = pandas.read_parquet(path)
+        yield from _read_frame(frame, f"{path}: row ")
     except ImportError as error:
         raise MissingExtraError(f"{path}: {error}; install it, or save the table as CSV") from None
     except (
@@ -285,3 +237,88 @@ def _read_with_pandas(path: Path) -> Iterator[Chunk]:
         KeyError,
     ) as error:  # raised for damaged files, and for dates beyond those of Python
         raise ResultsError(f"{path}: not a table that pandas can read ({error}); write it again, or as CSV") from None
+
+
+def _read_trainer_outputs(root: Path, states: Sequence[Path]) -> tuple[list[Row], frozenset[str]]:
+    """Read the evaluations of the trainings under a folder of transformers' Trainer.
+
+    The rank and the other settings of an adapter come from its `adapter_config.json`, the learning rate is the highest one in the log,
+    and the seed is that in the folder's name (`seed0`). Of several checkpoints, the last one has the complete log.
+
+    Args:
+        states: the `trainer_state.json` files under `root`.
+
+    Returns:
+        A row for each evaluation, and the columns that hold the adapters' settings.
+
+    Raises:
+        ResultsError: a file that is not JSON, a training without an adapter's configuration, or no evaluation.
+    """
+    last_states: dict[Path, tuple[int, Path, dict[str, Any]]] = {}
+    for path in states:
+        training = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
+        state = _read_object(path)
+        step = state.get("global_step")
+        candidate = (step if isinstance(step, int) else 0, path, state)
+        last_states[training] = max(last_states.get(training, candidate), candidate, key=lambda entry: entry[:2])
+    rows: list[Row] = []
+    settings: set[str] = set()
+    for training, (_, path, state) in last_states.items():
+        config = _read_adapter_config(path, training)
+        fields = {"rank": config.pop("r", None), **config, **_find_seed(training, root)}
+        fields |= {name: state[name] for name in STATE_SETTINGS if name in state}
+        evaluations = _list_evaluations(state, fields)
+        rows += [(f"{path}: step ", values["step"], list(values), list(values.values())) for values in evaluations]
+        settings |= config.keys()
+    if not rows:
+        raise ResultsError(
+            f"{root}: the {STATE_FILE} files contain no evaluation (eval_loss); train with eval_strategy set"
+        )
+    return rows, frozenset(settings)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(path)
+    except UnreadableError as error:
+        raise ResultsError(f"{path}: this is not JSON ({error}); restore the file, or remove its folder") from None
+
+
+def _read_adapter_config(state: Path, training: Path) -> dict[str, Any]:
+    """Read the configuration beside the state, in the folder of the training, or in one of its checkpoints."""
+    folders = [state.parent, training, *sorted(training.glob("checkpoint-*"))]
+    path = next((folder / CONFIG_FILE for folder in folders if (folder / CONFIG_FILE).is_file()), None)
+    if path is None:
+        raise ResultsError(
+            f"{state}: there is no {CONFIG_FILE} in its folder, so the rank is not known; save the adapter there, or give a table "
+            "with a column rank"
+        )
+    # PEFT writes sets as lists in any order.
+    return {
+        name: sorted(value, key=repr) if isinstance(value, list) else value
+        for name, value in _read_object(path).items()
+    }
+
+
+def _find_seed(training: Path, root: Path) -> dict[str, str]:
+    seeds = set(_SEED.findall("/".join(training.relative_to(root).parts) or training.name))
+    if len(seeds) > 1:
+        raise ResultsError(
+            f"{training}: its name states the seeds {', '.join(sorted(seeds))}; name the folder so that it states one (seed0)"
+        )
+    return {"seed": seeds.pop()} if seeds else {}
+
+
+def _list_evaluations(state: Mapping[str, Any], fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """List the steps of the log with a held-out value, each with its values, the last training loss before it, and `fields`."""
+    log = state.get("log_history")
+    entries = [entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
+    rates = [rate for entry in entries if isinstance(rate := entry.get("learning_rate"), int | float)]
+    values = {**fields, "lr": max(rates)} if rates else {**fields}
+    evaluations = []
+    for entry in entries:
+        values |= {"train_loss": entry["loss"]} if "loss" in entry else {}
+        held_out = {name: value for name, value in entry.items() if name.startswith("eval_")}
+        if held_out and isinstance(entry.get("step"), int):
+            evaluations.append({"step": entry["step"], **values, **held_out})
+    return evaluations

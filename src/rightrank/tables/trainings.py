@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,14 @@ import numpy as np
 from rightrank.schema.errors import ResultsError, quote_value
 from rightrank.schema.metrics import Margin, format_unknown_direction, has_percentages, infer_metric_kind
 from rightrank.schema.trials import Arm, EvalPoint, Floats, TrialFailed, TrialFinished, TrialOutcome
-from rightrank.tables.columns import Codes, Table, format_names, is_blank
-from rightrank.tables.conditions import require_same_conditions
-from rightrank.tables.numbers import Evaluations, encode_texts, number_evaluations, read_rows
+from rightrank.tables.columns import Codes, Table, format_names, is_blank, parse_number
+from rightrank.tables.evaluations import (
+    Evaluations,
+    encode_texts,
+    number_evaluations,
+    read_rows,
+    require_same_conditions,
+)
 from rightrank.tables.roles import Roles, identify_roles, infer_column_direction
 from rightrank.tables.sources import read_table
 
@@ -58,9 +64,11 @@ def read_result_table(
     mapping = columns or {}
     table = read_table(source).keep_rows_where(where or {}).ignore(ignore)
     roles = identify_roles(table, metric, mapping)
-    table, notes = _drop_rows_without_rank(table, roles)
+    table, notes = _drop_blank_rows(table, roles)
     _require_successes(table, roles)
     evaluations = number_evaluations(table, roles)
+    if np.isnan(evaluations.values[evaluations.ranks > 0]).all():
+        raise ResultsError(f"{table.name}: no row has both a rank and a held-out value; give one row for each training")
     notes += require_same_conditions(table, roles, evaluations)
     outcomes, omissions = _build_outcomes(table, roles, evaluations, mapping.get("group"))
     finished = [outcome for outcome in outcomes if isinstance(outcome, TrialFinished)]
@@ -86,24 +94,13 @@ def read_result_table(
     return ResultTable(outcomes, roles.metric, higher, [*readings, *notes, *omissions])
 
 
-def _drop_rows_without_rank(table: Table, roles: Roles) -> tuple[Table, list[str]]:
-    """Return the rows with a rank, and a note on those with neither rank nor value.
-
-    Raises:
-        ResultsError: a row has a value but no rank.
-    """
-    rank, value = (table.columns[roles.columns[role]] for role in ("rank", "value"))
-    is_blank_rank = np.array([is_blank(cell) for cell in rank.cells])[rank.codes]
-    if not is_blank_rank.any():
+def _drop_blank_rows(table: Table, roles: Roles) -> tuple[Table, list[str]]:
+    """Return the rows with a rank or a value, and a note on the others."""
+    is_used = ~np.logical_and(*(table.columns[roles.columns[role]].test(is_blank) for role in ("rank", "value")))
+    if is_used.all():
         return table, []
-    has_value = ~np.array([is_blank(cell) for cell in value.cells])[value.codes]
-    incomplete = np.flatnonzero(is_blank_rank & has_value)
-    if len(incomplete):
-        raise ResultsError(
-            f"{table.describe_row(incomplete[0])}: there is a value but no rank; write 0 for the base model, or leave the row out with --where"
-        )
-    count = int(is_blank_rank.sum())
-    return table.select(~is_blank_rank), [_count(count, "row", "with neither rank nor value omitted")]
+    count = int(np.sum(~is_used))
+    return table.select(is_used), [_count(count, "row", "with neither rank nor value omitted")]
 
 
 def _count(number: int, noun: str, description: str) -> str:
@@ -115,22 +112,20 @@ def _require_successes(table: Table, roles: Roles) -> None:
     if (name := roles.columns.get("status")) is None:
         return
     status, value = table.columns[name], table.columns[roles.columns["value"]]
-    states = ["" if cell is None else str(cell).strip().lower() for cell in status.cells]
-    is_success, is_failure = (
-        np.array([state in words for state in states])[status.codes] for words in (SUCCESSES, FAILURES)
-    )
-    is_number = np.array(
-        [number is None or np.isfinite(number) for number in table.parse_numbers(roles.columns["value"])]
-    )
-    refused = np.flatnonzero(~is_success & ~(is_failure & ~is_number[value.codes]))
+    is_success = status.test(lambda cell: _normalize_state(cell) in SUCCESSES)
+    is_failure = status.test(lambda cell: _normalize_state(cell) in FAILURES)
+    has_value = value.test(lambda cell: (number := parse_number(cell)) is None or math.isfinite(number))
+    refused = np.flatnonzero(~is_success & ~(is_failure & ~has_value))
     if len(refused):
-        success = next(
-            (cell for cell, state in zip(status.cells, states, strict=True) if state in SUCCESSES), "finished"
-        )
+        success = next((cell for cell in status.cells if _normalize_state(cell) in SUCCESSES), "finished")
         raise ResultsError(
             f"{table.describe_row(refused[0])}: {name} {quote_value(table.get_cell(name, refused[0]), 40)} is not a known success "
             f"({', '.join(SUCCESSES)}); leave such rows out with --where {name}={success}, or count them with --ignore {name}"
         )
+
+
+def _normalize_state(cell: Any) -> str:
+    return str(cell).strip().lower()
 
 
 def _build_outcomes(
@@ -299,8 +294,6 @@ def _number_groups(
 def _require_comparable(finished: Sequence[TrialFinished], table_name: str) -> None:
     trainings = [trial for trial in finished if trial.rank > 0]
     ranks = {trial.rank for trial in trainings}
-    if not ranks:
-        raise ResultsError(f"{table_name}: no row has both a rank and a held-out value; give one row for each training")
     if len(ranks) < 2:
         raise ResultsError(
             f"{table_name}: the trainings have only rank {ranks.pop()}; give two or more ranks to compare"
