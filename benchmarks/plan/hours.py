@@ -25,7 +25,7 @@ from rightrank.report.format import format_duration
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.settings import SelectSettings
 from rightrank.search import make_strategy
-from rightrank.search.history import build_space
+from rightrank.search.protocol import build_space
 from rightrank.training.pace import RUN_EVALUATIONS
 
 HERE = Path(__file__).parent

@@ -22,8 +22,7 @@ from benchmarks.selection.tables import GridCurve, Replayed, build_space, read_g
 from rightrank.schema.errors import InputError, ResultsError, SettingsError
 from rightrank.schema.settings import Goal
 from rightrank.search import make_strategy
-from rightrank.search.history import Space
-from rightrank.search.protocol import Strategy
+from rightrank.search.protocol import Space, Strategy
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.results import read_json
+from rightrank.decision.adapter import Criterion
 from rightrank.decision.comparison import compute_bounds
 from rightrank.decision.table import estimate_pairs, pair_cells
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import ResultsError
-from rightrank.schema.metrics import infer_metric_kind
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import (
     Arm,
@@ -30,8 +30,7 @@ from rightrank.schema.trials import (
     compute_trial_id,
     count_added_steps,
 )
-from rightrank.search.history import Space, Trials
-from rightrank.search.protocol import Strategy
+from rightrank.search.protocol import Space, Strategy, Trials
 from rightrank.search.upward import Upward
 
 REPLAY_STEPS = 1000  # fractions of a full training, in which costs are counted
@@ -346,13 +345,15 @@ def build_space(
         seeds=tuple(curve.seeds[:seeds]),
         lora_alpha=32.0,
         steps=REPLAY_STEPS,
-        margin=margin,
+        criterion=Criterion(
+            curve.metric,
+            curve.higher_is_better,
+            margin,
+            "loss" if curve.metric == "loss" else "token_loss",
+            trusts_values=not curve.truncated_items,
+        ),
         goal=goal,
-        metric=curve.metric,
-        kind="loss" if curve.metric == "loss" else infer_metric_kind(curve.metric, curve.higher_is_better),
         can_truncate=bool(curve.truncated),
-        trusts_values=not curve.truncated_items,
-        higher_is_better=curve.higher_is_better,
         budget_steps=None if budget is None else budget * REPLAY_STEPS,
     )
 

@@ -14,7 +14,7 @@ from rightrank.schema.decision import AdapterAnswer, DifferenceDistribution
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.metrics import LossKind
 from rightrank.schema.trials import TrialFinished
-from rightrank.search.truncations import choose_adapter
+from rightrank.search.protocol import choose_adapter
 
 EXAMPLES, TOKENS = 400, 10
 LOSS = Criterion(metric="loss", higher_is_better=False, margin=0.005)

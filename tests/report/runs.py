@@ -21,7 +21,7 @@ from rightrank.schema.events import (
 )
 from rightrank.schema.settings import Goal, SelectSettings
 from rightrank.schema.trials import Arm, EvalPoint, TrialDiverged, TrialFinished, TrialStarted, compute_trial_id
-from rightrank.search.truncations import choose_adapter
+from rightrank.search.protocol import choose_adapter
 
 STEPS, ITEMS, TOKENS = 40, 30, 20
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rightrank import preflight, select_rank
+from rightrank.decision.adapter import Criterion
 from rightrank.runs.journal import Journal
 from rightrank.runs.preflight import estimate_resolution
 from rightrank.schema.events import RunStarted, SelectionPlanned
@@ -89,8 +90,8 @@ def test_dry_run_and_selection_agree(model_folder: Path, completion_file: Path, 
 
 
 def test_examples_that_tell_the_margin_have_a_resolution_of_it() -> None:
-    resolution, needed = estimate_resolution("token_loss", 30, 0.005)
+    resolution, needed = estimate_resolution(Criterion("loss", False, None), 30, 0.005)
     assert needed is not None
     assert resolution == pytest.approx(1.645 * 0.08 / 30**0.5, rel=1e-3)
-    assert estimate_resolution("token_loss", needed, 0.005)[0] == pytest.approx(0.005, rel=1e-3)
-    assert estimate_resolution("value", 30, 0.005) == (None, None)
+    assert estimate_resolution(Criterion("loss", False, None), needed, 0.005)[0] == pytest.approx(0.005, rel=1e-3)
+    assert estimate_resolution(Criterion("value", True, None), 30, 0.005) == (None, None)

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rightrank.decision.adapter import Criterion
 from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome, count_added_steps
 from rightrank.search import STRATEGIES
-from rightrank.search.history import Space
-from tests.search.worlds import STEPS, World, make_space, recommend, run_all, run_rounds
+from rightrank.search.protocol import Space
+from tests.search.worlds import EXACT, STEPS, World, make_space, recommend, run_all, run_rounds
 
 WORLDS = {
     "law": World,
@@ -32,9 +33,9 @@ SPACES = {
     "two learning rates": {"learning_rates": (1e-3, 3e-3)},
     "two ranks": {"ranks": (8, 16)},
     "powers of two": {"ranks": (1, 2, 4, 8, 16, 32, 64)},
-    "relative margin": {"margin": None},
+    "relative margin": {"criterion": Criterion("loss", False, None, "loss")},
     "no base": {"evaluates_base": False},
-    "the adapter alone": {"goal": "adapter", "trusts_values": True},
+    "the adapter alone": {"goal": "adapter", "criterion": EXACT},
     "the best adapter": {"goal": "best-adapter"},
 }
 

@@ -10,9 +10,8 @@ from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, TrialFinished
 from rightrank.search import STRATEGIES, make_strategy
-from rightrank.search.history import build_space
-from rightrank.search.protocol import Strategy
-from tests.search.worlds import STEPS, World, make_space, recommend, run_all, run_rounds
+from rightrank.search.protocol import Strategy, build_space
+from tests.search.worlds import EXACT, STEPS, World, make_space, recommend, run_all, run_rounds
 
 
 def make_named_strategy(**values: Any) -> Strategy:
@@ -117,7 +116,7 @@ def test_truncations_are_evaluated_although_the_time_is_over() -> None:
             is_slow = isinstance(outcome, TrialFinished) and arm.rank and arm.is_direct
             return outcome.model_copy(update={"train_seconds": 1000.0}) if is_slow else outcome
 
-    strategy = STRATEGIES["bracket"](make_space(goal="adapter", budget_seconds=200.0, trusts_values=True))
+    strategy = STRATEGIES["bracket"](make_space(goal="adapter", budget_seconds=200.0, criterion=EXACT))
     trials = strategy.replay_trials(run_all(strategy, Slow(gain=0.001)))
     assert trials.adapter is not None
     assert trials.adapter.rank == 1
@@ -132,7 +131,7 @@ def test_the_best_adapter_is_that_of_twice_the_steps_if_these_are_better(gain: f
         def is_cut_from_long(self, arm: Arm) -> bool:
             return arm.truncate_from is not None and self.arms[arm.truncate_from].steps == 200
 
-    strategy = STRATEGIES["bracket"](make_space(goal="best-adapter", trusts_values=True))
+    strategy = STRATEGIES["bracket"](make_space(goal="best-adapter", criterion=EXACT))
     trials = strategy.replay_trials(run_all(strategy, Longer(gain=0.02)))
     assert trials.adapter is not None
     parent = next(trial for trial in trials.outcomes.values() if trial.trial_id == trials.adapter.trained_id)
@@ -251,7 +250,7 @@ def test_bad_settings_are_one_clear_line() -> None:
 
 
 def test_the_first_question_is_answered_before_the_second() -> None:
-    space = make_space(trusts_values=True)
+    space = make_space(criterion=EXACT)
     strategy, world = STRATEGIES["bracket"](space), World(gain=0.02)
     outcomes: list[Any] = []
     answered_after = None
@@ -264,7 +263,7 @@ def test_the_first_question_is_answered_before_the_second() -> None:
     assert answered_after.truncate_from is not None
     # The truncated rank r loses .02·1.3·r^-.57 - .02·64^-.57 (1.05 for 1.3 with recovery): rank 4 is the smallest within .01.
     assert (answer.rank, answer.method, answer.trained_rank) == (4, "truncated", 64)
-    alone = STRATEGIES["bracket"](make_space(trusts_values=True, goal="adapter"))
+    alone = STRATEGIES["bracket"](make_space(criterion=EXACT, goal="adapter"))
     first = run_all(alone, world)
     assert [outcome.arm for outcome in first] == [outcome.arm for outcome in outcomes][: len(first)]
     assert alone.replay_trials(first).adapter == answer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rightrank.schema.trials import Arm, TrialFinished
-from rightrank.search.history import Trials
+from rightrank.search.protocol import Trials
 from tests.search.worlds import make_space
 
 THREE = {0: 6.0598, 1: 6.0617, 2: 6.0624}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from rightrank.decision.adapter import Criterion
 from rightrank.schema.trials import (
     Arm,
     EvalPoint,
@@ -18,11 +19,11 @@ from rightrank.schema.trials import (
     TrialOutcome,
     compute_trial_id,
 )
-from rightrank.search.history import Space, Trials
-from rightrank.search.protocol import Strategy
+from rightrank.search.protocol import Space, Strategy, Trials
 from rightrank.search.upward import Upward
 
 STEPS = 100
+EXACT = Criterion("loss", False, 0.01, "loss", trusts_values=True)
 
 
 def make_space(**changes: object) -> Space:
@@ -32,7 +33,7 @@ def make_space(**changes: object) -> Space:
         "seeds": (0,),
         "lora_alpha": 32.0,
         "steps": STEPS,
-        "margin": 0.01,
+        "criterion": Criterion("loss", False, 0.01, "loss"),
     }
     return Space(**(values | changes))  # type: ignore[arg-type]
 

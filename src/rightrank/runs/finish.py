@@ -24,7 +24,7 @@ from rightrank.runs.values import Selected, SelectedRank
 from rightrank.schema.command import build_next_commands
 from rightrank.schema.decision import AdapterAnswer, Decision, ExportedAdapter
 from rightrank.schema.events import AdapterRecorded, DecisionRecorded, Records
-from rightrank.search.truncations import choose_adapter
+from rightrank.search.protocol import choose_adapter
 
 CARD_FILES = ("README.md", *CARD_IMAGES)  # written to `adapter/` by the hook that writes the views
 

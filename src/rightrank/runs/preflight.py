@@ -6,16 +6,17 @@ import math
 from collections.abc import Callable, Iterator
 from statistics import fmean
 
+from rightrank.decision.adapter import Criterion
 from rightrank.decision.comparison import CONFIDENCE, NORMAL
 from rightrank.report.format import format_quantity
 from rightrank.report.terminal import describe_data_issues, format_cost, format_memory, format_time_estimate
 from rightrank.runs.hook import Hook, SelectionStart
 from rightrank.runs.prepare import LoadedSelection
 from rightrank.schema.events import DurationEstimated, Event, Notice, SelectionPlanned
-from rightrank.schema.metrics import MetricKind, get_margin_share
+from rightrank.schema.metrics import MetricKind, get_margin_share, infer_metric_kind
 from rightrank.schema.results import Preflight, PreflightCost, PreflightRank
 from rightrank.schema.trials import Arm, TrialFinished
-from rightrank.search.history import orient_value
+from rightrank.search.protocol import orient_value
 from rightrank.training.pace import Pace, measure_pace
 
 MEASURING = "measuring a few steps at the highest rank"
@@ -58,7 +59,7 @@ def _measure_top_pace(prepared: LoadedSelection) -> Pace | None:
 def _build_preflight(prepared: LoadedSelection, pace: Pace | None) -> tuple[Preflight, str]:
     """Build the preflight, and describe its time. The expected time uses the mean pace of the ranks, the maximum that of the highest rank."""
     settings, data, planned, strategy = prepared.settings, prepared.started.data, prepared.planned, prepared.strategy
-    space, trainings = strategy.space, strategy.estimate_cost()
+    trainings = strategy.estimate_cost()
     expected = at_most = None
     time_text = ""
     if pace is not None:
@@ -67,8 +68,9 @@ def _build_preflight(prepared: LoadedSelection, pace: Pace | None) -> tuple[Pref
         at_most = pace.predict_seconds(max(settings.ranks), trainings.maximum, trainings.max_arms, points)
         time_text = format_time_estimate(expected, at_most, settings.budget_hours)
     peaks, needed = (planned.peak_bytes, planned.needed_bytes) if planned else ({}, {})
-    margin = space.margin if isinstance(space.margin, float) else None  # a share of the gain is not known yet
-    resolution, examples_needed = estimate_resolution(space.kind, data.splits["validation"].examples, margin)
+    criterion = strategy.space.criterion
+    margin = criterion.margin if isinstance(criterion.margin, float) else None  # a share of the gain is not known yet
+    resolution, examples_needed = estimate_resolution(criterion, data.splits["validation"].examples, margin)
     preflight = Preflight(
         metric=settings.metric_name,
         margin=margin,
@@ -109,12 +111,13 @@ def _build_preflight(prepared: LoadedSelection, pace: Pace | None) -> tuple[Pref
 EXAMPLE_STD: dict[MetricKind, float] = {"token_loss": 0.08, "pair_loss": 0.5, "loss": 0.5, "accuracy": 0.4}
 
 
-def estimate_resolution(kind: MetricKind, examples: int, margin: float | None) -> tuple[float | None, int | None]:
+def estimate_resolution(criterion: Criterion, examples: int, margin: float | None) -> tuple[float | None, int | None]:
     """Estimate the smallest difference that this many examples can tell from 0, and the number of examples that can tell the margin.
 
     The estimate is for two adapters of one training, as the standard deviation of earlier grids divided by √n, and one-sided at
     95%. Both are None for a metric that no grid has.
     """
+    kind = infer_metric_kind(criterion.metric, criterion.higher_is_better, criterion.loss)
     if kind not in EXAMPLE_STD:
         return None, None
     bound = NORMAL.inv_cdf(CONFIDENCE) * EXAMPLE_STD[kind]
@@ -139,7 +142,7 @@ def _format_share_resolution(prepared: LoadedSelection, gain: float, share: floa
     """Say which share of a gain the validation examples can tell, and how many can tell the margin; None for a metric that no grid has."""
     data = prepared.started.data
     examples = data.splits["validation"].examples
-    resolution, needed = estimate_resolution(prepared.strategy.space.kind, examples, share * gain)
+    resolution, needed = estimate_resolution(prepared.strategy.space.criterion, examples, share * gain)
     if resolution is None or needed is None:
         return None
     text = f"{examples:,} validation examples can tell about {resolution / gain:.1%} of the gain so far ({gain:.2g}) from none"

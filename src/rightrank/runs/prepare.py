@@ -31,8 +31,7 @@ from rightrank.schema.events import JournalRecord, Listener, Records, RunKind, R
 from rightrank.schema.settings import SelectSettings, select_identity_settings
 from rightrank.schema.trials import Trial, TrialFinished, TrialOutcome
 from rightrank.search import make_strategy
-from rightrank.search.history import build_space
-from rightrank.search.protocol import Strategy
+from rightrank.search.protocol import Strategy, build_space
 from rightrank.training.answers import measure_metrics, require_metric_functions
 from rightrank.training.device import describe_environment
 from rightrank.training.evaluation import MetricResults

@@ -18,8 +18,7 @@ from rightrank.schema.setting_table import require_no_secret
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Trial, TrialFinished, TrialOutcome
 from rightrank.search import make_strategy
-from rightrank.search.history import build_space
-from rightrank.search.protocol import Strategy
+from rightrank.search.protocol import Strategy, build_space
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

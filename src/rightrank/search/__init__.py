@@ -9,8 +9,7 @@ from collections.abc import Callable
 
 from rightrank.schema.errors import SettingsError, suggest_name
 from rightrank.search.bracket import Bracket, Grid
-from rightrank.search.history import Space
-from rightrank.search.protocol import Strategy
+from rightrank.search.protocol import Space, Strategy
 from rightrank.search.upward import Upward
 
 STRATEGIES: dict[str, Callable[[Space], Strategy]] = {strategy.name: strategy for strategy in (Bracket, Grid, Upward)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from itertools import product
+from itertools import chain, product
 
 from rightrank.decision.adapter import ReferenceComparison
 from rightrank.decision.comparison import is_within, walk_down
@@ -19,22 +19,23 @@ from rightrank.decision.seeds import NOISE
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.settings import LONGER_TRAININGS
 from rightrank.schema.trials import Arm, TrialFinished
-from rightrank.search.history import (
-    QUARTER,
-    Requests,
-    Space,
-    Trials,
-    make_truncation_arm,
-)
 from rightrank.search.learning_rates import (
+    QUARTER,
     can_stop_early,
     estimate_search_cost,
     find_learning_rate,
     train_seeds,
     try_rank,
 )
-from rightrank.search.protocol import CostEstimate, Strategy
-from rightrank.search.truncations import choose_adapter
+from rightrank.search.protocol import (
+    CostEstimate,
+    Requests,
+    Space,
+    Strategy,
+    Trials,
+    choose_adapter,
+    make_truncation_arm,
+)
 
 DECAY = 0.57  # median exponent c of L(r) = a + b·r^-c over 26 published curves (quartiles 0.38 to 0.64)
 # Of the truncation that the walk starts at. By its mean alone the walk starts lower, for .2 trainings more on long real grids
@@ -65,57 +66,37 @@ class Bracket(Strategy):
         if learning_rate is None:
             return
         yield from find_deployment_rank(trials, learning_rate)
-        if space.goal == "training-rank":
-            yield from self.find_training_rank(trials, learning_rate)
-
-    def find_training_rank(self, trials: Trials, learning_rate: float) -> Requests:
-        """Walk from the predicted rank to the smallest one within the margin, and add seeds where they may change it."""
-        start = yield from self.find_start(trials, learning_rate)
-        yield from walk(trials, start, learning_rate)
+        if space.goal != "training-rank":
+            return
+        start = _find_smallest_likely_truncation(trials, learning_rate)
+        if start is None:
+            second = max((rank for rank in space.ranks if rank <= space.top / 4), default=space.ranks[0])
+            yield from try_rank(trials, second)
+            start = _predict_rank(trials, second)
+        elif start == space.top:
+            start = space.get_lower_rank(start) or start
+        yield from walk(trials, start)
         for _ in range(2):
             yield from train_adjacent_ranks(trials)
             yield from confirm(trials)
 
-    def find_start(self, trials: Trials, learning_rate: float) -> Generator[Sequence[Arm], None, int]:
-        """Return the rank at which the walk downward begins."""
-        space = self.space
-        start = _find_smallest_likely_truncation(trials, learning_rate)
-        if start is None:
-            second = find_second_rank(space)
-            yield from try_rank(trials, second, learning_rate)
-            return _predict_rank(trials, second)
-        return (space.get_lower_rank(start) or start) if start == space.top else start
-
     def estimate_unbounded_cost(self) -> CostEstimate:
-        space = self.space
+        space, num_truncations = self.space, _count_truncations(self.space)
         search, search_at_most = estimate_search_cost(space)
         num_rates, num_ranks = len(space.learning_rates), len(space.ranks)
         if space.goal != "training-rank":
             more_trainings = LONGER_TRAININGS if space.goal == "best-adapter" else 0
             expected, at_most = search + more_trainings, search_at_most + more_trainings
-            arms = 1 + STAGES * math.ceil(at_most) + _count_truncations(space)
-            arms += bool(more_trainings) * (1 + _count_truncations(space))
+            arms = 1 + STAGES * math.ceil(at_most) + num_truncations + bool(more_trainings) * (1 + num_truncations)
             return CostEstimate(expected, at_most, search, expected, arms)
         is_staged = can_stop_early(space)
-        per_rank = 1.0 + (min(num_rates, NEIGHBOURS) - 1) * QUARTER * is_staged  # expected at a lower rank
-        tried_rates = min(num_rates, NEIGHBOURS)
-        more_seeds = len(space.seeds) - 1
+        tried_rates, more_seeds = min(num_rates, NEIGHBOURS), len(space.seeds) - 1
+        per_rank = 1.0 + (tried_rates - 1) * QUARTER * is_staged  # expected at a lower rank
         num_cells = tried_rates * (num_ranks - 1) + more_seeds * num_rates * num_ranks
         at_most = search_at_most + num_cells * (1.0 + QUARTER * is_staged)
         expected = search + per_rank * min(2.0, num_ranks - 1.0) + 3.0 * per_rank * more_seeds
-        until_adapter = search + 1.0
-        return CostEstimate(
-            min(expected, at_most),
-            at_most,
-            search,
-            until_adapter,
-            1 + STAGES * math.ceil(at_most) + _count_truncations(space),
-        )
-
-
-def find_second_rank(space: Space) -> int:
-    """Return the largest rank that is at most a quarter of the top one, or else the smallest."""
-    return max((rank for rank in space.ranks if rank <= space.top / 4), default=space.ranks[0])
+        arms = 1 + STAGES * math.ceil(at_most) + num_truncations
+        return CostEstimate(min(expected, at_most), at_most, search, search + 1.0, arms)
 
 
 def _find_smallest_likely_truncation(trials: Trials, learning_rate: float) -> int | None:
@@ -132,7 +113,7 @@ def _find_smallest_likely_truncation(trials: Trials, learning_rate: float) -> in
     if not truncations:
         return None
     evidence = Evidence(trials.build_table([parent, *truncations]), NOISE)
-    margin = evidence.convert_margin(space.margin)
+    margin = evidence.convert_margin(space.criterion.margin)
     if evidence.lacks_uncertainty:
         return evidence.pick_by_values(margin)
     return walk_down(
@@ -164,7 +145,8 @@ class Grid(Strategy):
 
     def script(self, trials: Trials) -> Requests:
         space = self.space
-        cells = product(space.seeds, space.learning_rates, order_outside_in(space.ranks))
+        outside_in = dict.fromkeys(chain.from_iterable(zip(reversed(space.ranks), space.ranks, strict=True)))
+        cells = product(space.seeds, space.learning_rates, outside_in)
         yield [space.make_arm(rank, learning_rate, seed) for seed, learning_rate, rank in cells]
         learning_rate = min(space.learning_rates, key=lambda lr: (trials.get_training_loss(space.top, lr), lr))
         yield from find_deployment_rank(trials, learning_rate)
@@ -174,14 +156,6 @@ class Grid(Strategy):
         longer = LONGER_TRAININGS if self.space.goal == "best-adapter" else 0
         arms = 1 + cells + num_truncations + bool(longer) * (1 + num_truncations)
         return CostEstimate(cells + longer, cells + longer, cells, 2.0, arms)
-
-
-def order_outside_in(ranks: Sequence[int]) -> list[int]:
-    """Order ranks as highest, lowest, second highest, second lowest, and so on."""
-    remaining, order = sorted(ranks), list[int]()
-    while remaining:
-        order.append(remaining.pop(-1 if len(order) % 2 == 0 else 0))
-    return order
 
 
 def find_deployment_rank(trials: Trials, learning_rate: float) -> Requests:
@@ -228,31 +202,17 @@ def _count_truncations(space: Space) -> int:
     return len(space.truncated_ranks) + space.trains_other_modules if space.can_truncate else 0
 
 
-def walk(trials: Trials, start: int, learning_rate: float) -> Requests:
-    """Train from `start` downward until a rank fails; upward until a rank holds where `start` itself fails."""
+def walk(trials: Trials, start: int) -> Requests:
+    """Train from `start` upward until a rank holds; if `start` itself holds, downward until a rank fails."""
     space = trials.space
-    rank: int | None = start
-    while rank is not None and rank < space.top:
-        yield from try_rank(trials, rank, _find_nearest_learning_rate(trials, rank, learning_rate))
+    for rank in [rank for rank in space.ranks if start <= rank < space.top]:
+        yield from try_rank(trials, rank)
         if trials.is_within_margin(rank):
             break
-        rank = space.get_higher_rank(rank)
-    if rank != start or not trials.is_within_margin(start):
-        return
-    rank = space.get_lower_rank(start)
-    while rank is not None:
-        yield from try_rank(trials, rank, _find_nearest_learning_rate(trials, rank, learning_rate))
-        if not trials.is_within_margin(rank):
-            return
-        rank = space.get_lower_rank(rank)
-
-
-def _find_nearest_learning_rate(trials: Trials, rank: int, default_rate: float) -> float:
-    """Return the best learning rate of the nearest other rank that has one."""
-    trained_ranks = [trained for trained in trials.list_ranks() if trained != rank]
-    nearest = min(trained_ranks, key=lambda trained: max(trained / rank, rank / trained), default=None)
-    best = None if nearest is None else trials.find_best_learning_rate(nearest)
-    return default_rate if best is None else best
+    lower = space.get_lower_rank(start)
+    while lower is not None and trials.is_within_margin(space.get_higher_rank(lower) or space.top):
+        yield from try_rank(trials, lower)
+        lower = space.get_lower_rank(lower)
 
 
 def train_adjacent_ranks(trials: Trials) -> Requests:
@@ -266,17 +226,13 @@ def train_adjacent_ranks(trials: Trials) -> Requests:
         chosen, best = trials.find_smallest_rank(), trials.find_reference()
         if chosen is None or best is None:
             return
-        above = (
-            space.get_higher_rank(best)
-            if space.top in trials.list_ranks() and not trials.is_within_margin(space.top)
-            else None
-        )
-        below = space.get_lower_rank(chosen)
+        is_top_worse = space.top in trials.list_ranks() and not trials.is_within_margin(space.top)
+        candidates = [space.get_higher_rank(best) if is_top_worse else None, space.get_lower_rank(chosen)]
         requested_ranks = {arm.rank for arm in trials.outcomes if arm.truncate_from is None}  # whatever the outcome
-        rank = next((rank for rank in (above, below) if rank is not None and rank not in requested_ranks), None)
-        if rank is None:
+        missing = [rank for rank in candidates if rank is not None and rank not in requested_ranks]
+        if not missing:
             return
-        yield from try_rank(trials, rank, _find_nearest_learning_rate(trials, rank, space.learning_rates[0]))
+        yield from try_rank(trials, missing[0])
 
 
 def confirm(trials: Trials) -> Requests:

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 
-from rightrank.schema.trials import Arm, TrialFinished
-from rightrank.search.history import QUARTER, Requests, Space, Trials, orient_value
+from rightrank.schema.trials import Arm, TrialDiverged, TrialFinished
+from rightrank.search.protocol import Requests, Space, Trials, orient_value
 
-LearningRateSearch = Generator[Sequence[Arm], None, float | None]
-
+QUARTER = 0.25  # of a training
 MIN_QUARTER_STEPS = 2  # The first step of a warm-up has learning rate 0, so after it all learning rates are equal.
 # In margins, from 44 grids: a learning rate at which the top rank is worse by more than .9 never helped a lower rank.
 MAX_DEFICIT_AT_TOP = 2.0
@@ -24,7 +23,7 @@ MAX_DEFICIT_AT_TOP = 2.0
 
 def find_learning_rate(
     trials: Trials, rank: int, learning_rates: Sequence[float] | None = None, seed: int | None = None
-) -> LearningRateSearch:
+) -> Generator[Sequence[Arm], None, float | None]:
     """Find the best learning rate at `rank`, and train it in full.
 
     Args:
@@ -37,9 +36,11 @@ def find_learning_rate(
     space = trials.space
     rates = list(learning_rates or space.learning_rates)
     if can_stop_early(space) and len(rates) > 1:
-        quarter_arms = [make_stopped_arm(space, rank, rate, QUARTER, seed) for rate in rates]
+        quarter_arms = [make_quarter_arm(space, rank, rate, seed) for rate in rates]
         yield quarter_arms
-        ordered_rates = order_learning_rates(trials, quarter_arms)
+        quarters = [outcome for arm in quarter_arms if (outcome := trials.get_finished(arm)) is not None]
+        quarters.sort(key=lambda quarter: (_get_quarter_loss(quarter, space), quarter.learning_rate))
+        ordered_rates = [quarter.learning_rate for quarter in quarters]
         while ordered_rates:
             arm = _complete_arm(trials, rank, ordered_rates[0], space.seeds[0] if seed is None else seed)
             yield [arm]
@@ -47,28 +48,26 @@ def find_learning_rate(
                 return arm.learning_rate
             # it diverged, so not a higher one
             ordered_rates = [rate for rate in ordered_rates if rate < ordered_rates[0]]
-        if any(trials.get_finished(arm) is not None or trials.has_diverged(arm) for arm in quarter_arms):
+        if any(isinstance(trials.outcomes.get(arm), TrialFinished | TrialDiverged) for arm in quarter_arms):
             return None
-    yield [space.make_arm(rank, rate, seed) for rate in rates]
-    losses = {rate: loss for rate in rates if (loss := trials.get_loss(space.make_arm(rank, rate, seed))) is not None}
-    return min(losses, key=lambda rate: (losses[rate], rate), default=None)
+    arms = [space.make_arm(rank, rate, seed) for rate in rates]
+    yield arms
+    finished = [outcome for arm in arms if (outcome := trials.get_finished(arm)) is not None]
+    best = min(finished, key=lambda outcome: (orient_value(outcome, space), outcome.learning_rate), default=None)
+    return None if best is None else best.learning_rate
 
 
-def order_learning_rates(trials: Trials, stopped_arms: Sequence[Arm]) -> list[float]:
-    """Order the learning rates of trainings that stopped at the same step by loss, without those that have no result."""
-    outcomes = [outcome for arm in stopped_arms if (outcome := trials.get_finished(arm)) is not None]
-    outcomes.sort(key=lambda outcome: (get_stopped_loss(outcome, trials.space), outcome.learning_rate))
-    return [outcome.learning_rate for outcome in outcomes]
-
-
-def try_rank(trials: Trials, rank: int, learning_rate: float) -> Requests:
-    """Train `rank` at `learning_rate`; search its two neighbours as well if the rank is not within the margin."""
+def try_rank(trials: Trials, rank: int) -> Requests:
+    """Train `rank` at the best learning rate of the nearest rank; search its two neighbours as well if the rank is not within the margin."""
     space = trials.space
-    yield [make_stopped_arm(space, rank, learning_rate, QUARTER)] if can_stop_early(space) else []
+    trained_ranks = [trained for trained in trials.list_ranks() if trained != rank]
+    nearest = min(trained_ranks, key=lambda trained: max(trained / rank, rank / trained), default=rank)
+    learning_rate = trials.find_best_learning_rate(nearest) or space.learning_rates[0]
+    yield [make_quarter_arm(space, rank, learning_rate)] if can_stop_early(space) else []
     yield [_complete_arm(trials, rank, learning_rate, space.seeds[0])]
     if trials.is_within_margin(rank):
         return
-    rates = _list_neighbours(space, learning_rate)
+    rates = list_neighbours(space, learning_rate)
     if can_stop_early(space):
         yield from find_learning_rate(trials, rank, rates)
         return
@@ -89,7 +88,7 @@ def train_seeds(trials: Trials, rank: int) -> Requests:
     chosen_rates = {learning_rate}
     if can_stop_early(space):
         for seed in space.seeds[1:]:
-            rate = yield from find_learning_rate(trials, rank, _list_neighbours(space, learning_rate), seed)
+            rate = yield from find_learning_rate(trials, rank, list_neighbours(space, learning_rate), seed)
             chosen_rates |= set() if rate is None else {rate}
     pairs = [(rate, seed) for rate in sorted(chosen_rates) for seed in space.seeds]
     yield [
@@ -113,13 +112,13 @@ def can_stop_early(space: Space) -> bool:
     return space.can_stop_early and len(space.learning_rates) > 1 and has_quarter
 
 
-def make_stopped_arm(space: Space, rank: int, learning_rate: float, fraction: float, seed: int | None = None) -> Arm:
-    """Return the arm of a training that stops after `fraction` of its steps."""
-    stop_at = max(1, round(fraction * space.steps))
+def make_quarter_arm(space: Space, rank: int, learning_rate: float, seed: int | None = None) -> Arm:
+    """Return the arm of a training that stops after a quarter of its steps."""
+    stop_at = max(1, round(QUARTER * space.steps))
     return space.make_arm(rank, learning_rate, seed).model_copy(update={"stop_at": stop_at})
 
 
-def get_stopped_loss(outcome: TrialFinished, space: Space) -> float:
+def _get_quarter_loss(outcome: TrialFinished, space: Space) -> float:
     """Return the held-out loss of the mean of the factors, whatever the metric; the value with lower as better if a table has no loss."""
     return outcome.use_mean_losses().metrics.get("loss", orient_value(outcome, space))
 
@@ -127,11 +126,11 @@ def get_stopped_loss(outcome: TrialFinished, space: Space) -> float:
 def _complete_arm(trials: Trials, rank: int, learning_rate: float, seed: int) -> Arm:
     """Return the arm of a full training, which resumes from its quarter if there is one."""
     full_arm = trials.space.make_arm(rank, learning_rate, seed)
-    at_quarter = trials.get_finished(make_stopped_arm(trials.space, rank, learning_rate, QUARTER, seed))
+    at_quarter = trials.get_finished(make_quarter_arm(trials.space, rank, learning_rate, seed))
     return full_arm if at_quarter is None else full_arm.model_copy(update={"continue_from": at_quarter.trial_id})
 
 
-def _list_neighbours(space: Space, learning_rate: float) -> list[float]:
+def list_neighbours(space: Space, learning_rate: float) -> list[float]:
     """Return the learning rate with the next lower and the next higher one."""
     rates = sorted({*space.learning_rates, learning_rate})
     index = rates.index(learning_rate)

@@ -1,4 +1,4 @@
-"""The interface of a strategy: a script, a generator that yields the arms it needs and reads their outcomes.
+"""The interface of a strategy: the space that it searches, the trials so far, and a script, which yields the arms that it needs.
 
 Each `ask` replays the script from the beginning over the outcomes so far and stops at the first arms without one. The
 script sees the outcomes of its own arms and nothing else, so that it is a pure function of them.
@@ -8,12 +8,212 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
+from typing import TypeAlias
 
+from rightrank.adapters.find_smallest import find_smallest
+from rightrank.decision.adapter import Criterion, ReferenceComparison, build_truncation_answer
+from rightrank.decision.evidence import Evidence
+from rightrank.decision.run import describe_checkpoint, find_base, score_trials
+from rightrank.decision.table import Contender, ScoreTable, build_table
+from rightrank.schema.decision import AdapterAnswer
+from rightrank.schema.errors import SettingsError
+from rightrank.schema.metrics import LossKind
+from rightrank.schema.settings import Goal, SelectSettings
 from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome, compute_added_seconds, count_added_steps
-from rightrank.search.history import Requests, Space, Trials, make_base_arm
+
+Requests: TypeAlias = Iterator[Sequence[Arm]]  # yielded by a script: arms that may run at the same time
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """The space of a selection. Ranks and learning rates ascend."""
+
+    ranks: tuple[int, ...]
+    learning_rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    lora_alpha: float
+    steps: int  # optimizer steps of a full training
+    criterion: Criterion  # by which trainings and truncations are compared
+    evaluates_base: bool = True  # False: there is no trial of rank 0 and no comparison with the base
+    goal: Goal = "training-rank"
+    can_stop_early: bool = True  # whether trainings can stop early and resume; False for custom trainers
+    can_truncate: bool = True  # whether adapters can be truncated and evaluated
+    trains_other_modules: bool = False  # such as a head, which the base of the gain keeps
+    budget_steps: float | None = None  # optimizer steps over all arms
+    budget_seconds: float | None = None  # time of training and evaluation, over all arms
+
+    @property
+    def top(self) -> int:
+        return self.ranks[-1]
+
+    def make_arm(self, rank: int, learning_rate: float, seed: int | None = None) -> Arm:
+        """Return the arm of a full training. `seed` defaults to the first seed."""
+        return Arm(
+            rank=rank,
+            learning_rate=learning_rate,
+            lora_alpha=self.lora_alpha,
+            seed=self.seeds[0] if seed is None else seed,
+            steps=self.steps,
+        )
+
+    @property
+    def truncated_ranks(self) -> list[int]:
+        """Return the ranks to truncate the top adapter to, descending: lower ranks of the space and powers of two."""
+        powers = {2**power for power in range(self.top.bit_length())}
+        return sorted((rank for rank in powers | set(self.ranks) if rank < self.top), reverse=True)
+
+    def get_lower_rank(self, rank: int) -> int | None:
+        """Return the next lower rank, or None for the lowest."""
+        return next((low for low, high in pairwise(self.ranks) if high == rank), None)
+
+    def get_higher_rank(self, rank: int) -> int | None:
+        """Return the next higher rank, or None for the highest."""
+        return next((high for low, high in pairwise(self.ranks) if low == rank), None)
+
+
+def make_truncation_arm(parent: TrialFinished, rank: int) -> Arm:
+    """Return the arm that truncates the adapter of `parent` to `rank`."""
+    changed = {"rank": rank, "steps": 0, "truncate_from": parent.trial_id, "continue_from": None}
+    return parent.arm.model_copy(update=changed)
+
+
+def make_base_arm(lora_alpha: float) -> Arm:
+    """Return the arm of rank 0: the base without an adapter. It is evaluated once and is a point of every curve."""
+    return Arm(rank=0, learning_rate=0.0, lora_alpha=lora_alpha, seed=0, steps=0)
+
+
+def build_space(settings: SelectSettings, steps: int, loss_kind: LossKind = "token_loss") -> Space:
+    """Build the space of a selection with trainings of `steps` steps.
+
+    Raises:
+        SettingsError: there is only one rank, although ranks are to be compared.
+    """
+    if len(settings.ranks) < 2 and settings.goal == "training-rank":
+        raise SettingsError(
+            f"ranks: got {settings.ranks[0]} only; a comparison needs two or more ranks, such as {settings.ranks[0]},"
+            f"{4 * settings.ranks[0]}"
+        )
+    metric = settings.metric_name
+    points_use_metric = settings.points_metric == metric
+    return Space(
+        ranks=settings.ranks,
+        learning_rates=settings.learning_rates,
+        seeds=settings.seeds,
+        lora_alpha=settings.lora_alpha,
+        steps=steps,
+        criterion=Criterion(
+            metric, settings.is_higher_better(metric), settings.margin, loss_kind, points_use_metric=points_use_metric
+        ),
+        goal=settings.goal,
+        trains_other_modules=loss_kind == "loss" or bool(settings.modules_to_save),
+        budget_steps=None if settings.budget_trainings is None else settings.budget_trainings * steps,
+        budget_seconds=None if settings.budget_hours is None else settings.budget_hours * 3600,
+    )
+
+
+@dataclass(slots=True)
+class Trials:
+    """The outcomes of the arms that a strategy has requested so far."""
+
+    space: Space
+    outcomes: dict[Arm, TrialOutcome] = field(default_factory=dict)
+    waiting: list[Arm] = field(default_factory=list)  # the requested arms without an outcome, which are to run now
+    adapter: AdapterAnswer | None = None  # the deployment rank, once the script has found it
+    # Notes of the script for the user. Later outcomes only append notes; each is printed once.
+    notes: list[str] = field(default_factory=list)
+    _evidence: Evidence | None = None  # of the first `_compared` outcomes; outcomes are only appended
+    _compared: int = 0
+
+    spent_steps: int = 0  # of all requested arms
+    spent_seconds: float = 0.0  # of those with an outcome
+
+    def get_finished(self, arm: Arm) -> TrialFinished | None:
+        outcome = self.outcomes.get(arm)
+        return outcome if isinstance(outcome, TrialFinished) else None
+
+    @property
+    def evidence(self) -> Evidence | None:
+        """Return the decision's evidence in the full trainings; None without a result."""
+        if self._compared < len(self.outcomes):
+            trainings = [
+                outcome
+                for arm, outcome in self.outcomes.items()
+                if arm.is_direct and arm.rank > 0 and arm.steps == self.space.steps
+            ]
+            table = self.build_table(trainings)
+            self._evidence, self._compared = Evidence(table) if table.cells else None, len(self.outcomes)
+        return self._evidence
+
+    def build_table(self, outcomes: Sequence[TrialOutcome]) -> ScoreTable:
+        """Build the table of outcomes by the metric that decides."""
+        criterion = self.space.criterion
+        return build_table(outcomes, criterion.metric, criterion.higher_is_better, loss=criterion.loss)
+
+    def get_training(self, rank: int, learning_rate: float) -> TrialFinished | None:
+        """Return the full training with the first seed; None without a result."""
+        return self.get_trials_by_seed(rank, learning_rate).get(self.space.seeds[0])
+
+    def get_trials_by_seed(self, rank: int, learning_rate: float) -> dict[int, TrialFinished]:
+        """Return the full trainings of the rank at the learning rate."""
+        return {
+            arm.seed: outcome
+            for arm, outcome in self.outcomes.items()
+            if (arm.rank, arm.learning_rate, arm.steps) == (rank, learning_rate, self.space.steps)
+            if arm.is_direct and isinstance(outcome, TrialFinished)
+        }
+
+    @property
+    def contenders(self) -> Mapping[int, Contender]:
+        """Return what the decision compares: the full trainings of each rank at its best learning rate."""
+        return {} if self.evidence is None else self.evidence.contenders
+
+    def list_ranks(self) -> list[int]:
+        """Return the ranks with a full training, descending."""
+        return sorted(self.contenders, reverse=True)
+
+    def get_training_loss(self, rank: int, learning_rate: float) -> float:
+        """Return the loss of the full training with the first seed; infinite without a result."""
+        outcome = self.get_training(rank, learning_rate)
+        return math.inf if outcome is None else orient_value(outcome, self.space)
+
+    def find_best_learning_rate(self, rank: int) -> float | None:
+        """Return the learning rate at which the decision compares the rank; None without a result."""
+        return self.contenders[rank].learning_rate if rank in self.contenders else None
+
+    def compute_best_loss(self, rank: int) -> float:
+        """Return the loss with which the decision compares the rank; infinite without a result."""
+        return self.contenders[rank].loss if rank in self.contenders else math.inf
+
+    def find_reference(self) -> int | None:
+        """Return the best rank; None without a result."""
+        return None if self.evidence is None else self.evidence.reference.rank
+
+    @property
+    def margin(self) -> float:
+        """Return the margin in the unit of the losses. There must be a result."""
+        assert self.evidence is not None
+        base = find_base(self.outcomes.values(), self.space.criterion)
+        return self.evidence.convert_margin(self.space.criterion.margin, None if base is None else base.cell.loss)
+
+    def is_within_margin(self, rank: int) -> bool:
+        """Return whether the rank is within the margin of the best by the values. The search uses no bounds."""
+        return self.evidence is not None and self.evidence.is_within(rank, self.margin)
+
+    def find_smallest_rank(self) -> int | None:
+        """Return the rank that the decision picks by the values; None without a result."""
+        return None if self.evidence is None else self.evidence.pick_by_values(self.margin)
+
+
+def orient_value(outcome: TrialFinished, space: Space) -> float:
+    """Return the value with a sign such that lower is better.
+
+    A training that stopped early may have a loss as its value, whatever the metric.
+    """
+    is_negated = space.criterion.higher_is_better and outcome.value_metric is None
+    return -outcome.value if is_negated else outcome.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +244,6 @@ class Strategy(ABC):
     - Arms and steps stay within `estimate_cost().max_arms`, `estimate_cost().maximum` and the budget of the space.
     - Outcomes of arms that the strategy did not request change nothing.
 
-    `estimate_unbounded_cost` holds for every script that trains a cell of the rank × learning rate × seed grid at most once, in up to
-    three stages; a subclass defines tighter or other bounds.
-
     For example::
 
         class TopAndBottom(Strategy):
@@ -55,7 +252,11 @@ class Strategy(ABC):
             def script(self, trials: Trials) -> Requests:
                 learning_rate = yield from find_learning_rate(trials, self.space.top)
                 if learning_rate is not None:
-                    yield from try_rank(trials, self.space.ranks[0], learning_rate)
+                    yield from try_rank(trials, self.space.ranks[0])
+
+            def estimate_unbounded_cost(self) -> CostEstimate:
+                rates = len(self.space.learning_rates)
+                return CostEstimate(2.0, 2.0 * rates, 2.0 * rates, 2.0, 1 + 4 * rates)
     """
 
     name: str
@@ -67,10 +268,9 @@ class Strategy(ABC):
     def script(self, trials: Trials) -> Requests:
         """Yield the arms to run, in turn. After a `yield`, `trials` holds the outcomes of all arms yielded so far."""
 
+    @abstractmethod
     def estimate_unbounded_cost(self) -> CostEstimate:
         """Estimate the cost without a budget."""
-        cells = self._count_cells()
-        return CostEstimate(cells, cells, cells, len(self.space.learning_rates) + 1.0, 1 + 3 * cells)
 
     def _count_cells(self) -> int:
         """Return the number of cells of the rank × learning rate × seed grid."""
@@ -127,3 +327,29 @@ class Strategy(ABC):
             if trials.waiting:
                 break
         return trials
+
+
+def choose_adapter(
+    outcomes: Sequence[TrialOutcome], criterion: Criterion, top_id: str | None = None
+) -> AdapterAnswer | None:
+    """Choose the smallest adapter within the margin, or return None if no training has been truncated.
+
+    Args:
+        outcomes: the outcomes of a run; only finished trials count.
+        top_id: the training whose truncations are the candidates; None: the best one that was truncated.
+    """
+    adapters = score_trials(outcomes, criterion)
+    trials = {trial.trial_id: trial for trial in outcomes if isinstance(trial, TrialFinished)}
+    parents = {name: trials[name].truncate_from for name in adapters}
+    tops = [adapters[name] for name in adapters if name in parents.values() and top_id in (None, name)]
+    if not tops:
+        return None
+    top = min(tops, key=lambda adapter: (-adapter.rank, adapter.cell.loss, adapter.name))
+    truncations = [adapters[name] for name, parent in parents.items() if parent == top.name]
+    base = find_base(outcomes, criterion, top.name)
+    by_rank = {adapter.rank: adapter for adapter in [*truncations, *([base] if base else [])]}
+    smallest = find_smallest(top, by_rank, by_rank.get, lambda adapter: adapter, criterion)
+    comparison = ReferenceComparison(top, adapters, criterion, base)
+    # A pass over the base evaluates all truncations together, so the answer also lists those below the first that fails.
+    notes = describe_checkpoint(trials[top.name], criterion, comparison.margin)
+    return build_truncation_answer(smallest.adapter, truncations, comparison, notes)

@@ -12,11 +12,10 @@ import numpy as np
 
 from rightrank.decision.seeds import compute_detectable_difference, compute_needed_seeds
 from rightrank.schema.trials import Arm
-from rightrank.search.history import Requests, Space, Trials, orient_value
-from rightrank.search.protocol import CostEstimate, Strategy
+from rightrank.search.learning_rates import list_neighbours
+from rightrank.search.protocol import CostEstimate, Requests, Strategy, Trials, orient_value
 
 NOISE_SEEDS = 3  # seeds of the smallest rank that measure the noise before any other rank is trained
-NEIGHBOUR_COUNT = 1  # learning rates to try on either side of the previous rank's best one
 
 
 class Upward(Strategy):
@@ -35,7 +34,8 @@ class Upward(Strategy):
         seeds = self._select_seeds(trials, start, learning_rate)
         best_so_far = yield from self._train_seeds(trials, start, seeds)
         for rank in higher:
-            yield [self.space.make_arm(rank, neighbour_rate) for neighbour_rate in self._select_neighbours(best_so_far)]
+            rates = self.space.learning_rates if best_so_far is None else list_neighbours(self.space, best_so_far)
+            yield [self.space.make_arm(rank, rate) for rate in rates]
             best = yield from self._train_seeds(trials, rank, seeds)
             best_so_far = best_so_far if best is None else best
             lower_ranks = [lower_rank for lower_rank in trials.list_ranks() if lower_rank < rank]
@@ -44,7 +44,7 @@ class Upward(Strategy):
 
     def estimate_unbounded_cost(self) -> CostEstimate:
         seeds, learning_rates = len(self.space.seeds), len(self.space.learning_rates)
-        expected = learning_rates + min(1 + 2 * NEIGHBOUR_COUNT, learning_rates) + 2.0 * (seeds - 1)
+        expected = learning_rates + min(3, learning_rates) + 2.0 * (seeds - 1)
         maximum = float(self._count_cells())
         expected = min(expected, maximum)
         return CostEstimate(expected, maximum, expected, learning_rates + 1.0, 1 + self._count_cells())
@@ -64,42 +64,25 @@ class Upward(Strategy):
 
     def _select_seeds(self, trials: Trials, rank: int, learning_rate: float | None) -> Sequence[int]:
         """Return as many seeds as the measured noise requires, at most those of the space. A note states the numbers."""
-        space, values = self.space, []
-        if learning_rate is not None:
-            values = [orient_value(trial, space) for trial in trials.get_trials_by_seed(rank, learning_rate).values()]
-        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-        if deviation == 0:
-            outcome = "with the same result" if len(values) > 1 else "with a result"
+        seeds = self.space.seeds
+        trainings = {} if learning_rate is None else trials.get_trials_by_seed(rank, learning_rate)
+        values = {orient_value(training, self.space) for training in trainings.values()}
+        if len(values) < 2:
             trials.notes.append(
-                f"Seed noise: not measured at rank {rank} ({len(values)} seed{'s' * (len(values) != 1)} {outcome}); "
-                "give seeds=(0, 1, 2) or more to measure it."
+                f"Seed noise: not measured, for rank {rank} has fewer than two different results; give seeds=(0, 1, 2) or more to measure it."
             )
-            return space.seeds
-        margin = trials.margin
-        needed = max(2, compute_needed_seeds(deviation, margin))
-        trials.notes.append(_format_noise_note(space, rank, len(values), deviation, margin, needed))
-        return space.seeds[:needed]
-
-    def _select_neighbours(self, learning_rate: float | None) -> Sequence[float]:
-        """Return the learning rate and its neighbours; all learning rates if it is None."""
-        rates = self.space.learning_rates
-        if learning_rate is None:
-            return rates
-        index = rates.index(learning_rate)
-        return rates[max(0, index - NEIGHBOUR_COUNT) : index + NEIGHBOUR_COUNT + 1]
+            return seeds
+        deviation = float(np.std([orient_value(training, self.space) for training in trainings.values()], ddof=1))
+        needed = max(2, compute_needed_seeds(deviation, trials.margin))
+        detectable = compute_detectable_difference(deviation, len(seeds[:needed]))
+        trials.notes.append(
+            f"Seed noise at rank {rank}: a standard deviation of {deviation:.2g} over {len(trainings)} seeds. Detecting a difference of "
+            f"{trials.margin:.2g} between two ranks takes about {needed} seeds per rank; {len(seeds[:needed])} of the {len(seeds)} are used, "
+            f"which detect differences from about {detectable:.2g}."
+        )
+        return seeds[:needed]
 
     def has_gain(self, trials: Trials, rank: int, lower: Sequence[int]) -> bool:
         """Return whether the mean of the rank is better than the best of the lower ranks by more than the margin."""
         best = min((trials.compute_best_loss(lower_rank) for lower_rank in lower), default=math.inf)
         return best - trials.compute_best_loss(rank) > trials.margin
-
-
-def _format_noise_note(space: Space, rank: int, num_measured: int, deviation: float, margin: float, needed: int) -> str:
-    opening = (
-        f"Seed noise at rank {rank}: a standard deviation of {deviation:.2g} over {num_measured} seeds. Detecting a difference of "
-        f"{margin:.2g} between two ranks takes about {needed} seed{'s' * (needed != 1)} per rank"
-    )
-    num_seeds = len(space.seeds)
-    if needed <= num_seeds:
-        return f"{opening}; {needed} of the {num_seeds} are used."
-    return f"{opening}; the {num_seeds} given seeds detect differences from about {compute_detectable_difference(deviation, num_seeds):.2g}."

@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias, TypedDict
 
 from rightrank.adapters.adapter_reader import open_adapter
 from rightrank.adapters.resize import cap_ranks, require_plain_update, resize_adapter
+from rightrank.decision.adapter import Criterion
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.selection import Executor, PreparedSelection
 from rightrank.schema.errors import (
@@ -28,7 +29,7 @@ from rightrank.schema.errors import (
     suggest_name,
 )
 from rightrank.schema.events import DataSummary, JournalRecord, Listener, Records, RunKind, RunStarted
-from rightrank.schema.metrics import format_unknown_direction, infer_direction, infer_metric_kind
+from rightrank.schema.metrics import format_unknown_direction, infer_direction
 from rightrank.schema.settings import Goal, SelectSettings, select_identity_settings
 from rightrank.schema.trials import (
     Arm,
@@ -42,7 +43,7 @@ from rightrank.schema.trials import (
     TrialStarted,
 )
 from rightrank.search import make_strategy
-from rightrank.search.history import build_space
+from rightrank.search.protocol import build_space
 from rightrank.trainers.calls import (
     EvaluateFunction,
     TrainFunction,
@@ -94,9 +95,7 @@ class CustomTrainerRequest:
             can_stop_early=False,
             evaluates_base=self.evaluates_base,
             can_truncate="evaluate" in self.functions,
-            metric=self.metric,
-            kind=infer_metric_kind(self.metric, self.higher_is_better),
-            higher_is_better=self.higher_is_better,
+            criterion=Criterion(self.metric, self.higher_is_better, settings.margin),
         )
         return _CustomTrainerSelection(
             request=self,
