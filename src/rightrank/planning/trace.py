@@ -30,9 +30,9 @@ from torch.utils.flop_counter import flop_registry
 from rightrank.planning.skeleton import Skeleton, set_output_cloning
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.training.device import enable_gradient_checkpointing
-from rightrank.training.kinds.base import Routing
 from rightrank.training.loss import OutputHead, chunked_cross_entropy
 from rightrank.training.multi_lora import install_forward
+from rightrank.training.routing import Routing
 
 DeviceKind: TypeAlias = Literal["cuda", "cpu"]
 Phase: TypeAlias = Literal["forward", "backward"]

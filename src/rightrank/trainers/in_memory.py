@@ -36,8 +36,7 @@ from rightrank.trainers.batch_scores import (
 from rightrank.trainers.distributed import get_process_index, get_world_size, is_partitioned, is_sharded, sync_errors
 from rightrank.trainers.preserved_state import preserve_state
 from rightrank.training.evaluation import Scores
-from rightrank.training.kinds import find_kind, find_lora_modules, set_update_to_zero
-from rightrank.training.kinds.linear import Linear
+from rightrank.training.kinds import Linear, find_kind, find_lora_modules, set_update_to_zero
 from rightrank.training.loss import BatchLoss
 from rightrank.training.moments import MOMENT_TOKENS, GatheredMoments, accumulate_moments
 from rightrank.training.saving import save_adapter

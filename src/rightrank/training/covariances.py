@@ -12,8 +12,7 @@ from rightrank.data.files import replace_file
 from rightrank.data.sampling import sample_indices
 from rightrank.schema.trials import Arm
 from rightrank.training.device import catch_memory_errors
-from rightrank.training.kinds import find_kind, find_lora_modules
-from rightrank.training.kinds.linear import Linear
+from rightrank.training.kinds import Linear, find_kind, find_lora_modules
 from rightrank.training.moments import MOMENT_TOKENS, GatheredMoments, accumulate_moments
 from rightrank.training.multi_lora import ADAPTER
 from rightrank.training.runtime import Runtime, attach_adapter

@@ -6,7 +6,7 @@ import gc
 import platform
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from rightrank.schema.errors import get_first_line, is_out_of_memory
-from rightrank.training.kinds.base import set_training_mode
 
 _STATUS_FILE = Path("/proc/self/status")
 _CLEAR_REFS_FILE = Path("/proc/self/clear_refs")
@@ -65,6 +64,19 @@ def read_peak_bytes(device: torch.device) -> int:
                 return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextmanager
+def set_training_mode(value: bool, modules: Iterable[Any]) -> Iterator[None]:
+    """Set the training mode of these modules alone within the block, and the opposite mode after it."""
+    module_list = list(modules)
+    for module in module_list:
+        module.training = value
+    try:
+        yield
+    finally:
+        for module in module_list:
+            module.training = not value
 
 
 @contextmanager

@@ -20,9 +20,9 @@ from rightrank.data.token_store import IGNORED
 from rightrank.schema.errors import is_out_of_memory
 from rightrank.schema.trials import SplitName
 from rightrank.training.batches import FUSED_ATTENTION, Batch, pack_batch, use_float32_attention, use_packed_attention
-from rightrank.training.kinds.base import Routing
 from rightrank.training.loss import Objective, head_loss
 from rightrank.training.prefix import FrozenPrefix, find_blocks
+from rightrank.training.routing import Routing
 
 MAX_LABEL_FRACTION = 0.75  # with more label positions, gathering rows costs more than it saves
 _MLP_NAMES = ("mlp", "feed_forward", "ffn")

@@ -1,6 +1,6 @@
 """Multi-LoRA: several adapters on one base, each a PEFT adapter with its own name, trained in one pass.
 
-PEFT matches the target modules, creates the adapters and saves them. Their kinds (`training/kinds`) define the forward
+PEFT matches the target modules, creates the adapters and saves them. Their kinds (`kinds.py`) define the forward
 pass. Arms can be added and removed at any time.
 
 Rank r takes the first r rows of the random draw of each module's A, so arms of one seed differ only in their additional rows. The
@@ -11,7 +11,7 @@ and B is zero.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,30 +27,34 @@ from rightrank.data.token_store import IGNORED
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.training.batches import Batch
-from rightrank.training.kinds import find_kind, find_lora_modules
-from rightrank.training.kinds.base import CurrentRouting, InitialDraw, Routing
+from rightrank.training.kinds import InitialDraw, find_kind, find_lora_modules
+from rightrank.training.routing import Routing
 from rightrank.training.targets import suppress_peft_warnings
 
 ADAPTER = "default"  # PEFT's name for the only adapter of a model
 
 
-def install_forward(name: str, module: Any, current_routing: CurrentRouting) -> None:
-    """Replace the forward pass of an adapted module (PEFT's LoraLayer or ModulesToSaveWrapper) with one that routes rows to adapters."""
-    if isinstance(module, ModulesToSaveWrapper):
-        vars(module)["forward"] = partial(_forward_saved_module, module, current_routing)
-        return
+def install_forward(name: str, module: Any, current_routing: Callable[[], Routing | None]) -> None:
+    """Replace the forward pass of an adapted module (PEFT's LoraLayer or ModulesToSaveWrapper) with one that routes rows to adapters.
+
+    Without a routing, the pass is that of the base.
+    """
+    is_saved = isinstance(module, ModulesToSaveWrapper)
+    route_rows = partial(_forward_saved_module if is_saved else find_kind(module).forward, module)
     # The number differs between layers, so that each layer draws its own dropout.
     vars(module)["rightrank_salt"] = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
-    vars(module)["forward"] = partial(find_kind(module).forward, module, current_routing)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        routing = current_routing()
+        if routing is not None:
+            return route_rows(routing, *args, **kwargs)
+        return (module.original_module if is_saved else module.base_layer)(*args, **kwargs)
+
+    vars(module)["forward"] = forward
 
 
-def _forward_saved_module(
-    module: Any, current_routing: CurrentRouting, x: torch.Tensor, *args: Any, **kwargs: Any
-) -> Any:
+def _forward_saved_module(module: Any, routing: Routing, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """Run a module of `modules_to_save`: each arm trains its own copy, and each arm's rows go through that copy."""
-    routing = current_routing()
-    if routing is None:
-        return module.original_module(x, *args, **kwargs)
     if len(routing.adapters) == 1:
         return module.modules_to_save[routing.adapters[0]](x, *args, **kwargs)
     dim = 1 if x.shape[0] == 1 else 0  # packed: one row of tokens; padded: one row per example

@@ -24,11 +24,10 @@ from rightrank.schema.events import EvaluationProgress
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, SplitName
 from rightrank.training.batches import Batch, CacheBatches, batch_by_length, collate, plan_batches
-from rightrank.training.device import enable_gradient_checkpointing
+from rightrank.training.device import enable_gradient_checkpointing, set_training_mode
 from rightrank.training.evaluation import Scores
 from rightrank.training.fast_paths import FastPaths, find_fast_paths
 from rightrank.training.kinds import set_update_to_zero
-from rightrank.training.kinds.base import Routing, set_training_mode
 from rightrank.training.loss import (
     BatchLoss,
     Likelihood,
@@ -42,6 +41,7 @@ from rightrank.training.loss import (
 )
 from rightrank.training.multi_lora import ADAPTER, ArmBatch, MultiLora, unwrap_base
 from rightrank.training.prefix import FrozenPrefix, find_frozen_blocks
+from rightrank.training.routing import Routing
 from rightrank.training.targets import Targets, find_targets, make_lora_config, suppress_peft_warnings
 from rightrank.training.tokens import EXAMPLE_METRICS, EncodedData
 

@@ -21,9 +21,7 @@ from rightrank.bases.base_models import find_device
 from rightrank.schema.errors import ModelError, get_first_line, suggest_name
 from rightrank.schema.settings import PeftFields, SelectSettings
 from rightrank.schema.trials import Arm
-from rightrank.training.kinds import find_kind
-from rightrank.training.kinds.base import AdapterKind
-from rightrank.training.kinds.linear import Linear
+from rightrank.training.kinds import AdapterKind, Linear, find_kind
 
 ALL_LINEAR = "all-linear"
 
@@ -249,11 +247,7 @@ def find_adapted_matrices(model: Any) -> Iterator[TargetModule]:
 
 
 def _require_trainable(module: TargetModule, skeleton: Any) -> None:
-    """Raise for a kind that `select` cannot train, and for a layer that returns more than its product, such as Llama 4's router."""
-    if module.kind.unselectable_reason is not None:
-        raise ModelError(
-            f"{module.name} is {module.kind.label}: {module.kind.unselectable_reason}; leave it out with exclude_modules"
-        )
+    """Raise for a layer that returns more than its product, such as Llama 4's router."""
     layer = skeleton.get_submodule(module.name).get_base_layer() if isinstance(module.kind, Linear) else None
     if isinstance(layer, torch.nn.Linear) and type(layer).forward is not torch.nn.Linear.forward:
         output = layer(torch.empty(1, layer.in_features, device="meta", dtype=layer.weight.dtype))

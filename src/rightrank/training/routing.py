@@ -1,4 +1,6 @@
-"""Linear layers: ΔW = s·B·A, and several adapters in one pass, y = x·W₀ᵀ + s·(x·Aᵀ)·Bᵀ with the A and B of each row's arm.
+"""The rows of several adapters in one pass, and their product in a linear layer: y = x·W₀ᵀ + s·(x·Aᵀ)·Bᵀ with the A and B of each row's arm.
+
+A `Routing` says which rows of a batch belong to which adapter.
 
 Each arm owns a contiguous span of a batch's rows. The product with the base weight runs once over all rows. The products with the adapters run in
 groups: neighbouring arms of equal rank and equally many rows form one batched product. Ranks are never padded, so an arm
@@ -21,49 +23,112 @@ al. 2023) groups rows by adapter in the same way, for inference.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from rightrank.training.kinds.base import AdapterKind, CurrentRouting, Routing, RowSpan
+from rightrank.schema.errors import MultiLoraError
 
 
-class Linear(AdapterKind):
-    """A `torch.nn.Linear`, transformers' `Conv1D`, or a quantised linear layer."""
+@dataclass(frozen=True, slots=True)
+class RowSpan:
+    """The rows of one arm in a layer's flattened input."""
 
-    label = "a linear layer"
+    adapter: str
+    rows: int
+    dropout_seed: int | None  # None: no dropout
+    solo_rows: int  # number of rows if the arm trains alone, for which the dropout mask is drawn
+    solo_index: torch.Tensor | None  # [rows], the index of each row among them; None: the same rows
 
-    def can_adapt(self, module: Any) -> bool:
-        if module.lora_variant or any(module.lora_bias.values()) or not module.lora_A:
-            return False
-        if type(module).__name__ in ("ParamWrapper", "MultiheadAttention"):
-            return False
-        if not all(isinstance(a, torch.nn.Linear) for a in module.lora_A.values()):
-            return False
-        # A maps the layer's inputs and B its outputs, as PEFT has it for every linear layer and no other.
-        a, b = next(iter(module.lora_A.values())), next(iter(module.lora_B.values()))
-        return (int(a.in_features), int(b.out_features)) == (int(module.in_features), int(module.out_features))
 
-    def forward(self, module: Any, routing: CurrentRouting, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        base, current = module.base_layer, routing()
-        if current is None:
-            plain: torch.Tensor = base(x, *args, **kwargs)
-            return plain
-        groups, names = _group_spans(module, current, x.shape[:-1].numel(), module.lora_A)
-        a, b = ([factors[name] for name in names] for factors in (module.lora_A, module.lora_B))
-        tensors = [layer.weight for layer in (*a, *b)]
-        apply: Any = _LoraLinear.apply  # untyped in torch
-        # A plain frozen linear layer runs in one operation with its adapters; any other keeps its own forward pass.
-        frozen = type(base) is torch.nn.Linear and not any(p.requires_grad for p in base.parameters())
-        if frozen and base.weight.dtype == x.dtype:
-            y: torch.Tensor = apply(x, base.weight, base.bias, module.out_features, groups, *tensors)
-            return y
-        result: torch.Tensor = base(x, *args, **kwargs)
-        if groups:
-            result = result + apply(x, None, None, module.out_features, groups, *tensors).to(result.dtype)
-        return result
+@dataclass(slots=True)
+class Routing:
+    """The rows of each adapter in the current batch, for every number of rows that a layer may see."""
+
+    adapters: tuple[str, ...]
+    dropout_seeds: tuple[int | None, ...]
+    layouts: dict[int, list[RowSpan]] = field(default_factory=dict)  # by the number of rows of the flattened input
+
+    @classmethod
+    def from_packed(cls, adapters: Sequence[str], seeds: Sequence[int | None], tokens: Sequence[int]) -> Routing:
+        """Create the routing of packed sequences: arms of `tokens[i]` tokens, one after the other in one row."""
+        spans = [
+            RowSpan(name, count, seed, count, None) for name, seed, count in zip(adapters, seeds, tokens, strict=True)
+        ]
+        return cls(tuple(adapters), tuple(seeds), {sum(tokens): spans})
+
+    @classmethod
+    def from_padded(
+        cls, adapters: Sequence[str], seeds: Sequence[int | None], rows: Sequence[int], lengths: Sequence[int]
+    ) -> Routing:
+        """Create the routing of padded batches: arms of `rows[i]` examples of length `lengths[i]`, all padded to the longest length."""
+        routing = cls(tuple(adapters), tuple(seeds))
+        longest = max(lengths)
+        by_example = [
+            RowSpan(name, count, seed, count, None) for name, seed, count in zip(adapters, seeds, rows, strict=True)
+        ]
+        by_token: list[RowSpan] = []
+        for name, seed, count, length in zip(adapters, seeds, rows, lengths, strict=True):
+            index = None
+            if length < longest:  # the row of each position in the unpadded layout; padding may take any row
+                columns = torch.arange(longest).clamp(max=length - 1)
+                index = (torch.arange(count)[:, None] * length + columns).reshape(-1)
+            by_token.append(RowSpan(name, count * longest, seed, count * length, index))
+        routing.layouts = {sum(rows): by_example, sum(rows) * longest: by_token}
+        return routing
+
+    def find_spans(self, rows: int) -> list[RowSpan]:
+        """Return the span of each arm in a flattened input of `rows` rows.
+
+        Raises:
+            MultiLoraError: There is more than one arm, and `rows` is the number neither of the batch's examples nor of its tokens.
+        """
+        spans = self.layouts.get(rows)
+        if spans is not None:
+            return spans
+        if len(self.adapters) == 1:
+            return [RowSpan(self.adapters[0], rows, self.dropout_seeds[0], rows, None)]
+        raise MultiLoraError(f"a layer sees {rows} rows that can't be assigned to arms")
+
+    @contextmanager
+    def restrict_rows(self, mask: torch.Tensor) -> Iterator[None]:
+        """Let layers within the block also see only the rows of the flattened batch that `mask` [b·n] selects."""
+        by_token = self.layouts[mask.numel()]
+        spans: list[RowSpan] = []
+        begin = 0
+        for span in by_token:
+            chosen = mask[begin : begin + span.rows].nonzero()[:, 0]
+            begin += span.rows
+            index = chosen if span.solo_index is None else span.solo_index.to(chosen.device)[chosen]
+            spans.append(RowSpan(span.adapter, len(chosen), span.dropout_seed, span.solo_rows, index))
+        total = sum(span.rows for span in spans)
+        previous_layouts = self.layouts
+        self.layouts = previous_layouts | {total: spans}
+        try:
+            yield
+        finally:
+            self.layouts = previous_layouts
+
+
+def run_linear_layer(module: Any, routing: Routing, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Run PEFT's linear layer `module` with the adapter of each row."""
+    base = module.base_layer
+    groups, names = _group_spans(module, routing, x.shape[:-1].numel())
+    a, b = ([factors[name] for name in names] for factors in (module.lora_A, module.lora_B))
+    tensors = [layer.weight for layer in (*a, *b)]
+    apply: Any = _LoraLinear.apply  # untyped in torch
+    # A plain frozen linear layer runs in one operation with its adapters; any other keeps its own forward pass.
+    frozen = type(base) is torch.nn.Linear and not any(p.requires_grad for p in base.parameters())
+    if frozen and base.weight.dtype == x.dtype:
+        y: torch.Tensor = apply(x, base.weight, base.bias, module.out_features, groups, *tensors)
+        return y
+    result: torch.Tensor = base(x, *args, **kwargs)
+    if groups:
+        result = result + apply(x, None, None, module.out_features, groups, *tensors).to(result.dtype)
+    return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +159,13 @@ class _RowGroup:
         return torch.stack(masks).to(like)
 
 
-def _group_spans(module: Any, routing: Routing, rows: int, table: Any) -> tuple[list[_RowGroup], list[str]]:
-    """Return the groups of the arms that adapt `module`, which have an A in `table`, and their adapters in order."""
+def _group_spans(module: Any, routing: Routing, rows: int) -> tuple[list[_RowGroup], list[str]]:
+    """Return the groups of the arms that adapt `module`, and their adapters in order."""
     runs: list[list[tuple[RowSpan, int]]] = []
     keys: list[tuple[Any, ...]] = []
     begin = 0
     for span in routing.find_spans(rows):
-        if span.adapter in table and span.rows:
+        if span.adapter in module.lora_A and span.rows:
             dropout = module.lora_dropout[span.adapter]
             rate = float(dropout.p) if isinstance(dropout, torch.nn.Dropout) and span.dropout_seed is not None else 0.0
             key = (module.r[span.adapter], span.rows, rate)
