@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from rightrank import TrialResult, TrialTask, select_rank_with
-from rightrank.trainers.transformers import causal_example_losses
+from rightrank.trainers.custom_trainer import causal_example_losses
 
 arguments = parse_options()
 tokenizer = AutoTokenizer.from_pretrained(arguments.model)

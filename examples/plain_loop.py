@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rightrank import TrialResult, TrialTask, select_rank_with
-from rightrank.trainers.transformers import causal_example_losses
+from rightrank.trainers.custom_trainer import causal_example_losses
 
 arguments = parse_options()
 tokenizer = AutoTokenizer.from_pretrained(arguments.model)

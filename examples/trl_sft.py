@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from rightrank import TrialResult, TrialTask, select_rank_with
-from rightrank.trainers.transformers import causal_example_losses
+from rightrank.trainers.custom_trainer import causal_example_losses
 
 arguments = parse_options()
 tokenizer = AutoTokenizer.from_pretrained(arguments.model)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rightrank.schema.plan_settings import PlanSettings
     from rightrank.schema.settings import SelectSettings
     from rightrank.schema.trials import EvalPoint
-    from rightrank.trainers.calls import TrialResult, TrialTask
+    from rightrank.trainers.custom_trainer import TrialResult, TrialTask
     from rightrank.trainers.smallest import SmallestAdapter
 
 _MODULES = {
@@ -34,7 +34,7 @@ _MODULES = {
     "api.runs": ("decide", "to_pandas"),
     "api.selecting": ("preflight", "select_rank", "select_rank_with"),
     "trainers.smallest": ("SmallestAdapter",),
-    "trainers.calls": ("TrialResult", "TrialTask"),
+    "trainers.custom_trainer": ("TrialResult", "TrialTask"),
     "atlas": ("expect",),
     "planning": ("plan",),
     "runs.values": ("Selected",),

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from rightrank import TrialTask
 from rightrank.schema.errors import NotFiniteError, ReportError, RunError
-from rightrank.trainers.calls import call_function
+from rightrank.trainers.custom_trainer import call_function
 from tests.tiny import generate_sentences
 
 pytestmark = [

@@ -14,7 +14,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from rightrank import SmallestAdapter
-from rightrank.schema.errors import ModelError, RunFolderError
+from rightrank.schema.errors import DataError, RunFolderError
 from rightrank.trainers.measurement import require_result_folder
 from rightrank.trainers.smallest import keep_smallest
 from tests.trainers.trainings import Rows, make_batches, make_peft_model, run_training
@@ -79,6 +79,6 @@ def test_an_encoder_without_a_head_is_refused_in_one_line(tmp_path: Path) -> Non
     )
     model = get_peft_model(transformers.BertModel(config), LoraConfig(r=4, target_modules=["query", "value"]))
     rows = [{"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.tensor([0, 1])}]
-    with pytest.raises(ModelError, match=r"BertModel returns no logits: .*; give a model with a classification head"):
+    with pytest.raises(DataError, match="BertModel: no loss per example can be computed from these batches"):
         keep_smallest(model, rows, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

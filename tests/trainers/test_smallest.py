@@ -34,7 +34,8 @@ from rightrank.decision.comparison import INDEPENDENCE_NOTE
 from rightrank.runs.resize_by_data import measure_truncations
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.trials import SplitName
-from rightrank.trainers.batch_scores import HeldOutBatches, compute_batch_loss
+from rightrank.trainers.batch_scores import compute_batch_loss
+from rightrank.trainers.measurement import InMemoryAdapter
 from rightrank.training.covariances import gather_unseen_moments
 from rightrank.training.evaluation import Scores
 from rightrank.training.kinds import set_update_to_zero
@@ -58,7 +59,7 @@ pytestmark = pytest.mark.trains
 
 
 def score_batches(model: Any, batches: Sequence[Any]) -> Scores:
-    return HeldOutBatches(model, batches).score()
+    return InMemoryAdapter(model, list(batches)).score()
 
 
 def raise_interrupt(*_: Any) -> None:
@@ -329,7 +330,7 @@ def test_a_resumed_training_is_measured_as_the_whole_one(
     model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # several batches, of a training this short
-    monkeypatch.setattr("rightrank.trainers.trainer_rows.MOMENT_TOKEN_FRACTION", 0.5)
+    monkeypatch.setattr("rightrank.trainers.held_out.MOMENT_TOKEN_FRACTION", 0.5)
     callback = partial(SmallestAdapter, margin=0.1)
     whole = run_training(model_folder, rows, tmp_path, callback, max_steps=8, save_strategy="steps", save_steps=4)
     trainer = make_trainer(model_folder, rows, tmp_path, callback, max_steps=8)
@@ -433,7 +434,7 @@ def test_a_loss_of_pairs_that_is_not_plain_is_refused(
     trainer, _ = make_dpo_trainer(model_folder, tmp_path, max_steps=1, **changes)
     trainer.ref_model = reference
     trainer.add_callback(SmallestAdapter(trainer))
-    with pytest.raises(SettingsError, match=f"{named}: "):
+    with pytest.raises(SettingsError, match=named):
         trainer.train()
 
 

@@ -122,6 +122,13 @@ def test_an_adapter_active_beside_the_trained_one_is_refused(model_folder: Path,
     refuse(trainer, "the adapters default, frozen are active at the same time", ModelError)
 
 
+def test_a_model_that_deepspeed_has_partitioned_is_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    model = make_peft_model(model_folder)
+    next(model.parameters()).ds_id = 0
+    trainer = make_trainer(model_folder, rows, tmp_path, SmallestAdapter, model=model)
+    refuse(trainer, "ZeRO-3 .* use rightrank resize --data after the training", ModelError)
+
+
 @pytest.mark.parametrize("change", ["merged", "four values", "rounded", "other prefix", "nothing"])
 def test_a_base_that_was_changed_in_memory_is_refused(
     change: str, model_folder: Path, rows: Rows, tmp_path: Path

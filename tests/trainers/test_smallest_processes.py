@@ -1,4 +1,4 @@
-"""Test `SmallestAdapter` with two processes (gloo on a CPU): DDP, FSDP2, and ZeRO-3 if DeepSpeed is installed."""
+"""Test `SmallestAdapter` with two processes (gloo on a CPU): DDP and FSDP2."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from rightrank import SmallestAdapter
-from rightrank.trainers.batch_scores import HeldOutBatches
+from rightrank.trainers.measurement import InMemoryAdapter
 
 pytestmark = pytest.mark.trains
 STRATEGIES = ("ddp", "fsdp2")
@@ -141,7 +141,7 @@ def test_two_processes_give_one_answer(strategy: str, trained: Path, model_folde
             model.load_state_dict(trained_parameters, strict=False)
         else:
             model = PeftModel.from_pretrained(base, out / "rightrank" / "adapter")
-        values.append(HeldOutBatches(model.eval(), batches).score().loss)
+        values.append(InMemoryAdapter(model.eval(), batches).score().loss)
     assert values[0] == pytest.approx(answers[0]["candidates"][0]["value"], abs=1e-4)
     assert values[1] - values[0] == pytest.approx(answers[0]["difference"], abs=1e-4)
     assert answers[0]["rank"] < 16

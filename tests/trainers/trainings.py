@@ -18,8 +18,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from rightrank.trainers.in_memory import InMemoryAdapter
-from rightrank.trainers.measurement import SmallestAdapterResult, TrainingSummary, find_smallest_adapter
+from rightrank.trainers.measurement import (
+    InMemoryAdapter,
+    SmallestAdapterResult,
+    TrainingSummary,
+    find_smallest_adapter,
+)
 
 Rows = list[dict[str, list[int]]]
 

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from rightrank.runs.selection import Rows
-    from rightrank.trainers.calls import EvaluateFunction, TrainFunction
-    from rightrank.trainers.custom_trainer import TrainerSettings
+    from rightrank.trainers.custom_trainer import EvaluateFunction, TrainerSettings, TrainFunction
 
 
 def select_rank(

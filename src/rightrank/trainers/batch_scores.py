@@ -1,23 +1,32 @@
-"""Score the examples in batches of another trainer with the losses of `training/loss.py`: language modelling, classification, and preferences.
+"""Score the examples in batches of another trainer.
 
 A batch is the output of the trainer's own collator. Its tensors show its form: `completion_mask` for TRL's preference pairs, one label per
-row for classification, else one label per token. Labels are never passed to the model, because fused losses then return no logits.
+row for classification, else one label per token. The losses are those of `training/loss.py`. Labels are never passed to the model, because
+fused losses then return no logits.
+
+Rerankers and embedding models of sentence-transformers are scored by the loss of their trainer. If the loss of a batch is the mean of the
+losses of its rows, each row is an example. Otherwise, as with in-batch negatives, the rows of a batch are compared with each other, and
+each batch is one example.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
 
+from rightrank.adapters.adapter_folders import PEFT_PREFIX, WEIGHTS_FILE
 from rightrank.data.token_store import IGNORED
-from rightrank.schema.errors import DataError, RightrankError, describe_error
-from rightrank.trainers.distributed import gather_objects, get_process_index, get_world_size, is_sharded, sync_errors
-from rightrank.training.evaluation import Scores
+from rightrank.schema.errors import DataError, ModelError, RightrankError, describe_error, log_traceback
+from rightrank.trainers.in_memory import get_world_size
 from rightrank.training.loss import (
     BatchLoss,
     Likelihood,
@@ -28,18 +37,16 @@ from rightrank.training.loss import (
     use_adapter,
 )
 
-Batch = Mapping[str, Any]  # as the trainer's collator makes it
-TrainerLossFunction: TypeAlias = Callable[[Batch], BatchLoss]  # the loss of a trainer that computes its own
+Batch: TypeAlias = Mapping[str, Any]  # as the trainer's collator makes it
 BETA = 0.1  # of the loss of preference pairs, TRL's default
-
-
+POINTWISE_TOLERANCE = 1e-3  # relative, between the loss of a batch and the mean of the losses of its rows
 GROUP_KEY = "group"  # the key of a batch's groups: rows with equal numbers belong together
 REFERENCE_KEYS = "ref_chosen_logps", "ref_rejected_logps"  # keys in TRL's batches of pairs
 # Advice if examples cannot be scored here; see docs/how-to/own-trainers.md.
 CUSTOM_EVALUATION_HINT = (
     'score adapters with your own function: rightrank.select_rank_with(train, "run", evaluate=evaluate, goal="adapter")'
 )
-NON_MODEL_KEYS = (GROUP_KEY, "labels", "num_items_in_batch", "completion_mask")
+NON_MODEL_KEYS = (GROUP_KEY, "labels", "num_items_in_batch", "completion_mask", *REFERENCE_KEYS)
 LIKELIHOOD = Likelihood(compute_native_pass_losses)
 
 
@@ -67,17 +74,9 @@ class TrainerBatch:
         chosen, rejected = values.chunk(2)
         return chosen, rejected
 
-    @property
-    def examples(self) -> int:
-        """Count the examples with a label."""
-        if self.labels.dim() == 1:
-            return len(self.labels)
-        labelled = self.numbers[:, 1:][self.labels[:, 1:] != IGNORED]
-        return len(set(labelled.tolist())) // (2 if self.is_pairs else 1)
-
     def get_example_groups(self, example_numbers: torch.Tensor) -> list[int]:
         """Return the groups of the examples with these numbers, or an empty list if the batch has no groups for exactly these rows."""
-        if self.is_pairs or len(self.groups) != len(self.numbers):
+        if len(self.groups) != len(self.numbers):
             return list(self.groups) if len(self.groups) == len(example_numbers) else []
         return [self.groups[row] for row in self.rows[example_numbers.to(self.rows.device)].tolist()]
 
@@ -92,7 +91,8 @@ def read_batch(model: Any, batch: Batch) -> TrainerBatch:
     """Convert a trainer's batch to the inputs and labels of the losses, on the device of PEFT's model.
 
     Raises:
-        DataError: The labels are neither one class per row nor one token per position, or an input is a container of tensors.
+        DataError: The labels are neither one class per row nor one token per position, the model does not predict them, or an input is a
+            container of tensors.
     """
     nested = next(
         (key for key, value in batch.items() if not isinstance(value, torch.Tensor) and _contains_tensor(value)), None
@@ -103,36 +103,23 @@ def read_batch(model: Any, batch: Batch) -> TrainerBatch:
             f"collator that returns one tensor, or {CUSTOM_EVALUATION_HINT}"
         )
     base, device = get_base_model(model), next(model.parameters()).device
-    tensors_by_key = {
-        key: value for key, value in batch.items() if isinstance(value, torch.Tensor) and key not in REFERENCE_KEYS
-    }
-    tensors = {key: value.to(device) for key, value in tensors_by_key.items()}
+    tensors = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
     inputs: dict[str, Any] = {key: value for key, value in tensors.items() if key not in NON_MODEL_KEYS}
     if "use_cache" in inspect.signature(base.forward).parameters:
         inputs["use_cache"] = False
     is_pairs, labels, position_ids = "completion_mask" in batch, tensors.get("labels"), tensors.get("position_ids")
     if is_pairs:
         labels, position_ids = tensors["input_ids"].masked_fill(tensors["completion_mask"] == 0, IGNORED), None
-    if labels is None or labels.is_floating_point() or not 1 <= labels.dim() <= 2:
+    has_classes = not is_pairs and labels is not None and has_class_labels(batch)
+    if labels is None or labels.is_floating_point() or labels.dim() > 2 or not _predicts_labels(base, has_classes):
         raise DataError(
-            "the batches have no class or token labels; regression, several labels per row, rerankers, contrastive losses and custom losses "
-            f"are not supported: {CUSTOM_EVALUATION_HINT}"
+            f"{type(base).__name__}: only causal language models with one label per token and classifiers with one class per row are scored "
+            f"here, and no regression, reranker, contrastive or custom loss: {CUSTOM_EVALUATION_HINT}"
         )
     groups = batch[GROUP_KEY].tolist() if GROUP_KEY in batch else ()
-    if not is_pairs and has_class_labels(batch):
-        is_of_tokens = hasattr(base, "can_generate") and base.can_generate()
-        if is_of_tokens or getattr(base.config, "num_labels", 2) == 1:
-            output = "predicts tokens" if is_of_tokens else "has one output, like a regression or a reranker"
-            raise DataError(
-                f"{type(base).__name__} {output}, and the batches have one label per row, which is not supported: {CUSTOM_EVALUATION_HINT}"
-            )
+    if has_classes:
         rows = torch.arange(len(labels), device=device)
         return TrainerBatch(inputs, labels.flatten(), rows[:, None], rows, False, groups)
-    if base.config.is_encoder_decoder or not base.can_generate():
-        raise DataError(
-            f"{type(base).__name__}: only causal language models and sequence classifiers are supported; for other models "
-            f"{CUSTOM_EVALUATION_HINT}"
-        )
     # Examples that are packed into one row begin where `position_ids` is 0. Of left-padded rows the padding has position 0 too, or 1: it
     # holds no label and makes no example.
     starts = torch.zeros_like(labels, dtype=torch.bool)
@@ -143,6 +130,14 @@ def read_batch(model: Any, batch: Batch) -> TrainerBatch:
     numbers = (starts.flatten().cumsum(0) - 1).view(labels.shape)
     reference = torch.cat([batch[name] for name in REFERENCE_KEYS]) if REFERENCE_KEYS[0] in batch else None
     return TrainerBatch(inputs, labels, numbers, starts.nonzero()[:, 0], is_pairs, groups, reference)
+
+
+def _predicts_labels(base: Any, has_classes: bool) -> bool:
+    predicts_tokens = hasattr(base, "can_generate") and base.can_generate()
+    if has_classes:
+        # One output is that of a regression or a reranker. Its cross-entropy would be 0 at every rank.
+        return not predicts_tokens and getattr(base.config, "num_labels", 2) > 1
+    return predicts_tokens and not base.config.is_encoder_decoder
 
 
 def _contains_tensor(value: Any) -> bool:
@@ -176,55 +171,6 @@ def add_reference(model: Any, batch: Batch) -> Batch:
     return {**batch, **dict(zip(REFERENCE_KEYS, (-losses).chunk(2), strict=True))}
 
 
-class HeldOutBatches:
-    """Batches that one model scores repeatedly with different LoRA factors.
-
-    The reference log-probabilities of pairs, which no factor changes, are computed once. With several processes, each one scores its share of the
-    batches. If the model is sharded, all processes call it equally often.
-    """
-
-    def __init__(
-        self, model: Any, batches: Sequence[Batch], beta: float = BETA, trainer_loss: TrainerLossFunction | None = None
-    ) -> None:
-        self._model, self._beta, self._trainer_loss = model, beta, trainer_loss
-        self._batches = list(batches[get_process_index() :: get_world_size()])
-        fewer = len(self._batches) < -(-len(batches) // get_world_size())
-        self._in_step = batches[0] if fewer and is_sharded(model) else None
-
-    @torch.no_grad()
-    def score(self) -> Scores:
-        """Return the scores of every example of all processes, in one order."""
-        losses: list[float] = []
-        tokens: list[int] = []
-        correct: list[float] = []
-        groups: list[int] = []
-        with sync_errors():
-            for number, batch in enumerate(self._batches):
-                rows = None
-                if self._trainer_loss is not None:
-                    scored = self._trainer_loss(batch)
-                else:
-                    self._batches[number] = add_reference(self._model, batch)
-                    rows = read_batch(self._model, self._batches[number])
-                    scored = rows.compute_loss(self._model, self._beta)
-                example_numbers = scored.example_tokens.nonzero()[:, 0]
-                losses += scored.example_losses[example_numbers].tolist()
-                tokens += scored.example_tokens[example_numbers].tolist()
-                correct += scored.example_metrics.get("accuracy", torch.zeros(0)).tolist()
-                groups += (
-                    batch.get(GROUP_KEY, torch.zeros(0)).tolist()
-                    if rows is None
-                    else rows.get_example_groups(example_numbers)
-                )
-            if self._in_step is not None:
-                compute_batch_loss(self._model, self._in_step, self._beta)
-        losses, tokens, correct, groups = (
-            list(chain(*lists)) for lists in zip(*gather_objects((losses, tokens, correct, groups)), strict=True)
-        )
-        by_example = {"accuracy": correct} if correct else {}
-        return Scores(losses, tokens, by_example, groups if len(groups) == len(losses) else None)
-
-
 def has_class_labels(batch: Batch) -> bool:
     """Return whether the labels are one class per row."""
     labels = batch["labels"]
@@ -239,3 +185,90 @@ def count_positions(batch: Batch) -> int:
     """Count the positions that a pass computes: tokens with padding, or rows if there are no tokens."""
     tokens = [value for key, value in batch.items() if key.endswith("input_ids") and isinstance(value, torch.Tensor)]
     return sum(value.numel() for value in tokens) or count_rows(batch)
+
+
+def is_sentence_transformers(trainer: Any) -> bool:
+    """Return whether a trainer is one of sentence-transformers, which computes its own loss."""
+    return any(kind.__module__.partition(".")[0] == "sentence_transformers" for kind in type(trainer).__mro__)
+
+
+class AdaptedModel(torch.nn.Module):
+    """PEFT's interface of the adapter inside a model of sentence-transformers."""
+
+    def __init__(self, complete: Any, base: Any) -> None:
+        super().__init__()
+        self.complete, self._base = complete, [base]  # a list, because no module is registered twice
+        self.peft_config, self.config = base.peft_config, base.config
+
+    @property
+    def model(self) -> Any:
+        return self._base[0]
+
+    @property
+    def base_model(self) -> Any:
+        return self
+
+    def get_base_model(self) -> Any:
+        return self.model
+
+    def save_pretrained(self, folder: str, *, selected_adapters: Sequence[str], **_: Any) -> None:
+        """Save one adapter in the files and with the names of PEFT."""
+        (name,) = selected_adapters
+        target = Path(folder) / ("" if name == "default" else name)
+        target.mkdir(exist_ok=True)
+        tensors = get_peft_model_state_dict(self.model, adapter_name=name)
+        save_file({f"{PEFT_PREFIX}{key}": value.contiguous() for key, value in tensors.items()}, target / WEIGHTS_FILE)
+        self.peft_config[name].save_pretrained(str(target))
+
+
+def find_adapted_model(model: Any) -> AdaptedModel:
+    """Return the interface of the adapter that `add_adapter` injected into a model, or that PEFT wrapped inside it.
+
+    Raises:
+        ModelError: there is no adapter, or there are several processes.
+    """
+    if get_world_size() > 1:
+        raise ModelError("rerankers and embedding models are measured in one process; train in one, or use evaluate=")
+    peft_model = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
+    base = model.transformers_model if peft_model is None else peft_model.get_base_model()
+    if not getattr(base, "peft_config", None):
+        raise ModelError(
+            "the model has no PEFT adapter; add one by get_peft_model or model.add_adapter(LoraConfig(...))"
+        )
+    return AdaptedModel(model, base)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerLoss:
+    """The loss of a trainer of sentence-transformers, as a function of a batch of its collator."""
+
+    trainer: Any
+    is_pointwise: bool = False  # whether the loss of a batch is the mean of the losses of its rows
+
+    def __call__(self, batch: Batch) -> BatchLoss:
+        """Compute the loss of a batch, which counts as one example."""
+        inputs = self.trainer._prepare_inputs({key: value for key, value in batch.items() if key != GROUP_KEY})
+        with self.trainer.compute_loss_context_manager():
+            total = self.trainer.compute_loss(self.trainer.model, inputs) * count_rows(batch)
+        return BatchLoss(total, total.detach().float().cpu()[None], torch.tensor([count_rows(batch)]))
+
+    @torch.no_grad()
+    def compare_rows(self, batch: Batch, row_batches: Sequence[Batch]) -> TrainerLoss:
+        """Return the loss with `is_pointwise` as the loss of a batch and of its rows show it.
+
+        Raises:
+            DataError: the loss cannot be computed from the batch.
+        """
+        try:
+            batch_loss = float(self(batch).example_losses) / count_rows(batch)
+            mean_row_loss = sum(float(self(row_batch).example_losses) for row_batch in row_batches) / len(row_batches)
+        except (RuntimeError, ValueError) as error:
+            log_traceback(error)
+            name = type(self.trainer.loss).__name__
+            raise DataError(
+                f"{name}: no loss can be computed from the held-out rows ({describe_error(error)}); give rows like those of "
+                "the training"
+            ) from error
+        return replace(
+            self, is_pointwise=math.isclose(batch_loss, mean_row_loss, rel_tol=POINTWISE_TOLERANCE, abs_tol=1e-6)
+        )

@@ -1,120 +1,97 @@
-"""Save an adapter of a model that another program trained, and evaluate its truncations with the model in memory.
+"""The model that another program trains: its processes, its adapter, and its state, which is restored after each evaluation.
 
-Each truncation replaces the trained factors for one evaluation. Afterwards the model is restored: parameters, modes,
-gradients, hooks, configurations and random states. If several processes train it, all of them must make the same calls with the same data.
+If several processes train the model, all of them must make the same calls with the same data.
 """
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
+import random
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rightrank.adapters.adapter_reader import AdapterFolder, open_adapter
-from rightrank.adapters.find_smallest import SmallestAdapterAnswer, find_smallest
-from rightrank.adapters.resize import RankedAdapter, list_candidate_ranks, require_plain_update, write_truncation
+from rightrank.adapters.resize import list_candidate_ranks, require_plain_update
 from rightrank.bases.named_base import require_named_base
-from rightrank.decision.adapter import Criterion, ScoredAdapter
-from rightrank.schema.errors import DataError, ModelError, NotFiniteError
-from rightrank.trainers.batch_scores import (
-    BETA,
-    Batch,
-    HeldOutBatches,
-    TrainerLossFunction,
-    compute_batch_loss,
-    count_positions,
-)
-from rightrank.trainers.distributed import get_process_index, get_world_size, is_partitioned, is_sharded, sync_errors
-from rightrank.trainers.preserved_state import preserve_state
-from rightrank.training.evaluation import Scores
-from rightrank.training.kinds import Linear, find_kind, find_lora_modules, set_update_to_zero
-from rightrank.training.loss import BatchLoss
-from rightrank.training.moments import MOMENT_TOKENS, GatheredMoments, accumulate_moments
+from rightrank.schema.errors import ModelError, RunError, get_first_line, log_traceback
+from rightrank.training.kinds import Linear, find_kind, find_lora_modules
+from rightrank.training.loss import use_adapter
 from rightrank.training.saving import save_adapter
 
+log = logging.getLogger("rightrank")
 
-@dataclass(frozen=True, slots=True)
-class InMemoryAdapter:
-    """An adapter of a model in memory, with the batches to measure its truncations on."""
-
-    model: Any  # a PEFT model with a LoRA adapter of linear layers
-    held_out: Sequence[Batch]  # batches of examples that the training did not see
-    # Batches of training examples for second moments; without them, adapters are truncated by singular values.
-    train: Sequence[Batch] = ()
-    name: str = "default"  # the adapter's name in PEFT
-    beta: float = BETA  # of the loss of preference pairs
-    moment_tokens: int = MOMENT_TOKENS  # the maximum number of tokens of `train` that are read
-    trainer_loss: TrainerLossFunction | None = None  # replaces the losses of `batch_scores`
-
-    def compute_loss(self, batch: Batch) -> BatchLoss:
-        if self.trainer_loss is not None:
-            return self.trainer_loss(batch)
-        return compute_batch_loss(self.model, batch, self.beta)
+SHARED_ERROR_FLAG = "is_known_to_all"  # an attribute of an error that every process has raised
+GENERATORS = (torch.Generator, random.Random, np.random.Generator)
+# The attributes through which a loader reaches what may hold a generator: its samplers, its data set and its collator.
+LOADER_ATTRIBUTES = ("sampler", "batch_sampler", "dataset", "collate_fn", "data_collator")
 
 
-@dataclass(frozen=True, slots=True)
-class MeasuredTruncations:
-    """The smallest adapter within the margin, the scores of the trained one, and notes on how truncations were computed."""
-
-    smallest: SmallestAdapterAnswer[RankedAdapter]
-    trained_scores: Scores
-    notes: tuple[str, ...]
-
-
-def measure_truncations(
-    in_memory_adapter: InMemoryAdapter, trained: AdapterFolder, ranks: Sequence[int], criterion: Criterion, folder: Path
-) -> MeasuredTruncations:
-    """Truncate an adapter in memory downward, and score each truncation on the held-out batches. The model is restored afterwards.
-
-    Args:
-        trained: the saved adapter, which is truncated to files in `folder`.
+@contextmanager
+def sync_errors() -> Iterator[None]:
+    """Raise in all processes if one of them fails within the block, so that none waits for the others.
 
     Raises:
-        DataError: fewer than two held-out examples have a label.
-        NotFiniteError: a held-out loss is NaN or infinite.
+        RunError: Another process failed.
     """
-    model, name = in_memory_adapter.model, in_memory_adapter.name
-    held_out = HeldOutBatches(model, in_memory_adapter.held_out, in_memory_adapter.beta, in_memory_adapter.trainer_loss)
-    scores_by_rank: dict[int, Scores] = {}
-    with preserve_state(model, name):
-        # The model still holds the trained factors here. Later each truncation replaces them.
-        gathered = gather_adapter_moments(in_memory_adapter)
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, SHARED_ERROR_FLAG):  # else raised in a block within this one
+            gather_objects(True)
+            setattr(error, SHARED_ERROR_FLAG, True)
+        raise
+    if any(gather_objects(False)):
+        failure = RunError("another process of the training failed")
+        setattr(failure, SHARED_ERROR_FLAG, True)
+        raise failure
 
-        def truncate(rank: int) -> RankedAdapter:
-            if rank == 0:
-                return RankedAdapter(0, trained)  # evaluated with its update set to zero
-            with sync_errors():
-                return write_truncation(trained, folder / f"rank-{rank}", rank, gathered.moments)
 
-        def evaluate(adapter: RankedAdapter) -> ScoredAdapter:
-            is_trained = adapter.rank == trained.rank
-            if adapter.rank == 0:
-                set_update_to_zero(model, name)
-            elif not is_trained:
-                copy_factors(model, name, adapter.folder)
-            scores = scores_by_rank[adapter.rank] = held_out.score()
-            if not np.isfinite(scores.losses).all():
-                raise NotFiniteError(
-                    f"rank {adapter.rank}: a held-out loss is NaN or infinite; the training may have diverged"
-                )
-            if len(scores.losses) < 2:
-                raise DataError("fewer than two held-out examples have a label; give more examples")
-            return scores.build_scored_adapter(
-                f"rank-{adapter.rank}", adapter.rank, criterion, method="trained" if is_trained else "truncated"
-            )
+@contextmanager
+def log_failure(description: str, advise: Callable[[], str] = str) -> Iterator[None]:
+    """Log an error of the block in one line, with its traceback at debug level. The training around it has ended well and continues.
 
-        top = RankedAdapter(trained.rank, trained)
-        smallest = find_smallest(top, ranks, truncate, evaluate, criterion)
-    return MeasuredTruncations(smallest, scores_by_rank[trained.rank], gathered.notices)
+    Args:
+        advise: returns the end of the line.
+    """
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - the program must be able to save its model
+        log.warning("rightrank: %s: %s%s", description, get_first_line(error), advise())
+        log_traceback(error)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return the values of all processes, in the order of their numbers."""
+    values = [value] * get_world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def get_world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def get_process_index() -> int:
+    """Return the number of this process. Process 0 writes files."""
+    return dist.get_rank() if get_world_size() > 1 else 0
+
+
+def is_sharded(model: Any) -> bool:
+    """Return whether a process holds shards of the parameters: FSDP2's `DTensor`s."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def find_base_name(model: Any, name: str) -> str:
@@ -148,20 +125,18 @@ def validate_trained_adapter(model: Any, ranks: Sequence[int] | None = None) -> 
         ModelError: The adapter can't be truncated, or the base model is not the one that the adapter would name.
         SettingsError: A rank is not a possible truncation.
     """
-    name, notes = find_trained_adapter(model), list[str]()
-    if not is_partitioned(model):  # a fresh process measures a partitioned model
-        with sync_errors(), tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
-            list_candidate_ranks(save_trained_adapter(model, name, Path(folder) / "begin"), ranks)
-            compared = (0, 1) if is_sharded(model) else (get_process_index(), get_world_size())
-            notes = require_named_base(model.get_base_model(), find_base_name(model, name), *compared)
-    return name, notes
+    name = find_trained_adapter(model)
+    with sync_errors(), tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
+        list_candidate_ranks(save_trained_adapter(model, name, Path(folder) / "begin"), ranks)
+        compared = (0, 1) if is_sharded(model) else (get_process_index(), get_world_size())
+        return name, require_named_base(model.get_base_model(), find_base_name(model, name), *compared)
 
 
 def find_trained_adapter(model: Any) -> str:
     """Return the name of the adapter in training, which must be the only active one.
 
     Raises:
-        ModelError: The model is no PEFT model or uses FSDP1, or the adapter is one of several active ones, no LoRA of linear layers, merged, or of
+        ModelError: The model is no PEFT model or uses FSDP1 or ZeRO-3, or the adapter is one of several active ones, no LoRA of linear layers, merged, or of
             rank 1.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -186,9 +161,12 @@ def find_trained_adapter(model: Any) -> str:
         raise ModelError(f"the adapter {name!r} is merged into the base; call unmerge_adapter() before the measurement")
     if config.r < 2:
         raise ModelError("the adapter has rank 1, and there is no lower rank")
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
+        hasattr(parameter, "ds_id") for parameter in model.parameters()
+    ):
         raise ModelError(
-            "FSDP1 holds the factors in flat parameters; shard by FSDP2 (fsdp_version 2), or use rightrank resize --data"
+            "FSDP1 and DeepSpeed's ZeRO-3 hold no complete factors; shard by FSDP2 (fsdp_version 2) or ZeRO-2, or use rightrank resize --data "
+            "after the training"
         )
     return name
 
@@ -212,27 +190,51 @@ def copy_factors(model: Any, name: str, adapter: AdapterFolder) -> None:
                 weight.copy_(padded)
 
 
-def gather_adapter_moments(in_memory_adapter: InMemoryAdapter) -> GatheredMoments:
-    """Gather second moments over about `moment_tokens` tokens of training examples."""
-    if not in_memory_adapter.train:
-        return GatheredMoments(
-            {}, 0, 0, ("truncated by singular values: no training examples were given for second moments",)
-        )
-    names = [
-        name
-        for name, layer in find_lora_modules(in_memory_adapter.model).items()
-        if in_memory_adapter.name in layer.lora_A
-    ]
-    return accumulate_moments(in_memory_adapter.model, names, _run_passes(in_memory_adapter), in_memory_adapter.name)
+@contextmanager
+def preserve_state(model: Any, name: str, *loaders: Any) -> Iterator[None]:
+    """Evaluate the model with the adapter `name` within the block, and restore the model and random states exactly after it."""
+    layers = [layer for layer in find_lora_modules(model).values() if name in layer.lora_A]
+    factors = [factors[name].weight for layer in layers for factors in (layer.lora_A, layer.lora_B)]
+    weights = [(factor, factor.detach().clone()) for factor in factors]
+    modes = [(module, module.training) for module in model.modules()]
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _, _ in parameters:
+            parameter.grad = None
+        model.eval()
+        with use_adapter(model, name), preserve_random_states(*loaders):
+            yield
+    finally:
+        with torch.no_grad():
+            for weight, value in weights:
+                weight.copy_(value)
+        for parameter, required, gradient in parameters:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+        for module, training in modes:
+            module.training = training
 
 
-def _run_passes(in_memory_adapter: InMemoryAdapter) -> Iterator[tuple[int, int, int]]:
-    """Run forward and backward passes over training batches; yield the numbers of rows, positions and labels of each."""
-    num_positions = 0
-    for batch in in_memory_adapter.train:
-        if num_positions >= in_memory_adapter.moment_tokens:
-            return
-        loss = in_memory_adapter.compute_loss(batch)
-        torch.autograd.backward(loss.total)
-        num_positions += count_positions(batch)
-        yield len(loss.example_losses), count_positions(batch), int(loss.example_tokens.sum())
+@contextmanager
+def preserve_random_states(*loaders: Any) -> Iterator[None]:
+    """Restore the global random states after the block, and the attributes of the loaders and of what they read through.
+
+    Within the block, generators among these attributes are copies.
+    """
+    with ExitStack() as restored:
+        restored.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
+        restored.callback(np.random.set_state, np.random.get_state())
+        restored.callback(random.setstate, random.getstate())
+        sources, pending, copies = dict[int, Any](), list(loaders), dict[int, Any]()
+        while pending:
+            source = pending.pop()
+            if id(source) not in sources and isinstance(getattr(source, "__dict__", None), dict):
+                sources[id(source)] = source
+                pending += [getattr(source, name, None) for name in LOADER_ATTRIBUTES]
+        for source in sources.values():
+            attributes = dict(vars(source))
+            restored.callback(vars(source).update, attributes)
+            restored.callback(vars(source).clear)
+            generators = {name: value for name, value in attributes.items() if isinstance(value, GENERATORS)}
+            vars(source).update(copy.deepcopy(generators, copies))
+        yield

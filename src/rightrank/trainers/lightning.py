@@ -14,10 +14,8 @@ from peft import PeftModel
 from rightrank.schema.errors import DataError, ModelError
 from rightrank.schema.metrics import Margin
 from rightrank.trainers.batch_scores import Batch, compute_batch_loss
-from rightrank.trainers.distributed import log_failure
-from rightrank.trainers.in_memory import validate_trained_adapter
+from rightrank.trainers.in_memory import log_failure, preserve_state, validate_trained_adapter
 from rightrank.trainers.measurement import SmallestAdapterResult, build_settings
-from rightrank.trainers.preserved_state import preserve_state
 from rightrank.trainers.smallest import keep_smallest
 
 log = logging.getLogger("rightrank")

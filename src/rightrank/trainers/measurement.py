@@ -1,4 +1,8 @@
-"""Measure the truncations of an adapter in memory after a training, and write `adapter/`, `answer.json` and `report.html`."""
+"""Measure the truncations of an adapter in memory after a training, and write `adapter/`, `answer.json` and `report.html`.
+
+Each truncation replaces the trained factors for one evaluation. Afterwards the model is restored: parameters, modes, gradients, hooks,
+configurations and random states.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +12,117 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rightrank.adapters.adapter_folders import BASE_FILE
 from rightrank.adapters.adapter_reader import AdapterFolder
-from rightrank.adapters.resize import list_candidate_ranks
+from rightrank.adapters.find_smallest import SmallestAdapterAnswer, find_smallest
+from rightrank.adapters.resize import RankedAdapter, list_candidate_ranks, write_truncation
 from rightrank.bases.base_models import compute_base_identity
 from rightrank.data.files import replace_folder, write_text
-from rightrank.decision.adapter import Criterion
+from rightrank.decision.adapter import Criterion, ScoredAdapter
 from rightrank.report.format import format_training_settings
 from rightrank.schema.decision import AdapterAnswer
-from rightrank.schema.errors import ModelError, RunFolderError, SettingsError
+from rightrank.schema.errors import DataError, NotFiniteError, RunFolderError, SettingsError
 from rightrank.schema.metrics import LossKind, Margin
 from rightrank.schema.settings import SelectSettings
-from rightrank.trainers.batch_scores import has_class_labels, read_batch
-from rightrank.trainers.distributed import gather_parameters, get_process_index, is_partitioned, sync_errors
-from rightrank.trainers.in_memory import InMemoryAdapter, measure_truncations, save_trained_adapter
-from rightrank.trainers.preserved_state import preserve_state
+from rightrank.trainers.batch_scores import (
+    BETA,
+    GROUP_KEY,
+    Batch,
+    TrainerLoss,
+    add_reference,
+    compute_batch_loss,
+    count_positions,
+    has_class_labels,
+    read_batch,
+)
+from rightrank.trainers.in_memory import (
+    copy_factors,
+    gather_objects,
+    get_process_index,
+    get_world_size,
+    is_sharded,
+    preserve_state,
+    save_trained_adapter,
+    sync_errors,
+)
 from rightrank.training.evaluation import Scores
+from rightrank.training.kinds import find_lora_modules, set_update_to_zero
+from rightrank.training.loss import BatchLoss
+from rightrank.training.moments import MOMENT_TOKENS, GatheredMoments, accumulate_moments
 
 log = logging.getLogger("rightrank")
 
 ANSWER_FILE = "answer.json"
 TRAINED_FOLDER = "trained"  # holds the adapter before truncation while it is measured
+
+
+@dataclass(frozen=True, slots=True)
+class InMemoryAdapter:
+    """An adapter of a model in memory, with the batches to measure its truncations on."""
+
+    model: Any  # a PEFT model with a LoRA adapter of linear layers
+    held_out: list[Batch]  # batches of examples that the training did not see
+    # Batches of training examples for second moments; without them, adapters are truncated by singular values.
+    train: Sequence[Batch] = ()
+    name: str = "default"  # the adapter's name in PEFT
+    beta: float = BETA  # of the loss of preference pairs
+    moment_tokens: int = MOMENT_TOKENS  # the maximum number of tokens of `train` that are read
+    trainer_loss: TrainerLoss | None = None  # replaces the losses of the model's form
+
+    @property
+    def loss_kind(self) -> LossKind:
+        if self.trainer_loss is not None:
+            return "loss"
+        batch = self.held_out[0]
+        return "pair_loss" if "completion_mask" in batch else "loss" if has_class_labels(batch) else "token_loss"
+
+    def compute_loss(self, batch: Batch) -> BatchLoss:
+        if self.trainer_loss is not None:
+            return self.trainer_loss(batch)
+        return compute_batch_loss(self.model, batch, self.beta)
+
+    @torch.no_grad()
+    def score(self) -> Scores:
+        """Score every held-out example with the factors in memory.
+
+        Each process scores its share of the batches, and returns the scores of all, in one order. If the model is sharded, all processes
+        run equally often.
+        """
+        columns: tuple[list[Any], ...] = [], [], [], []
+        size, count = get_world_size(), len(self.held_out)
+        with sync_errors():
+            numbers = range(get_process_index(), count, size)
+            for number in numbers:
+                # The log-probabilities of pairs under the reference do not change, so they are computed once.
+                batch = self.held_out[number] = add_reference(self.model, self.held_out[number])
+                if self.trainer_loss is None:
+                    labelled = read_batch(self.model, batch)
+                    loss = labelled.compute_loss(self.model, self.beta)
+                    examples = loss.example_tokens.nonzero()[:, 0]
+                    groups = labelled.get_example_groups(examples)
+                else:
+                    loss = self.trainer_loss(batch)
+                    examples = loss.example_tokens.nonzero()[:, 0]
+                    groups = batch.get(GROUP_KEY, torch.zeros(0)).tolist()
+                accuracy = loss.example_metrics.get("accuracy", torch.zeros(0)).tolist()
+                losses, tokens = (values[examples].tolist() for values in (loss.example_losses, loss.example_tokens))
+                for column, values in zip(columns, (losses, tokens, accuracy, groups), strict=True):
+                    column += values
+            if len(numbers) < -(-count // size) and is_sharded(self.model):
+                self.compute_loss(self.held_out[0])
+        gathered = zip(*gather_objects(columns), strict=True)
+        losses, tokens, accuracy, groups = ([value for values in lists for value in values] for lists in gathered)
+        return Scores(
+            losses, tokens, {"accuracy": accuracy} if accuracy else {}, groups if len(groups) == len(losses) else None
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,74 +237,118 @@ def find_smallest_adapter(
 
     Raises:
         DataError: fewer than two held-out examples have a label.
-        ModelError: the model returns no logits, or ZeRO-3 has partitioned its parameters.
+        ModelError: PEFT saves another adapter than the one in memory.
         NotFiniteError: a held-out loss is NaN or infinite.
         RunFolderError: `out` holds another run or files of another program.
         OSError: `out` cannot be written.
     """
     is_first, start_time = get_process_index() == 0, time.monotonic()
     level = logging.WARNING if is_first else logging.DEBUG
-    command = build_resize_command(out, margin, metric)
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
         with sync_errors():
             require_result_folder(out)
-            _require_logits(in_memory_adapter)
             folder = (out if is_first else Path(name)) / TRAINED_FOLDER
             trained = _save_adapter(in_memory_adapter, folder, write_tokenizer)
-        if is_partitioned(in_memory_adapter.model):
-            raise ModelError("ZeRO-3 partitions each parameter, so truncations cannot be loaded into the model")
+        command = build_resize_command(out, margin, metric)
         advice = "" if in_memory_adapter.trainer_loss is not None else f"; if this is interrupted: {command}"
         log.log(level, "rightrank: measuring truncations on %d batches%s", len(in_memory_adapter.held_out), advice)
-        criterion = Criterion(metric, metric == "accuracy", margin, _find_loss_kind(in_memory_adapter))
+        criterion = Criterion(metric, metric == "accuracy", margin, in_memory_adapter.loss_kind)
         with sync_errors():
             candidates = list_candidate_ranks(trained, ranks)
-            measured = measure_truncations(in_memory_adapter, trained, candidates, criterion, Path(name))
-            scores, answer = measured.trained_scores, measured.smallest.answer
+            smallest, scores, notices = measure_truncations(
+                in_memory_adapter, trained, candidates, criterion, Path(name)
+            )
             cost = training.format_cost(len(scores.losses), time.monotonic() - start_time)
-            answer = answer.model_copy(update={"notes": [*training.notes, *answer.notes, *measured.notes, cost]})
+            notes = [*training.notes, *smallest.answer.notes, *notices, cost]
+            answer = smallest.answer.model_copy(update={"notes": notes})
             settings = training.format_settings(trained.config)
             if is_first:
-                _write_result(out, measured.smallest.adapter.folder, answer, criterion, settings)
+                _write_result(out, smallest.adapter.folder, answer, criterion, settings)
     for line in (answer.sentence, f"adapter: {out / 'adapter'}", f"train: {settings}", *answer.notes):
         log.log(level, "rightrank: %s", line)
     return SmallestAdapterResult(answer, scores, out)
 
 
-def _require_logits(in_memory_adapter: InMemoryAdapter) -> None:
-    """Raise if the model is an encoder without a classification head. Its rows have no scores."""
-    batch = next(iter(in_memory_adapter.held_out), {})
-    if is_partitioned(in_memory_adapter.model) or "labels" not in batch or not has_class_labels(batch):
-        return
-    with preserve_state(in_memory_adapter.model, in_memory_adapter.name), torch.no_grad():
-        output = in_memory_adapter.model(**read_batch(in_memory_adapter.model, batch).inputs)
-    if getattr(output, "logits", None) is None:
-        name = type(in_memory_adapter.model.get_base_model()).__name__
-        raise ModelError(
-            f"{name} returns no logits: an encoder without a head cannot score classes; give a model with a classification head, such as one "
-            "of AutoModelForSequenceClassification"
-        )
+def measure_truncations(
+    in_memory_adapter: InMemoryAdapter, trained: AdapterFolder, ranks: Sequence[int], criterion: Criterion, folder: Path
+) -> tuple[SmallestAdapterAnswer[RankedAdapter], Scores, Sequence[str]]:
+    """Truncate an adapter in memory downward, and score each truncation on the held-out batches. The model is restored afterwards.
+
+    Args:
+        trained: the saved adapter, which is truncated to files in `folder`.
+
+    Returns:
+        The smallest adapter, the scores of the trained one, and notes on how truncations were computed.
+
+    Raises:
+        DataError: fewer than two held-out examples have a label.
+        NotFiniteError: a held-out loss is NaN or infinite.
+    """
+    model, name = in_memory_adapter.model, in_memory_adapter.name
+    scores_by_rank: dict[int, Scores] = {}
+    with preserve_state(model, name):
+        # The model still holds the trained factors here. Later each truncation replaces them.
+        gathered = gather_adapter_moments(in_memory_adapter)
+
+        def truncate(rank: int) -> RankedAdapter:
+            if rank == 0:
+                return RankedAdapter(0, trained)  # evaluated with its update set to zero
+            with sync_errors():
+                return write_truncation(trained, folder / f"rank-{rank}", rank, gathered.moments)
+
+        def evaluate(adapter: RankedAdapter) -> ScoredAdapter:
+            is_trained = adapter.rank == trained.rank
+            if adapter.rank == 0:
+                set_update_to_zero(model, name)
+            elif not is_trained:
+                copy_factors(model, name, adapter.folder)
+            scores = scores_by_rank[adapter.rank] = in_memory_adapter.score()
+            if not np.isfinite(scores.losses).all():
+                raise NotFiniteError(
+                    f"rank {adapter.rank}: a held-out loss is NaN or infinite; the training may have diverged"
+                )
+            if len(scores.losses) < 2:
+                raise DataError("fewer than two held-out examples have a label; give more examples")
+            return scores.build_scored_adapter(
+                f"rank-{adapter.rank}", adapter.rank, criterion, method="trained" if is_trained else "truncated"
+            )
+
+        smallest = find_smallest(RankedAdapter(trained.rank, trained), ranks, truncate, evaluate, criterion)
+    return smallest, scores_by_rank[trained.rank], gathered.notices
+
+
+def gather_adapter_moments(in_memory_adapter: InMemoryAdapter) -> GatheredMoments:
+    """Gather second moments over about `moment_tokens` tokens of training examples."""
+    if not in_memory_adapter.train:
+        notice = "truncated by singular values: no training examples were given for second moments"
+        return GatheredMoments({}, 0, 0, (notice,))
+    model, name = in_memory_adapter.model, in_memory_adapter.name
+
+    def run_passes() -> Iterator[tuple[int, int, int]]:
+        num_positions = 0
+        for batch in in_memory_adapter.train:
+            if num_positions >= in_memory_adapter.moment_tokens:
+                return
+            loss, positions = in_memory_adapter.compute_loss(batch), count_positions(batch)
+            torch.autograd.backward(loss.total)
+            num_positions += positions
+            yield len(loss.example_losses), positions, int(loss.example_tokens.sum())
+
+    modules = [module for module, layer in find_lora_modules(model).items() if name in layer.lora_A]
+    return accumulate_moments(model, modules, run_passes(), name)
 
 
 def _save_adapter(
     in_memory_adapter: InMemoryAdapter, folder: Path, write_tokenizer: Callable[[Path], object] | None
 ) -> AdapterFolder:
     """Save the trained adapter with the identity of its base and with the tokenizer."""
-    model = in_memory_adapter.model
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with gather_parameters(model):
-        adapter = save_trained_adapter(model, in_memory_adapter.name, folder)
-        identity = compute_base_identity(model.get_base_model(), adapter.base_model or "")
+    adapter = save_trained_adapter(in_memory_adapter.model, in_memory_adapter.name, folder)
+    identity = compute_base_identity(in_memory_adapter.model.get_base_model(), adapter.base_model or "")
     write_text(folder / BASE_FILE, identity.to_json().decode())
     if write_tokenizer is not None:
         write_tokenizer(folder)
     return adapter
-
-
-def _find_loss_kind(in_memory_adapter: InMemoryAdapter) -> LossKind:
-    batch = in_memory_adapter.held_out[0]
-    if in_memory_adapter.trainer_loss is not None:
-        return "loss"
-    return "pair_loss" if "completion_mask" in batch else "loss" if has_class_labels(batch) else "token_loss"
 
 
 def _write_result(

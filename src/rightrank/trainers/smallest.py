@@ -14,8 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
-from itertools import accumulate
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,25 +32,13 @@ from rightrank.trainers.batch_scores import (
     GROUP_KEY,
     REFERENCE_KEYS,
     Batch,
+    TrainerLoss,
     compute_batch_loss,
     count_positions,
-    read_batch,
+    find_adapted_model,
+    is_sentence_transformers,
 )
-from rightrank.trainers.distributed import get_process_index, is_partitioned, log_failure
-from rightrank.trainers.held_out import select_held_out_rows
-from rightrank.trainers.in_memory import InMemoryAdapter, find_trained_adapter, validate_trained_adapter
-from rightrank.trainers.measurement import (
-    TRAINED_FOLDER,
-    SmallestAdapterResult,
-    TrainingSummary,
-    build_resize_command,
-    build_settings,
-    find_smallest_adapter,
-    require_result_folder,
-)
-from rightrank.trainers.preserved_state import preserve_state
-from rightrank.trainers.sentence_transformers import TrainerLoss, find_adapted_model, is_sentence_transformers
-from rightrank.trainers.trainer_rows import (
+from rightrank.trainers.held_out import (
     MAX_MOMENT_BATCHES,
     MIN_EXAMPLES,
     RowReader,
@@ -59,6 +46,24 @@ from rightrank.trainers.trainer_rows import (
     number_groups,
     read_moment_batches,
     sample_batches,
+    select_held_out_rows,
+)
+from rightrank.trainers.in_memory import (
+    find_trained_adapter,
+    get_process_index,
+    log_failure,
+    preserve_state,
+    validate_trained_adapter,
+)
+from rightrank.trainers.measurement import (
+    TRAINED_FOLDER,
+    InMemoryAdapter,
+    SmallestAdapterResult,
+    TrainingSummary,
+    build_resize_command,
+    build_settings,
+    find_smallest_adapter,
+    require_result_folder,
 )
 
 log = logging.getLogger("rightrank")
@@ -143,7 +148,10 @@ class SmallestAdapter(TrainerCallback):
         self._loader = kwargs["train_dataloader"]
         with preserve_state(model, name, self._loader, self._get_held_out_rows(), self.trainer.data_collator):
             reader = self._make_reader()
-            self._held_out = self._select_held_out_rows(reader)
+            count = self.max_examples or MAX_SAMPLE_SIZE
+            self._held_out, notes = select_held_out_rows(self._get_held_out_rows(), reader, count, self.group)
+            for note in notes:
+                self._add_note(note)
             self._require_example_losses(model, args, reader)
         self._is_training = True
         self._start_time = time.monotonic()
@@ -171,21 +179,11 @@ class SmallestAdapter(TrainerCallback):
         callbacks.insert(0, self)
 
     def _make_reader(self) -> RowReader:
-        reader = RowReader.from_loader(self._loader)
         # The first column of a reranker or an embedding model has the queries.
-        has_queries = self._trainer_loss is not None and len(reader.rows)
-        return replace(reader, query=next(iter(reader.rows[0]))) if has_queries else reader
+        return RowReader.from_loader(self._loader, has_queries=self._trainer_loss is not None)
 
     def _get_held_out_rows(self) -> Any:
         return getattr(self.trainer, "eval_dataset", None) if self.eval_dataset is None else self.eval_dataset
-
-    def _select_held_out_rows(self, reader: RowReader) -> Subset[Any]:
-        """Return a random sample of the held-out rows that are not in the training set."""
-        rows, count = self._get_held_out_rows(), self.max_examples or MAX_SAMPLE_SIZE
-        sample, notes = select_held_out_rows(rows, reader, count, self.group)
-        for note in notes:
-            self._add_note(note)
-        return sample
 
     def _add_note(self, text: str) -> None:
         self._notes.append(text)
@@ -198,24 +196,21 @@ class SmallestAdapter(TrainerCallback):
             DataError: the collator's batches give no loss per example.
             SettingsError: the metric has no value per example.
         """
-        if not len(self._held_out):
-            return  # Nothing is measured.
         if self._trainer_loss is not None:
             self._set_example_unit(args, reader, self._trainer_loss)
             return
-        batch = next(reader.read_batches(self._held_out, 2))
-        beta = _read_dpo_beta(self.trainer, batch)
-        # With ZeRO-3 only DeepSpeed's engine can run the model, so a fresh process measures.
-        loss = None if is_partitioned(model) else compute_batch_loss(model, batch, beta)
-        example_counts = (
-            read_batch(model, small_batch).examples for small_batch in reader.read_batches(self._held_out, 8)
-        )
-        if not any(count >= 2 for count in accumulate(example_counts)):
+        count, beta = 0, _read_dpo_beta(self.trainer, next(reader.read_batches(self._held_out, 2)))
+        for batch in reader.read_batches(self._held_out, 2):
+            loss = compute_batch_loss(model, batch, beta)
+            count += int((loss.example_tokens > 0).sum())
+            if count >= 2:
+                break
+        else:
             raise DataError("SmallestAdapter: fewer than two held-out rows have a label; give rows with labels")
-        has_accuracy = loss is not None and "accuracy" in loss.example_metrics
+        has_accuracy = "accuracy" in loss.example_metrics
         if self.metric is None and has_accuracy and str(args.metric_for_best_model).removeprefix("eval_") == "accuracy":
             self.metric = "accuracy"
-        if self.metric == "accuracy" and loss is not None and not has_accuracy:
+        if self.metric == "accuracy" and not has_accuracy:
             raise SettingsError("metric 'accuracy': accuracy is defined only for classifiers; leave the metric out")
 
     def _set_example_unit(self, args: TrainingArguments, reader: RowReader, loss: TrainerLoss) -> None:
@@ -305,7 +300,7 @@ class SmallestAdapter(TrainerCallback):
             )
             size = 1 if self._trainer_loss is not None and not is_batched else size
             rows = self._held_out
-            if self.max_examples is None and len(rows):
+            if self.max_examples is None:
                 sample = list(reader.read_batches(Subset(rows, range(min(len(rows), MIN_EXAMPLES))), size))
                 passes = len(self.ranks) + 1 if self.ranks else model.peft_config[name].r.bit_length()
                 cost = passes * sum(map(count_positions, sample)) / min(len(rows), MIN_EXAMPLES)
@@ -324,7 +319,7 @@ class SmallestAdapter(TrainerCallback):
                     {**batch, GROUP_KEY: groups[index * size : (index + 1) * size]}
                     for index, batch in enumerate(held_out)
                 ]
-        beta = _read_dpo_beta(self.trainer, (held_out or train or [{}])[0])
+        beta = _read_dpo_beta(self.trainer, held_out[0])
         return InMemoryAdapter(model, held_out, train, name, beta, moment_tokens, self._trainer_loss)
 
     def _log_to_trackers(self, answer: AdapterAnswer) -> None:
@@ -360,8 +355,8 @@ def keep_smallest(
         seconds: The duration of the training. The cost is then stated as a percentage of it.
 
     Raises:
-        DataError: no held-out batches.
-        ModelError: an adapter that cannot be truncated, or parameters that ZeRO-3 has partitioned.
+        DataError: no held-out batches, or batches without a loss per example.
+        ModelError: an adapter that cannot be truncated.
         RunFolderError: `out` holds another run or files of another program.
         OSError: `out` cannot be written.
     """
@@ -369,8 +364,11 @@ def keep_smallest(
     name, notes = validate_trained_adapter(model)
     with preserve_state(model, name, held_out, train):  # A loader draws its order from the random state.
         in_memory_adapter = InMemoryAdapter(model, list(held_out), sample_batches(train), name)
-    if not in_memory_adapter.held_out:
-        raise DataError("there are no held-out batches; give a few hundred examples that were not used for training")
+        if not in_memory_adapter.held_out:
+            raise DataError(
+                "there are no held-out batches; give a few hundred examples that were not used for training"
+            )
+        compute_batch_loss(model, in_memory_adapter.held_out[0])  # raises if they cannot be scored
     training = TrainingSummary(seconds=seconds, notes=notes)
     return find_smallest_adapter(in_memory_adapter, Path(out), training, margin=settings.margin, metric=metric)
 
@@ -386,18 +384,18 @@ def _read_dpo_beta(trainer: Trainer, batch: Batch) -> float:
         return BETA
     if getattr(trainer, "ref_model", None) is not None and REFERENCE_KEYS[0] not in batch:
         raise SettingsError("ref_model: a separate reference is not evaluated here; set precompute_ref_log_probs=True")
-    unsupported_names = [
-        name for name in ("ld_alpha", "use_weighting", "sync_ref_model") if getattr(dpo_args, name, None)
-    ]
-    unsupported_names += (
-        []
-        if str(getattr(dpo_args, "f_divergence_type", "reverse_kl")).endswith("reverse_kl")
-        else ["f_divergence_type"]
-    )
-    unsupported_names += [] if getattr(dpo_args, "loss_weights", None) in (None, [1], (1,)) else ["loss_weights"]
-    if unsupported_names or dpo_args.loss_type not in ("sigmoid", ["sigmoid"]):
-        raise SettingsError(
-            f"{unsupported_names[0] if unsupported_names else f'loss_type {dpo_args.loss_type}'}: preference pairs are measured only by the loss sigmoid without additional terms; "
-            "save the adapter and use rightrank resize --data"
-        )
+    supported_values = {
+        "loss_type": ("sigmoid", ["sigmoid"]),
+        "loss_weights": (None, [1]),
+        "ld_alpha": (None,),
+        "f_divergence_type": ("reverse_kl",),
+        "use_weighting": (False,),
+        "sync_ref_model": (False,),
+    }
+    for name, values in supported_values.items():
+        if (value := getattr(dpo_args, name, values[0])) not in values:
+            raise SettingsError(
+                f"{name} {value}: preference pairs are measured only by the loss sigmoid without additional terms; save the adapter and use "
+                "rightrank resize --data"
+            )
     return float(dpo_args.beta)
