@@ -5,11 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rightrank.decision.rule import decide_table
-from rightrank.decision.run import build_run_table, decide_run, list_comparable_outcomes, list_metrics
-from rightrank.decision.table import Cell, ScoreTable, build_table
+from rightrank.decision.run import build_run_table, decide_run, list_comparable_outcomes
+from rightrank.decision.table import build_table
 from rightrank.schema.events import Records
-from tests.decision.tables import build_value_table
 from tests.report.runs import ITEMS, make_run
 
 COLOURS = {0: 1.0, 1: 1.0, 4: 5.0, 16: 9.0}  # the name of this metric does not imply a direction
@@ -45,9 +43,9 @@ def change_settings(records: Records, **settings: object) -> Records:
 
 
 def test_the_metric_that_decides_comes_first() -> None:
-    assert list_metrics(make_measured_run()) == ["loss", "exact_match", "colour"]
-    assert list_metrics(make_measured_run(metric="exact_match")) == ["exact_match", "loss", "colour"]
-    assert list_metrics(make_measured_run(metric="f1")) == ["f1", "loss", "exact_match", "colour"]
+    assert make_measured_run().list_metrics() == ["loss", "exact_match", "colour"]
+    assert make_measured_run(metric="exact_match").list_metrics() == ["exact_match", "loss", "colour"]
+    assert make_measured_run(metric="f1").list_metrics() == ["f1", "loss", "exact_match", "colour"]
 
 
 def test_another_metric_may_decide_in_place_of_the_loss() -> None:
@@ -91,21 +89,6 @@ def test_an_impossible_perplexity_is_treated_as_an_ordinary_number(values: tuple
     assert cell.loss == pytest.approx(np.log(values[1]) if kind == "perplexity" else values[1])
     assert (cell.value, cell.weights.tolist(), cell.examples) == (values[1], [1.0], 0)
     assert build_table(trials, "perplexity", higher_is_better=True).cells[4, 1e-3, 0].loss == -values[1]
-
-
-def make_cell(loss: float) -> Cell:
-    return Cell("t", loss, np.array([loss]), np.ones(1))
-
-
-def test_no_gain_names_the_higher_learning_rate_if_one_is_known() -> None:
-    losses = {0: 2.0001, 1: 2.0, 4: 2.0}
-    bare_run = decide_table(build_value_table(losses), 0.01).next_runs[0]
-    assert bare_run.learning_rates == []
-    assert "at a higher learning rate" in bare_run.sentence
-    cells = {(rank, 1e-4 if rank else 0.0, 0): make_cell(loss) for rank, loss in losses.items()}
-    run = decide_table(ScoreTable("loss", False, cells), 0.01).next_runs[0]
-    assert run.learning_rates == [pytest.approx(3e-4)]
-    assert "at learning rate 0.0003" in run.sentence
 
 
 def test_truncations_are_not_compared_as_trainings() -> None:

@@ -20,7 +20,6 @@ from rightrank.decision.comparison import (
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.next_run import EXAMPLE_COUNTS
 from rightrank.decision.rule import decide_table
-from rightrank.decision.run import decide_run
 from rightrank.decision.table import ScoreTable, build_table
 from rightrank.schema.command import build_next_commands
 from rightrank.schema.decision import Decision, NextRun
@@ -85,9 +84,7 @@ def format_command(
         ({"action": "rates", "learning_rates": [1e-3]}, None),
         ({"action": "examples", "examples": 51}, None),  # more than there are examples
         ({"action": "examples", "examples": 30}, None),  # no more than are used now
-        ({"action": "steps", "ranks": [8], "seeds": 9, "learning_rates": [0.1]}, None),
         ({"action": "test", "ranks": [8]}, None),
-        ({"action": "data", "learning_rates": [0.1]}, None),
     ],
 )
 def test_a_next_run_that_select_can_do_is_a_command(next_run_fields: dict[str, object], options: str | None) -> None:
@@ -108,22 +105,6 @@ def test_more_examples_are_another_run(next_run_fields: dict[str, object], optio
     assert command.startswith(f"rightrank select {started.model_name} {started.data_name} --out out-more-examples --")
     assert "--learning-rates 0.001,0.003" in command
     assert all(option in command for option in options)
-
-
-def test_trainings_of_unequal_length_are_to_be_made_equal() -> None:
-    records = make_run((1, 4, 16), (1e-3,))
-    base, rank_1, rank_4, rank_16 = records.list_finished()
-    records.outcomes[:] = [
-        base,
-        rank_1.model_copy(update={"steps": 10}),
-        rank_4.model_copy(update={"steps": 20}),
-        rank_16,
-    ]
-    (next_run,) = [run for run in decide_run(records).next_runs if run.action == "steps"]
-    assert (next_run.ranks, next_run.steps, next_run.trials) == ([1, 4], rank_16.steps, 2)
-    assert next_run.sentence == (
-        f"Train ranks 1 and 4 for {rank_16.steps} steps too (2 trainings): the compared trainings have unequal lengths."
-    )
 
 
 HIGH_CONFIDENCE = 0.75
@@ -242,11 +223,12 @@ def test_a_plan_ends_at_64_times_the_examples() -> None:
     assert compute_required_examples(estimated, reach / 8.01) is None
 
 
-@pytest.mark.parametrize(("rate", "expected"), [(0.0, "at a higher learning rate"), (2e-3, "at learning rate 0.006")])
-def test_no_gain_suggests_checking_the_data_and_a_higher_rate(rate: float, expected: str) -> None:
+@pytest.mark.parametrize("rate", [0.0, 2e-3])
+def test_no_gain_suggests_learning_rates_first(rate: float) -> None:
     (run,) = decide_table(
         build_rate_table({(0, 0.0): 2.0, (4, 1e-3 if rate else 0.0): 2.0, (16, rate): 2.0}), 0.02
     ).next_runs
-    assert (run.action, run.ranks, run.trials) == ("data", [4], 1)
+    assert (run.action, run.ranks, run.trials) == ("rates", [4], 1)
     assert run.learning_rates == ([pytest.approx(3 * rate)] if rate else [])
-    assert f"then train once {expected}, or longer" in run.sentence
+    tried = "those tried, such as 0.006" if rate else "those tried"
+    assert run.sentence == f"Try learning rates beyond {tried}, then more steps, then more data."

@@ -11,7 +11,6 @@ import pytest
 from rightrank.api.runs import decide
 from rightrank.decision.run import (
     build_run_table,
-    count_trainings,
     decide_if_possible,
     decide_run,
     find_best_trial,
@@ -247,19 +246,19 @@ def test_a_perplexity_of_weighted_examples_is_the_weighted_mean_of_logarithms() 
 
 def test_the_cost_of_a_run_is_counted_in_whole_trainings() -> None:
     records = make_run((1, 4), (1e-3,))
-    assert count_trainings(records) == 2.0  # the base is evaluated, not trained
+    assert records.count_trainings() == 2.0  # the base is evaluated, not trained
     rank_1, rank_4 = records.list_finished()[1:]
     stopped = change_trial(rank_1, trial_id="stopped", stop_at=10)
     resumed = change_trial(rank_1, trial_id="resumed", stop_at=30, continue_from="stopped")
     truncated = change_trial(rank_4, trial_id="truncated", truncate_from=rank_4.trial_id, steps=0)
     records.outcomes += [stopped, resumed, truncated]
-    assert count_trainings(records) == pytest.approx(2 + 0.25 + 0.5)
+    assert records.count_trainings() == pytest.approx(2 + 0.25 + 0.5)
     third = change_trial(rank_1, trial_id="third", stop_at=None, steps=13)
-    assert count_trainings(Records.from_journal(records.started, [change_trial(rank_4, steps=30), third])) == 1.433
+    assert Records.from_journal(records.started, [change_trial(rank_4, steps=30), third]).count_trainings() == 1.433
     # If a custom trainer does not report its steps, each training counts as one.
     custom_records = Records.from_journal(records.started, [change_trial(trial, steps=0) for trial in (rank_1, rank_4)])
-    assert count_trainings(custom_records) == 2.0
-    assert count_trainings(Records.from_journal(records.started, [])) == 0.0
+    assert custom_records.count_trainings() == 2.0
+    assert Records.from_journal(records.started, []).count_trainings() == 0.0
 
 
 def test_the_kept_step_is_in_the_table() -> None:

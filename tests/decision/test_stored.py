@@ -42,7 +42,7 @@ def test_the_stored_decisions_hold_every_verdict_flag_and_action(stored: dict[st
         "larger_rank_worse",
     }  # fmt: skip
     assert {run["action"] for decision in stored.values() for run in decision["next_runs"]} == {
-        "seeds", "examples", "rank", "rates", "test", "data",
+        "seeds", "examples", "rank", "rates", "test",
     }  # fmt: skip
     assert {decision["basis"] for decision in stored.values()} == {
         "examples and seeds", "examples", "seeds", "std", "values",

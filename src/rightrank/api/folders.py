@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rightrank.adapters.adapter_folders import CONFIG_FILE
 from rightrank.api.runs import open_run
 from rightrank.data.files import UnreadableError, read_json_object, report_disk_errors, require_absent
-from rightrank.decision.run import compare_run_adapters, decide_if_possible, list_tried_rates
+from rightrank.decision.run import compare_run_adapters, decide_if_possible
 from rightrank.report.answer import build_answers
 from rightrank.report.screen import RunScreen, collect_curves, format_screen
 from rightrank.report.status import RunStatus, build_run_status, find_last_decision
@@ -220,7 +220,7 @@ def _read_status(run: str | Path) -> tuple[RunStatus, RunScreen]:
     goal, decided = records.settings.goal, find_last_decision(journal)
     decision = decide_if_possible(records) if decided is None else decided.decision
     answers = build_answers(records, decision if goal == "training-rank" else None, goal)
-    tried_rates = list_tried_rates(records)
+    tried_rates = records.list_tried_rates()
     commands = build_next_commands(records.started, answers.next_runs, str(run), tried_rates=tried_rates)
     adapter = folder.adapter if folder.adapter.is_dir() else None
     shown = RunScreen(answers, compare_run_adapters(records), commands, folder.path, adapter, folder.report)

@@ -9,12 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rightrank.data.files import report_disk_errors, write_text
 from rightrank.decision import rule
-from rightrank.decision.run import (
-    decide_run,
-    list_comparable_outcomes,
-    list_metrics,
-    list_tried_rates,
-)
+from rightrank.decision.run import decide_run, list_comparable_outcomes
 from rightrank.decision.table import build_table
 from rightrank.report.answer import Answers, build_answer_view, format_labelled_rows, render_notebook_html
 from rightrank.runs.folder import RunFolder
@@ -198,7 +193,7 @@ def _decide_run_folder(
     started = records.started
     direct = list_comparable_outcomes(records)
     metric = metric or started.metric
-    metrics = list_metrics(records)
+    metrics = records.list_metrics()
     if metric not in metrics or (started.data.form == "custom" and metric != started.metric):
         raise ResultsError(f"{folder.path}: the run has no metric {metric!r}; it has {', '.join(metrics)}")
     ranks = {outcome.rank for outcome in records.list_finished() if outcome.rank > 0 and outcome.arm.is_direct}
@@ -211,7 +206,7 @@ def _decide_run_folder(
     adapter = records.adapters[-1].answer.sentence if records.adapters else None
     decision = decision.model_copy(update={"adapter_sentence": adapter})
     commands = (
-        build_next_commands(started, decision.next_runs, str(folder.path), margin, list_tried_rates(records))
+        build_next_commands(started, decision.next_runs, str(folder.path), margin, records.list_tried_rates())
         if metric == started.metric
         else []
     )

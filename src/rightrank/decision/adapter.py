@@ -54,6 +54,7 @@ ANSWER_FIELDS = {
     "share_kept",
     "share_kept_low",
 }
+NO_GAIN_ADVICE = "Try learning rates beyond those tried, then more steps, then more data."
 MAX_DIRECT_RANK = 4  # at these ranks a direct training can beat a truncation (docs/explanation/science.md)
 STEP_SHARES = (0.99, 0.98, 0.95, 0.9)  # shares of the gain for which an answer names the smallest rank
 MAX_STEPS = 60  # of the search for a bound of a share
@@ -68,7 +69,6 @@ class Criterion:
     higher_is_better: bool
     margin: Margin | None  # None: the default
     loss: LossKind = "token_loss"  # the kind of a loss
-    points_use_metric: bool = True  # False: values during training are losses for every metric
     trusts_values: bool = False  # whether a difference without example scores is treated as exact, as in a replay
 
 
@@ -256,24 +256,14 @@ class ReferenceComparison:
 
 
 def _find_zero(bound: Callable[[float], float], start: float, slope: float) -> float:
-    """Find where a bound that falls with about this slope is 0, from a start near it, by the method of Illinois."""
-    previous, current = start, start + bound(start) / slope
-    previous_value, value = bound(previous), bound(current)
+    """Find where a bound that falls with about this slope is 0, from a start near it, by the secant method."""
+    previous, value = start, bound(start)
+    current = start + value / slope
     for _ in range(MAX_STEPS):
-        if previous_value == 0 or value * previous_value < 0:
+        previous_value, value = value, bound(current)
+        if value == previous_value or abs(current - previous) < SHARE_TOLERANCE:
             break
-        previous, previous_value, current = current, value, current + 2 * (current - previous or SHARE_TOLERANCE)
-        value = bound(current)
-    for _ in range(MAX_STEPS):
-        if previous_value == value or abs(current - previous) < SHARE_TOLERANCE:
-            break
-        middle = current - value * (current - previous) / (value - previous_value)
-        middle_value = bound(middle)
-        if middle_value * value < 0:
-            previous, previous_value = current, value
-        else:
-            previous_value /= 2
-        current, value = middle, middle_value
+        previous, current = current, current - value * (current - previous) / (value - previous_value)
     return current
 
 
@@ -392,7 +382,7 @@ def _format_answer(
     if gain is not None and comparison.has_no_gain:
         return (
             f"No gain shown: rank {top.rank} differs from the base by {gain.mean:+.2g} (95% bounds {gain.low:+.2g} and {gain.high:+.2g}), so no "
-            "rank is called enough. Train at other learning rates, for more steps, or on more data, and check that the data match the task."
+            f"rank is called enough. {NO_GAIN_ADVICE}"
         )
     if answer.rank < top.rank:
         return format_claim(answer, f"rank {top.rank}", comparison)
@@ -445,7 +435,7 @@ def _collect_notes(
     failed_ranks = [
         candidate.rank for candidate in candidates if candidate.rank < answer.rank and not candidate.is_within_margin
     ]
-    if failed_ranks and max(failed_ranks) <= MAX_DIRECT_RANK:
+    if failed_ranks and max(failed_ranks) <= MAX_DIRECT_RANK and not comparison.has_no_gain:
         notes.append(
             f"At rank {max(failed_ranks)} a direct training can beat a truncation; the search for the training rank "
             f"{SEARCH_OPTION} tries it."

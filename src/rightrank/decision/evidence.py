@@ -71,7 +71,9 @@ class Evidence:
     def __init__(self, table: ScoreTable, noise: NoiseComponents | None = None) -> None:
         """Collect the evidence of a table. `noise` is that of earlier grids; None for that of the table's metric."""
         outliers = find_outliers(table)
-        self.table = table = table.exclude_cells(outliers)
+        excluded = {(outlier.rank, outlier.learning_rate, outlier.seed) for outlier in outliers}
+        table = replace(table, cells={key: cell for key, cell in table.cells.items() if key not in excluded})
+        self.table = table
         self.noise = noise or get_noise(table.kind)
         self.contenders = align_contenders([select_contender(table, rank) for rank in table.list_ranks()])
         # Of the compared learning rates. The others change nothing.
@@ -95,7 +97,11 @@ class Evidence:
         """
         base_loss = self.base.loss if self.base is not None else base_loss
         gain = None if base_loss is None else self.unit.convert_difference(base_loss - self.reference.loss)
-        return compute_margin(margin, self.table.kind, self.unit.reference, self.table.list_values(), gain)
+        return self._compute_margin(margin, gain)
+
+    def _compute_margin(self, margin: Margin | None, gain: float | None) -> float:
+        values = [cell.value for cell in self.table.cells.values()]
+        return compute_margin(margin, self.table.kind, self.unit.reference, values, gain)
 
     def convert_margin(self, margin: Margin | None, base_loss: float | None = None) -> float:
         """Return the margin in the oriented unit."""
@@ -104,8 +110,7 @@ class Evidence:
     @property
     def margin_without_base(self) -> float:
         """Return the default margin of a table without a base, in the oriented unit."""
-        margin = compute_margin(None, self.table.kind, self.unit.reference, self.table.list_values(), None)
-        return self.unit.convert_margin(margin)
+        return self.unit.convert_margin(self._compute_margin(None, None))
 
     def is_within(self, rank: int, margin: float) -> bool:
         """Return whether the value of the rank is within the margin (oriented unit) of the reference; False without a result."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from rightrank.decision.adapter import NO_GAIN_ADVICE
 from rightrank.decision.comparison import MAX_SEEDS, is_within
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.ranks import Comparison, find_unexplained_rank, format_rank_names
@@ -34,8 +35,6 @@ def plan_next_runs(comparison: Comparison, verdict: Verdict, flags: list[str]) -
         runs.append(_plan_larger_rank(comparison.evidence))
     if "lr_edge" in flags:
         runs.insert(1 if verdict in ("rising", "undecided") else 0, _plan_rate_beyond_edge(comparison))
-    if "unequal_length" in flags:
-        runs.append(_plan_equal_lengths(comparison.evidence))
     if verdict not in ("no_gain", "undecided"):
         runs.append(_plan_confirmation(comparison, is_last=not runs))
     return runs
@@ -82,18 +81,6 @@ def _plan_runs_for_confidence(comparison: Comparison) -> list[NextRun]:
         sentence = f"{more} {MAX_SEEDS} seeds would settle it at this noise: take rank {comparison.chosen}, or choose another margin."
         runs.append(NextRun(action="none", ranks=[comparison.chosen], sentence=sentence))
     return runs
-
-
-def _plan_equal_lengths(evidence: Evidence) -> NextRun:
-    """Plan to train all ranks for as many steps as the longest training."""
-    steps = max(evidence.list_lengths())
-    shorter_trials = {
-        rank: sum(cell.steps not in (None, steps) for cell in contender.cells.values())
-        for rank, contender in sorted(evidence.contenders.items())
-    }
-    ranks, trials = [rank for rank in shorter_trials if shorter_trials[rank]], sum(shorter_trials.values())
-    sentence = f"Train {format_rank_names(ranks)} for {steps} steps too ({_format_cost(trials)}): the compared trainings have unequal lengths."
-    return NextRun(action="steps", ranks=ranks, steps=steps, trials=trials, sentence=sentence)
 
 
 def _plan_larger_rank(evidence: Evidence) -> NextRun:
@@ -151,11 +138,10 @@ def _plan_confirmation(comparison: Comparison, is_last: bool) -> NextRun:
 
 
 def _plan_after_no_gain(evidence: Evidence) -> NextRun:
-    lr = 3 * max(contender.learning_rate for contender in evidence.contenders.values())
-    at = f" at learning rate {lr:.2g}" if lr > 0 else " at a higher learning rate"
-    sentence = f"Check that the labels match the data; then train once{at}, or longer, before giving up."
-    lrs = [lr] if lr > 0 else []
-    return NextRun(action="data", ranks=[min(evidence.contenders)], learning_rates=lrs, trials=1, sentence=sentence)
+    rate = EDGE_FACTOR * max(contender.learning_rate for contender in evidence.contenders.values())
+    sentence = NO_GAIN_ADVICE.replace("those tried", f"those tried, such as {rate:.2g}") if rate else NO_GAIN_ADVICE
+    rates = [float(f"{rate:.2g}")] if rate else []
+    return NextRun(action="rates", ranks=[min(evidence.contenders)], learning_rates=rates, trials=1, sentence=sentence)
 
 
 def _count_missing_trainings(evidence: Evidence, ranks: list[int], seeds: int) -> int:

@@ -20,12 +20,12 @@ nothing is undecided for lack of evidence: ranks are compared by their values.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
 
-from rightrank.decision.comparison import CONFIDENCE, Bounds, Estimate, is_within, list_lower_ranks
+from rightrank.decision.comparison import CONFIDENCE, Estimate, compute_bounds, is_within, list_lower_ranks
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.table import Contender, MetricUnit
 from rightrank.schema.decision import StaircaseStep, Verdict
@@ -46,6 +46,7 @@ class RankComparison:
     high: float
     is_enough: bool  # whether the mean is within the margin
     non_inferior: bool | None  # True: shown to be enough; False: shown not to be; None: inconclusive
+    probability: float | None  # that it is enough; None if the evidence gives none
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,28 +68,19 @@ class Comparison:
         """Return the ranks that were trained, ascending, without the base model."""
         return sorted(self.evidence.contenders)
 
-    def compute_probability(self, rank: int) -> float | None:
-        """Compute the probability that the rank is enough, or return None if the evidence gives none."""
-        return self.evidence.compute_probability(rank, self.margin)
-
-    def require_probability(self, rank: int) -> float:
-        """Return the probability that the rank is enough. The evidence must give one."""
-        probability = self.compute_probability(rank)
-        assert probability is not None
-        return probability
-
     def list_indistinguishable_ranks(self) -> list[int]:
         """List the ranks that are not shown to be worse than the margin allows, by their bounds and with a probability of `CONFIDENCE`."""
         return [
             rank
             for rank in self.ranks
-            if self.by_rank[rank].non_inferior is not False or self.require_probability(rank) > 1 - CONFIDENCE
+            if self.by_rank[rank].non_inferior is not False or (self.by_rank[rank].probability or 0.0) > 1 - CONFIDENCE
+            if self.confidence is not None
         ]
 
     @property
     def is_open(self) -> bool:
         """Return whether no rank has the requested probability."""
-        return self.confidence is not None and self.require_probability(self.chosen) < self.confidence
+        return self.confidence is not None and (self.by_rank[self.chosen].probability or 0.0) < self.confidence
 
     @property
     def is_base_enough(self) -> bool:
@@ -98,7 +90,7 @@ class Comparison:
         base = self.by_rank[0]
         if self.confidence is None:
             return base.is_enough or is_within(base.difference.mean, self.evidence.margin_without_base)
-        return self.require_probability(0) >= self.confidence or base.low <= 0
+        return (base.probability or 0.0) >= self.confidence or base.low <= 0
 
     @property
     def is_indication(self) -> bool:
@@ -116,7 +108,7 @@ class Comparison:
             return False
         if verdict == "rising":
             return all(self.by_rank[rank].non_inferior is False for rank in self.ranks if rank < self.chosen)
-        return (self.compute_probability(0 if verdict == "no_gain" else self.chosen) or 0.0) >= CONFIDENCE
+        return (self.by_rank[0 if verdict == "no_gain" else self.chosen].probability or 0.0) >= CONFIDENCE
 
     @property
     def next_lower_rank(self) -> int | None:
@@ -129,14 +121,16 @@ class Comparison:
         For values without uncertainty, the values decide.
         """
         compared = self.by_rank[rank]
-        if self.confidence is not None and self.require_probability(rank) <= 1 - self.confidence:
-            return True
-        return compared.non_inferior is False if self.confidence is not None else not compared.is_enough
+        if self.confidence is None:
+            return not compared.is_enough
+        return compared.non_inferior is False or (compared.probability or 0.0) <= 1 - self.confidence
 
     def is_clearly_worse(self, rank: int) -> bool:
         """Return whether the rank is worse (`is_worse`) with a probability of `CONFIDENCE`, if there are probabilities."""
-        is_likely = self.confidence is not None and self.require_probability(rank) > 1 - CONFIDENCE
-        return self.is_worse(rank) and not (is_likely and self.by_rank[rank].non_inferior is not False)
+        compared = self.by_rank[rank]
+        return self.is_worse(rank) and (
+            (compared.probability or 0.0) <= 1 - CONFIDENCE or compared.non_inferior is False
+        )
 
 
 def compare_ranks(evidence: Evidence, margin: float, confidence: float = DEFAULT_CONFIDENCE) -> Comparison:
@@ -149,30 +143,23 @@ def compare_ranks(evidence: Evidence, margin: float, confidence: float = DEFAULT
     by_rank = {contender.rank: _compare_rank(contender, evidence, margin) for contender in contenders}
     if evidence.lacks_uncertainty:
         return Comparison(evidence, by_rank, margin, evidence.pick_by_values(margin), None)
-    likely = {rank: evidence.compute_probability(rank, margin) or 0.0 for rank in sorted(evidence.contenders)}
+    likely = {rank: by_rank[rank].probability or 0.0 for rank in sorted(evidence.contenders)}
     sufficient_ranks = [rank for rank in likely if likely[rank] >= confidence]
     chosen = min(sufficient_ranks, default=max(likely, key=lambda rank: (likely[rank], -rank)))
     return Comparison(evidence, by_rank, margin, chosen, confidence)
 
 
 def _compare_rank(contender: Contender, evidence: Evidence, margin: float) -> RankComparison:
-    mean = evidence.estimate_value(contender)
+    mean, probability = evidence.estimate_value(contender), evidence.compute_probability(contender.rank, margin)
     if contender.rank == evidence.reference.rank:
-        return RankComparison(contender, mean, ZERO_DIFFERENCE, 0.0, 0.0, True, True)
+        return RankComparison(contender, mean, ZERO_DIFFERENCE, 0.0, 0.0, True, True, probability)
     difference = evidence.estimate_difference(contender)
-    gap = min(evidence.selection_bias, difference.standard_error)  # no more than the rank's own noise can explain
-    bounds = Bounds(
-        difference.mean, difference.compute_bound(1 - CONFIDENCE) - gap, difference.compute_bound(CONFIDENCE)
-    )
-    return RankComparison(
-        contender,
-        mean,
-        difference,
-        bounds.low,
-        bounds.high,
-        is_within(bounds.mean, margin),
-        None if evidence.basis == "values" else bounds.is_enough(margin),
-    )
+    bounds = compute_bounds(difference)
+    low = bounds.low - min(evidence.selection_bias, difference.standard_error)  # what the rank's own noise can explain
+    bounds = replace(bounds, low=low)
+    is_enough = is_within(bounds.mean, margin)
+    non_inferior = None if evidence.basis == "values" else bounds.is_enough(margin)
+    return RankComparison(contender, mean, difference, low, bounds.high, is_enough, non_inferior, probability)
 
 
 def build_staircase(comparison: Comparison, unit: MetricUnit) -> list[StaircaseStep]:

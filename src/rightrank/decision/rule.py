@@ -12,8 +12,6 @@ would; the decision has the flag `underpowered`, and `non_inferior` is None.
 
 from __future__ import annotations
 
-from typing import Any
-
 from rightrank.decision.comparison import CONFIDENCE, TWO_SIDED
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.next_run import plan_next_runs
@@ -52,10 +50,20 @@ def decide_table(
     Raises:
         ResultsError: fewer than two ranks have a finished trial, or the margin is not above 0.
     """
-    table = select_checkpoint(table, checkpoint)
-    evidence, unit, margin = _prepare_comparison(table, margin)
+    ranks = table.list_ranks()
+    if len(ranks) < 2:
+        raise ResultsError(
+            f"{len(ranks)} rank(s) with a finished trial: a comparison needs two or more; train more ranks"
+        )
     if not 0.5 <= confidence < 1:
         raise ResultsError(f"confidence {confidence:g} is not allowed: give a probability from 0.5 to below 1")
+    try:
+        requested_margin = parse_margin(margin)
+    except ValueError as error:
+        raise ResultsError(str(error)) from None
+    table = select_checkpoint(table, checkpoint)
+    evidence = Evidence(table)
+    unit, margin = evidence.unit, evidence.resolve_margin(requested_margin)
     comparison = compare_ranks(evidence, unit.convert_margin(margin), confidence)
     chosen = comparison.chosen
     verdict = determine_verdict(comparison)
@@ -66,7 +74,7 @@ def decide_table(
         recommended_rank=chosen,
         verdict=verdict,
         flags=flags,
-        sentence=format_sentence(comparison, margin, verdict, unit),
+        sentence=format_sentence(comparison, margin, verdict, unit, is_default_margin=requested_margin is None),
         next_run=runs[0].sentence,
         metric=table.metric,
         higher_is_better=table.higher_is_better,
@@ -78,35 +86,12 @@ def decide_table(
         ranks=[_build_rank_evidence(comparison, comparison.by_rank[rank], unit) for rank in sorted(comparison.by_rank)],
         basis=evidence.basis,
         basis_note=format_basis_note(evidence),
-        **_build_probability_fields(comparison),
+        requested_confidence=comparison.confidence,
+        probability=comparison.by_rank[chosen].probability,
+        indistinguishable_ranks=comparison.list_indistinguishable_ranks(),
         next_runs=runs,
         selection_bias=unit.convert_difference(evidence.selection_bias),
     )
-
-
-def _build_probability_fields(comparison: Comparison) -> dict[str, Any]:
-    """Return the fields of a decision by probabilities; empty if the values decided."""
-    if comparison.confidence is None:
-        return {}
-    return {
-        "requested_confidence": comparison.confidence,
-        "probability": comparison.compute_probability(comparison.chosen),
-        "indistinguishable_ranks": comparison.list_indistinguishable_ranks(),
-    }
-
-
-def _prepare_comparison(table: ScoreTable, margin: Margin | None) -> tuple[Evidence, MetricUnit, float]:
-    ranks = table.list_ranks()
-    if len(ranks) < 2:
-        raise ResultsError(
-            f"{len(ranks)} rank(s) with a finished trial: a comparison needs two or more; train more ranks"
-        )
-    evidence = Evidence(table)
-    try:
-        margin = parse_margin(margin)
-    except ValueError as error:
-        raise ResultsError(str(error)) from None
-    return evidence, evidence.unit, evidence.resolve_margin(margin)
 
 
 def _build_rank_evidence(comparison: Comparison, compared: RankComparison, unit: MetricUnit) -> RankEvidence:
@@ -123,7 +108,7 @@ def _build_rank_evidence(comparison: Comparison, compared: RankComparison, unit:
         difference_low=None if lacks_noise else unit.convert_difference(compared.low),
         difference_high=None if lacks_noise else unit.convert_difference(compared.high),
         non_inferior=compared.non_inferior,
-        probability=comparison.compute_probability(contender.rank),
+        probability=compared.probability,
         learning_rate=contender.learning_rate or None,
         seeds=len(contender.cells),
         trial_ids=[cell.trial_id for cell in contender.cells.values()],
@@ -147,12 +132,16 @@ def format_amount(value: str, evidence: Evidence) -> str:
     return value if evidence.table.metric == "value" else f"{value} in {evidence.table.metric}"
 
 
-def format_sentence(comparison: Comparison, margin: float, verdict: Verdict, unit: MetricUnit) -> str:
+def format_sentence(
+    comparison: Comparison, margin: float, verdict: Verdict, unit: MetricUnit, *, is_default_margin: bool
+) -> str:
     """Format the answer in a sentence or two. `margin` is in the metric's unit."""
     sentences = [_format_answer(comparison, margin, verdict, unit)]
-    base = comparison.compute_probability(0) if 0 in comparison.by_rank and verdict != "no_gain" else None
+    base = comparison.by_rank[0].probability if 0 in comparison.by_rank and verdict != "no_gain" else None
     if base is not None and comparison.confidence is not None and base > 1 - comparison.confidence:
         sentences.append(f"The base model itself is {format_probability(base)} likely to be within the margin.")
+    if is_default_margin and comparison.evidence.base is None:
+        sentences.append("Without a result of the base (rank 0), the margin is the default in the metric's unit.")
     return " ".join([*sentences, *map(_format_outlier, comparison.evidence.outliers)])
 
 
@@ -196,7 +185,7 @@ def _format_answer(comparison: Comparison, margin: float, verdict: Verdict, unit
     )
     if (lower := comparison.next_lower_rank) is None:
         return f"{conclusion}: it is {best}, and the smallest tried{caution}."
-    likely = None if comparison.by_rank[lower].non_inferior is False else comparison.compute_probability(lower)
+    likely = None if comparison.by_rank[lower].non_inferior is False else comparison.by_rank[lower].probability
     worse = _format_difference(comparison, lower, unit) if likely is None else f"{format_probability(likely)} likely"
     return f"{conclusion}: it is {best}, and the next lower rank ({lower}) is {worse}{caution}."
 
@@ -209,9 +198,8 @@ def _format_difference(comparison: Comparison, rank: int, unit: MetricUnit) -> s
 
 def _format_probabilities(comparison: Comparison) -> str:
     """Format the probabilities of the chosen rank and of the likeliest larger one: ` (71% likely; rank 16: 96%)`."""
-    probabilities = {
-        rank: likely for rank in comparison.ranks if (likely := comparison.compute_probability(rank)) is not None
-    }
+    compared = [(rank, comparison.by_rank[rank].probability) for rank in comparison.ranks]
+    probabilities = {rank: likely for rank, likely in compared if likely is not None}
     if comparison.chosen not in probabilities:
         return ""
     larger_ranks = [
@@ -225,25 +213,20 @@ def _format_probabilities(comparison: Comparison) -> str:
 
 
 def _format_undecided(comparison: Comparison, margin_text: str, unit: MetricUnit) -> str:
-    remark = ""
-    if not comparison.is_open:
+    """Name the rank that may have failed, or else the indistinguishable ranks and the margin at which the recommended one would be enough."""
+    unexplained = find_unexplained_rank(comparison)
+    if unexplained is not None:
         remark = f" Without it, rank {comparison.chosen} looks enough{_format_probabilities(comparison)}."
-    if (unexplained := find_unexplained_rank(comparison)) is not None:
         return (
             f"Undecided: rank {unexplained} is {_format_difference(comparison, unexplained, unit)} than rank {comparison.reference.rank}, "
-            f"although a larger rank should be about as good: its training may have failed.{remark}"
+            f"although a larger rank should be about as good: its training may have failed.{'' if comparison.is_open else remark}"
         )
-    return _format_cannot_tell(comparison, margin_text, unit)
-
-
-def _format_cannot_tell(comparison: Comparison, margin_text: str, unit: MetricUnit) -> str:
-    """Format the indistinguishable ranks, and the recommended one with its probability and the margin at which it would be enough."""
     evidence, recommended, confidence = comparison.evidence, comparison.chosen, comparison.confidence
     assert confidence is not None  # values without uncertainty can tell
     indistinguishable = comparison.list_indistinguishable_ranks()
     worse_ranks = [rank for rank in comparison.ranks if rank not in indistinguishable]
     margin = format_number(unit.convert_difference(evidence.compute_margins(confidence)[recommended]))
-    likely = format_probability(comparison.require_probability(recommended))
+    likely = format_probability(comparison.by_rank[recommended].probability or 0.0)
     sentences = [
         f"Take rank {recommended}: it is {likely} likely to be within {margin_text} of the best, and {confidence:.0%} likely to be within {margin}."
     ]

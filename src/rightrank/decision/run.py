@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from rightrank.decision.adapter import (
     ANSWER_FIELDS,
@@ -15,13 +15,11 @@ from rightrank.decision.adapter import (
     format_claim,
     format_steps,
 )
-from rightrank.decision.comparison import is_within
 from rightrank.decision.ranks import DEFAULT_CONFIDENCE
 from rightrank.decision.rule import decide_table
 from rightrank.decision.table import (
     ScoreTable,
     build_table,
-    find_best_point,
 )
 from rightrank.schema.decision import (
     AdapterAnswer,
@@ -31,13 +29,12 @@ from rightrank.schema.decision import (
     LearningRateCandidate,
 )
 from rightrank.schema.errors import ResultsError
-from rightrank.schema.events import Records, RunStarted, TestEvaluated
+from rightrank.schema.events import Records, TestEvaluated
 from rightrank.schema.metrics import Checkpoint, Margin, format_unknown_direction
 from rightrank.schema.trials import (
-    TrialDiverged,
     TrialFinished,
     TrialOutcome,
-    count_added_steps,
+    exclude_longer_trainings,
 )
 
 
@@ -92,21 +89,12 @@ def find_base(
     )
 
 
-def describe_checkpoint(trial: TrialFinished, criterion: Criterion, margin: float) -> list[str]:
-    """Say which evaluation of the training at the top rank is used, or that an earlier one was better."""
-    points = trial.points if criterion.points_use_metric and trial.value_metric is None else []
-    best = find_best_point(points, criterion.higher_is_better) if points else None
-    if trial.checkpoint_step is not None:
-        mean = ", the mean of the factors since the warm-up" if trial.checkpoint_is_mean else ""
-        return [
-            f"The best checkpoint of rank {trial.rank} is used: step {trial.checkpoint_step} of {trial.steps}{mean}."
-        ]
-    if best is None or is_within(abs(points[-1].value - best.value), margin):
+def describe_checkpoint(trial: TrialFinished) -> list[str]:
+    """Say which evaluation of a training is used, if it is not the last one."""
+    if trial.checkpoint_step is None:
         return []
-    return [
-        f"The held-out value of rank {trial.rank} was best at step {best.step} of {trial.steps}: train again with "
-        f"--max-steps {best.step}, or with --set checkpoint=best."
-    ]
+    mean = ", the mean of the factors since the warm-up" if trial.checkpoint_is_mean else ""
+    return [f"The best checkpoint of rank {trial.rank} is used: step {trial.checkpoint_step} of {trial.steps}{mean}."]
 
 
 def build_trained_answer(
@@ -288,7 +276,7 @@ def describe_learning_rate(
         for outcome in trainings
         if isinstance(outcome, TrialFinished) and outcome.is_direct and outcome.steps == chosen.steps
     }
-    failures = {outcome.learning_rate: text for outcome in trainings if (text := _format_failure(outcome))}
+    failures = {trial.learning_rate: trial.end_text for trial in trainings if not isinstance(trial, TrialFinished)}
     candidates = []
     for rate, outcome in sorted(at_step.items()):
         adapter = scored.get(outcome.trial_id)
@@ -322,15 +310,6 @@ def describe_learning_rate(
     return answer.model_copy(update={"sentence": _format_sentence(answer)})
 
 
-def _format_failure(outcome: TrialOutcome) -> str:
-    """Describe how a training ended without a result; empty for one with a result."""
-    if isinstance(outcome, TrialFinished):
-        return ""
-    if isinstance(outcome, TrialDiverged):
-        return f"diverged at step {outcome.step}"
-    return "ran out of memory" if outcome.error == "out_of_memory" else "failed"
-
-
 def _format_sentence(answer: LearningRateAnswer) -> str:
     when = f"at step {answer.step} of {answer.steps}" if answer.step < answer.steps else "at the end"
     others = [candidate for candidate in answer.candidates if candidate.learning_rate != answer.learning_rate]
@@ -350,10 +329,6 @@ def _format_sentence(answer: LearningRateAnswer) -> str:
     for edge, name in ((tried_rates[0], "lowest"), (tried_rates[-1], "highest")):
         if answer.learning_rate == edge:
             sentences.append(f"It is the {name} one that was tried: --learning-rates tries others.")
-    equal_rates = [f"{candidate.learning_rate:g}" for candidate in measured if candidate.is_within_margin]
-    if equal_rates:
-        verb = "was" if len(equal_rates) == 1 else "were"
-        sentences.append(f"{' and '.join(equal_rates)} {verb} within the margin of {answer.margin:.2g}.")
     if is_mean:
         sentences.append(
             f"Chosen like this, the rate was within .005 nats of the best of four in {NEAR_BEST_GRIDS} of {JUDGED_GRIDS} judged grids."
@@ -395,12 +370,6 @@ def decide_run(
     )
 
 
-def list_metrics(records: Records) -> list[str]:
-    """List the metrics of the run's trials; the deciding metric comes first."""
-    names = dict.fromkeys(name for trial in records.list_finished() for name in trial.metrics)
-    return list(dict.fromkeys([records.started.metric, *names]))
-
-
 def build_run_table(records: Records, metric: str | None = None, higher: bool | None = None) -> ScoreTable:
     """Build the table of a run's scores by `metric`, by default the deciding one.
 
@@ -415,7 +384,7 @@ def build_run_table(records: Records, metric: str | None = None, higher: bool | 
         return build_table(outcomes, started.metric, started.higher_is_better if higher is None else higher)
     metric = metric or started.metric
     if higher is None:
-        higher = get_metric_direction(started, metric)
+        higher = started.get_metric_direction(metric)
     if higher is None:
         raise ResultsError(f"{format_unknown_direction(metric)}; give --higher-is-better or --lower-is-better")
     evaluation_metric = started.points_metric or started.metric
@@ -424,39 +393,11 @@ def build_run_table(records: Records, metric: str | None = None, higher: bool | 
     )
 
 
-def list_tried_rates(records: Records) -> set[float]:
-    """List the learning rates of all trainings, including those that the search added to the settings."""
-    return {outcome.learning_rate for outcome in records.outcomes if outcome.rank > 0 and outcome.learning_rate > 0}
-
-
-def get_metric_direction(started: RunStarted, metric: str) -> bool | None:
-    """Return whether higher is better by a metric of the run, from its settings or else its name; None: not known."""
-    if metric == started.metric:
-        return started.higher_is_better
-    return started.select_settings.get_direction(metric)
-
-
 def list_comparable_outcomes(records: Records) -> list[TrialOutcome]:
     """List the outcomes that may be compared: complete trainings, and the base with their trained heads if there are any."""
     zero = [outcome for outcome in records.outcomes if outcome.rank == 0 and outcome.truncate_from is not None][-1:]
     direct = [outcome for outcome in records.outcomes if outcome.is_direct and (outcome.rank > 0 or not zero)]
     return exclude_longer_trainings([*zero, *direct])
-
-
-Outcome = TypeVar("Outcome", bound=TrialOutcome)
-
-
-def exclude_longer_trainings(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Keep the shortest training of each rank, learning rate and seed.
-
-    The training of twice the steps, which goal "best-adapter" makes, is compared with the others as an adapter only.
-    """
-    # Truncations have no steps, and are compared with each other alone.
-    keys = [(outcome.rank, outcome.learning_rate, outcome.seed, outcome.truncate_from is None) for outcome in outcomes]
-    fewest: dict[tuple[int, float, int, bool], int] = {}
-    for key, outcome in zip(keys, outcomes, strict=True):
-        fewest[key] = min(outcome.steps, fewest.get(key, outcome.steps))
-    return [outcome for key, outcome in zip(keys, outcomes, strict=True) if outcome.steps == fewest[key]]
 
 
 def find_best_trial(records: Records, decision: Decision, rank: int) -> TrialFinished:
@@ -483,7 +424,6 @@ def build_criterion(records: Records) -> Criterion:
         started.higher_is_better,
         records.settings.margin,
         started.data.loss_kind,
-        points_use_metric=(started.points_metric or started.metric) == started.metric,
     )
 
 
@@ -492,16 +432,3 @@ def compare_run_adapters(records: Records) -> list[AdapterCandidate]:
     if not records.adapters:
         return []
     return compare_adapters(records.adapters[-1].answer, records.outcomes, build_criterion(records))
-
-
-def count_trainings(records: Records) -> float:
-    """Return the optimizer steps of all outcomes divided by those of a complete training.
-
-    An arm that resumes another one counts only its added steps.
-    """
-    by_id = records.by_id
-    finished = [trial for trial in by_id.values() if trial.rank > 0]
-    trainings = exclude_longer_trainings([trial for trial in finished if trial.truncate_from is None])
-    steps_per_training = max([0, *(trial.steps for trial in trainings)])
-    steps = sum(count_added_steps(trial, by_id) for trial in finished)
-    return round(steps / steps_per_training, 3) if steps_per_training else float(len(finished))

@@ -18,13 +18,11 @@ from numpy.typing import ArrayLike
 
 from rightrank.decision.comparison import (
     INDEPENDENCE_NOTE,
-    RELATIVE_TOLERANCE,
     Estimate,
     compute_bounds,
     compute_score_range,
     estimate_mean,
 )
-from rightrank.schema.decision import DifferenceDistribution
 from rightrank.schema.metrics import Checkpoint, LossKind, MetricKind, infer_metric_kind
 from rightrank.schema.trials import (
     EvalPoint,
@@ -36,9 +34,6 @@ from rightrank.schema.trials import (
     TrialOutcome,
 )
 
-LARGE_DIFFERENCE_MARGINS = (
-    10.0  # differences of single examples above this are reported, even if the mean is within the margin
-)
 RELIABLE_GROUPS = 16  # with fewer groups, their number is part of the uncertainty
 MAX_EXPONENT = 100.0  # keeps the bound of a perplexity finite
 RIDGE = 1e-4  # keeps seed effects at 0 if the shared seeds do not determine them
@@ -132,16 +127,6 @@ class ScoreTable:
     def get_cells_by_rate(self, rank: int) -> Mapping[float, Mapping[int, Cell]]:
         """Return the rank's cells by learning rate and seed, both ascending."""
         return self._by_rank.get(rank, {})
-
-    def list_values(self) -> list[float]:
-        return [cell.value for cell in self.cells.values()]
-
-    def exclude_cells(self, outliers: Collection[Outlier]) -> ScoreTable:
-        """Return the table without these trainings."""
-        if not outliers:
-            return self
-        keys = {(outlier.rank, outlier.learning_rate, outlier.seed) for outlier in outliers}
-        return replace(self, cells={key: cell for key, cell in self.cells.items() if key not in keys})
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,14 +377,14 @@ def compute_adjusted_means(losses: Sequence[Mapping[int, float]]) -> list[float]
     seeds = sorted({seed for row in losses for seed in row})
     if all(len(row) == len(seeds) for row in losses):
         return [float(np.mean(list(row.values()))) for row in losses]
-    cells = [(row_index, seeds.index(seed), loss) for row_index, row in enumerate(losses) for seed, loss in row.items()]
-    level = float(np.mean([loss for _, _, loss in cells]))
-    design = np.zeros((len(cells) + len(seeds), len(losses) + len(seeds)))
-    target = np.zeros(len(design))
-    for cell_index, (row_index, seed, loss) in enumerate(cells):
-        design[cell_index, row_index] = design[cell_index, len(losses) + seed] = 1.0
-        target[cell_index] = loss - level
-    design[len(cells) :, len(losses) :] = RIDGE * np.eye(len(seeds))
+    cells = [(row, seeds.index(seed), loss) for row, by_seed in enumerate(losses) for seed, loss in by_seed.items()]
+    rows, columns, values = zip(*cells, strict=True)
+    level = float(np.mean(values))
+    design = np.block([
+        [np.eye(len(losses))[list(rows)], np.eye(len(seeds))[list(columns)]],
+        [np.zeros((len(seeds), len(losses))), RIDGE * np.eye(len(seeds))],
+    ])  # fmt: skip
+    target = np.append(np.array(values) - level, np.zeros(len(seeds)))
     solution = np.linalg.lstsq(design, target, rcond=None)[0]
     return [float(row) + level for row in solution[: len(losses)]]
 
@@ -461,32 +446,6 @@ def compute_paired_difference(cell: Cell, reference: Cell) -> Cell:
     """Compute how much worse one cell is than the other, on each example."""
     score_range, sums = max(cell.score_range, reference.score_range), cell.sums - reference.sums
     return Cell(cell.trial_id, cell.value - reference.value, sums, cell.weights, score_range, groups=cell.groups)
-
-
-def compute_distribution(
-    difference: Cell, margin: float, convert: Callable[[float], float] = float
-) -> DifferenceDistribution:
-    """Compute the distribution of a paired difference over examples; `convert` converts to the metric's unit."""
-    sorted_differences = np.sort([convert(worse_by) for worse_by in (difference.sums / difference.weights).tolist()])
-    threshold = LARGE_DIFFERENCE_MARGINS * margin
-    share = float(np.mean(sorted_differences > threshold * (1 + RELATIVE_TOLERANCE)))
-    return DifferenceDistribution(
-        threshold=threshold,
-        share_worse=share,
-        worst_tenth_mean=float(sorted_differences[-math.ceil(len(sorted_differences) / 10) :].mean()),
-    )
-
-
-def format_distribution(distribution: DifferenceDistribution) -> str:
-    """Format the share of examples that get much worse; add the worst tenth only if there are some."""
-    if distribution.share_worse == 0:
-        return f"No held-out example gets worse by more than {distribution.threshold:.2g}."
-    rounded = f"{distribution.share_worse:.1%}"
-    share = "Fewer than 0.1%" if rounded == "0.0%" else rounded.replace(".0%", "%")
-    return (
-        f"{share} of the examples get worse by more than {distribution.threshold:.2g}, and the worst tenth by "
-        f"{distribution.worst_tenth_mean:.2g} on average."
-    )
 
 
 def find_best_point(points: Sequence[EvalPoint], higher_is_better: bool) -> EvalPoint:

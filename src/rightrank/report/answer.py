@@ -12,13 +12,7 @@ from rightrank.adapters.rank_math import convert_scaling
 from rightrank.decision.comparison import is_within
 from rightrank.decision.next_run import plan_rate_run
 from rightrank.decision.rule import format_number, format_probability
-from rightrank.decision.run import (
-    build_criterion,
-    build_run_table,
-    count_trainings,
-    describe_learning_rate,
-    format_provenance,
-)
+from rightrank.decision.run import build_criterion, build_run_table, describe_learning_rate, format_provenance
 from rightrank.report.adapter_page import ENOUGH
 from rightrank.report.figure import encode_image
 from rightrank.report.format import format_duration, format_quantity, format_training_settings, make_visible
@@ -32,7 +26,7 @@ from rightrank.schema.decision import (
 )
 from rightrank.schema.events import AdapterRecorded, Records, RunKind, RunStarted
 from rightrank.schema.settings import Goal
-from rightrank.schema.trials import Record, TrialDiverged, TrialFailed, compute_added_seconds
+from rightrank.schema.trials import Record, compute_added_seconds
 
 FLAGS = {
     "underpowered": "there are too few held-out examples to resolve the margin",
@@ -125,7 +119,7 @@ def build_answers(
         sentence,
         adapter_rate,
         adapter_steps,
-        count_trainings(records),
+        records.count_trainings(),
         records.started,
         run,
         rate,
@@ -407,20 +401,13 @@ def format_table(rows: Sequence[Sequence[str]], left_columns: Collection[int] = 
     ]
 
 
-def format_trial_end(outcome: TrialDiverged | TrialFailed) -> str:
-    """Describe why a trial ended without a result."""
-    return (
-        f"diverged at step {outcome.step}: {outcome.reason}" if isinstance(outcome, TrialDiverged) else outcome.reason
-    )
-
-
 def format_cost(records: Records) -> str:
     """Describe the cost of all trials so far: trainings, truncations, trials without a result, and the total time."""
     by_id = records.by_id
     finished = by_id.values()
     truncations = sum(trial.truncate_from is not None for trial in finished)
     num_without_result = len(records.outcomes) - len(finished)
-    texts = [format_quantity(count_trainings(records), "training")]
+    texts = [format_quantity(records.count_trainings(), "training")]
     texts += [format_quantity(truncations, "truncation")] if truncations else []
     texts += [f"{format_quantity(num_without_result, 'trial')} without a result"] if num_without_result else []
     seconds = sum(compute_added_seconds(trial, by_id) for trial in finished)

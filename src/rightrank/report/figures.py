@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
-from rightrank.decision.run import build_criterion, compare_run_adapters, describe_learning_rate, get_metric_direction
+from rightrank.decision.run import build_criterion, compare_run_adapters, describe_learning_rate
 from rightrank.report.adapter_page import get_whisker_ends, plot_adapters
 from rightrank.report.answer import format_interval_label
 from rightrank.report.figure import (
@@ -142,7 +142,7 @@ def build_learning_figure(records: Records, decision: Decision | None) -> Figure
         name="learning_curves",
         title=f"Learning curves{' (training dashed)' if drawn_training else ''}",
         x_label="step",
-        y_label=format_metric_label(metric, get_metric_direction(started, metric)),
+        y_label=format_metric_label(metric, started.get_metric_direction(metric)),
         columns=("rank", "step", "held-out", "training"),
         rows=[(r, step, v, training[r].get(step)) for r, values in held_out.items() for step, v in values.items()],
         draw=draw,

@@ -28,7 +28,6 @@ from rightrank.report.answer import (
     build_margin_steps,
     describe_training,
     format_cost,
-    format_trial_end,
     get_metric_unit,
 )
 from rightrank.report.figure import INSTALL_HINT, Figure, is_matplotlib_installed
@@ -150,7 +149,7 @@ def _build_trial_row(outcome: TrialOutcome) -> dict[str, Any]:
         "note": outcome.arm.format_stage(),
     }
     if not isinstance(outcome, TrialFinished):
-        return row | {"note": format_trial_end(outcome)}
+        return row | {"note": outcome.end_text}
     row["value"] = f"{outcome.value:.4f}" + (f" ({outcome.value_metric})" if outcome.value_metric else "")
     row["note"] = "; ".join(filter(None, [row["note"], *outcome.failed_metrics.values()]))
     row["train"] = "" if outcome.train_value is None else f"{outcome.train_value:.4f}"

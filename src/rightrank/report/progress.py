@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from rightrank.report.answer import format_trial_end
 from rightrank.report.format import format_bytes, format_duration, format_metric_label
 from rightrank.schema.events import DurationEstimated, EvaluationProgress, Event, SelectionPlanned, StepDone
 from rightrank.schema.trials import (
@@ -195,7 +194,7 @@ class Progress:
             if event.rank == 0 and event.answer_seconds >= 1:
                 text += f"; generating answers took {format_duration(event.answer_seconds)}, and will take as long after each training"
         else:
-            text = format_trial_end(event)
+            text = event.end_text
         seconds = self._record_end(event)
         name = (
             _name_base(event.arm)

@@ -184,7 +184,7 @@ def _choose_next_command(shown: RunScreen) -> list[tuple[str, str]]:
     """Return a row with the next command after an answer that asks for no further run."""
     answers, run = shown.answers, str(shown.run)
     started, adapter = answers.started, answers.adapter
-    if started is None or adapter is None or started.kind is RunKind.CUSTOM_TRAINER:
+    if started is None or adapter is None or adapter.answer.has_no_gain or started.kind is RunKind.CUSTOM_TRAINER:
         return []
     is_classifier = started.data.classes is not None  # which servers of language models do not load
     reason = "merge it" if is_classifier else "serve it"

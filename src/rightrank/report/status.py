@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 
 from pydantic import Field
 
-from rightrank.decision.run import count_trainings
 from rightrank.report.answer import Answers, build_answer_view, format_cost
 from rightrank.report.terminal_curve import Points
 from rightrank.schema.command import build_resume_command
@@ -85,7 +84,7 @@ def build_run_status(
         run=run,
         state=state,
         goal=goal,
-        trainings=count_trainings(records),
+        trainings=records.count_trainings(),
         trials_ended=len(records.outcomes),
         trials_without_result=len(records.outcomes) - len(records.list_finished()),
         running=_format_active_trial(journal, records) if is_locked else None,

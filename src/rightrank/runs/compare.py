@@ -9,6 +9,7 @@ GGUF file. A full model that was made from adapter A is *broken* if it equals th
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,8 +25,10 @@ from rightrank.bases.safetensors_files import open_tensors
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.data.splits import DataSplits, load_data, load_held_out
 from rightrank.decision.adapter import Criterion, ReferenceComparison, ScoredAdapter, format_margin
-from rightrank.decision.table import compute_distribution, compute_paired_difference, format_distribution
+from rightrank.decision.comparison import RELATIVE_TOLERANCE
+from rightrank.decision.table import Cell, compute_paired_difference
 from rightrank.runs.journal import Journal
+from rightrank.schema.decision import DifferenceDistribution
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.events import EvaluationProgress, RunStarted
 from rightrank.schema.metrics import LossKind, get_margin_share
@@ -38,6 +41,9 @@ from rightrank.training.evaluation import build_trial_record
 from rightrank.training.runtime import Runtime, attach_adapter
 from rightrank.training.tokens import encode_splits
 
+LARGE_DIFFERENCE_MARGINS = (
+    10.0  # differences of single examples above this are reported, even if the mean is within the margin
+)
 BITS = {"4bit": "load_in_4bit", "8bit": "load_in_8bit"}  # the settings for values of `--base-b`
 VERDICTS: dict[bool | None, ComparisonVerdict] = {True: "not_worse", None: "cannot_tell", False: "worse"}
 DROPPED = "it equals the base model: the adapter was dropped"
@@ -395,3 +401,29 @@ def _sort_labels(id2label: Any) -> list[str]:
     if sorted(by_number) != list(range(len(by_number))):
         raise ValueError(f"id2label numbers {', '.join(map(str, sorted(by_number)))}")
     return [by_number[number] for number in range(len(by_number))]
+
+
+def compute_distribution(
+    difference: Cell, margin: float, convert: Callable[[float], float] = float
+) -> DifferenceDistribution:
+    """Compute the distribution of a paired difference over examples; `convert` converts to the metric's unit."""
+    sorted_differences = np.sort([convert(worse_by) for worse_by in (difference.sums / difference.weights).tolist()])
+    threshold = LARGE_DIFFERENCE_MARGINS * margin
+    share = float(np.mean(sorted_differences > threshold * (1 + RELATIVE_TOLERANCE)))
+    return DifferenceDistribution(
+        threshold=threshold,
+        share_worse=share,
+        worst_tenth_mean=float(sorted_differences[-math.ceil(len(sorted_differences) / 10) :].mean()),
+    )
+
+
+def format_distribution(distribution: DifferenceDistribution) -> str:
+    """Format the share of examples that get much worse; add the worst tenth only if there are some."""
+    if distribution.share_worse == 0:
+        return f"No held-out example gets worse by more than {distribution.threshold:.2g}."
+    rounded = f"{distribution.share_worse:.1%}"
+    share = "Fewer than 0.1%" if rounded == "0.0%" else rounded.replace(".0%", "%")
+    return (
+        f"{share} of the examples get worse by more than {distribution.threshold:.2g}, and the worst tenth by "
+        f"{distribution.worst_tenth_mean:.2g} on average."
+    )

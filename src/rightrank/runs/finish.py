@@ -13,9 +13,7 @@ from rightrank.decision.run import (
     build_trained_answer,
     compare_run_adapters,
     compute_test_difference,
-    count_trainings,
     find_best_trial,
-    list_tried_rates,
     prefer_direct_training,
 )
 from rightrank.report.answer import build_answers
@@ -95,7 +93,7 @@ def finish_run(run: Run, decision: Decision | None) -> Selected:
             folder.report,
             final_answers,
             build_next_commands(
-                records.started, final_answers.next_runs, str(folder.path), tried_rates=list_tried_rates(records)
+                records.started, final_answers.next_runs, str(folder.path), tried_rates=records.list_tried_rates()
             ),
             compare_run_adapters(records),
         )
@@ -142,7 +140,7 @@ def export_adapter(run: Run, answer: AdapterAnswer) -> bool:
             if (identity := run.selection.base_identity) is not None:
                 (temporary / BASE_FILE).write_bytes(identity)
     if is_new:
-        cost = exports[0].trainings if exports else count_trainings(run.records)
+        cost = exports[0].trainings if exports else run.records.count_trainings()
         run.on_event(AdapterRecorded(answer=answer, handed_over=exported, trainings=cost))
     return True
 

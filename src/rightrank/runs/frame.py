@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from rightrank.decision.run import exclude_longer_trainings
 from rightrank.schema.events import Records
-from rightrank.schema.trials import TrialFinished, TrialOutcome
+from rightrank.schema.trials import TrialFinished, TrialOutcome, exclude_longer_trainings
 
 if TYPE_CHECKING:
     from pandas import DataFrame

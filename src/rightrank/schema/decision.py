@@ -45,12 +45,11 @@ class StaircaseStep(Record):
 class NextRun(Record):
     """A run that is expected to settle or extend the answer."""
 
-    action: Literal["seeds", "examples", "rank", "rates", "steps", "test", "data", "none"]
+    action: Literal["seeds", "examples", "rank", "rates", "test", "none"]
     ranks: list[BoundedInt] = Field(default_factory=list)
     learning_rates: list[float] = Field(default_factory=list)
     seeds: BoundedInt | None = None  # in total, at each rank
     examples: BoundedInt | None = None  # held-out examples in total
-    steps: BoundedInt | None = None
     trials: BoundedInt = 0  # new trainings
     sentence: str
 

@@ -28,6 +28,8 @@ from rightrank.schema.trials import (
     TrialFinished,
     TrialOutcome,
     TrialStarted,
+    count_added_steps,
+    exclude_longer_trainings,
     hash_content,
 )
 from rightrank.version import __version__
@@ -102,6 +104,10 @@ class RunStarted(Record):
         fingerprint = "" if identity is None else hash_content(identity)
         stated = {"rightrank_version": __version__, "started_at": datetime.now(UTC).isoformat(timespec="seconds")}
         return cls(kind=kind, settings=dict(settings), fingerprint=fingerprint, **stated | fields)
+
+    def get_metric_direction(self, metric: str) -> bool | None:
+        """Return whether higher is better by a metric of the run, from its settings or else its name; None: not known."""
+        return self.higher_is_better if metric == self.metric else self.select_settings.get_direction(metric)
 
     @property
     def is_custom_trainer(self) -> bool:
@@ -270,6 +276,27 @@ class Records:
     def by_id(self) -> dict[str, TrialFinished]:
         """Return the finished trials by id."""
         return {trial.trial_id: trial for trial in self.list_finished()}
+
+    def list_metrics(self) -> list[str]:
+        """List the metrics of the trials; the deciding metric comes first."""
+        names = dict.fromkeys(name for trial in self.list_finished() for name in trial.metrics)
+        return list(dict.fromkeys([self.started.metric, *names]))
+
+    def list_tried_rates(self) -> set[float]:
+        """List the learning rates of all trainings, including those that the search added to the settings."""
+        return {outcome.learning_rate for outcome in self.outcomes if outcome.rank > 0 and outcome.learning_rate > 0}
+
+    def count_trainings(self) -> float:
+        """Return the optimizer steps of all outcomes divided by those of a complete training.
+
+        An arm that resumes another one counts only its added steps.
+        """
+        by_id = self.by_id
+        finished = [trial for trial in by_id.values() if trial.rank > 0]
+        trainings = exclude_longer_trainings([trial for trial in finished if trial.truncate_from is None])
+        steps_per_training = max([0, *(trial.steps for trial in trainings)])
+        steps = sum(count_added_steps(trial, by_id) for trial in finished)
+        return round(steps / steps_per_training, 3) if steps_per_training else float(len(finished))
 
 
 def read_records(journal: Sequence[JournalRecord], source: str) -> Records:

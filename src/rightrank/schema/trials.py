@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
@@ -229,6 +229,11 @@ class TrialDiverged(ArmFields):
     step: BoundedInt
     reason: RedactedText
 
+    @property
+    def end_text(self) -> str:
+        """Say how the trial ended."""
+        return f"diverged at step {self.step}: {self.reason}"
+
 
 class TrialEvaluated(Record):
     """A held-out value that a running trial reported. If the trial is run again, its earlier evaluations are dropped."""
@@ -254,9 +259,28 @@ class TrialFailed(ArmFields):
     error: Literal["out_of_memory", "error"]
     reason: RedactedText
 
+    @property
+    def end_text(self) -> str:
+        """Say how the trial ended."""
+        return f"failed: {self.reason}"
+
 
 TrialOutcome: TypeAlias = TrialFinished | TrialDiverged | TrialFailed
 OUTCOMES = (TrialFinished, TrialDiverged, TrialFailed)
+Outcome = TypeVar("Outcome", bound=TrialOutcome)
+
+
+def exclude_longer_trainings(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Keep the shortest training of each rank, learning rate and seed.
+
+    The training of twice the steps, which goal "best-adapter" makes, is compared with the others as an adapter only.
+    """
+    # Truncations have no steps, and are compared with each other alone.
+    keys = [(outcome.rank, outcome.learning_rate, outcome.seed, outcome.truncate_from is None) for outcome in outcomes]
+    fewest: dict[tuple[int, float, int, bool], int] = {}
+    for key, outcome in zip(keys, outcomes, strict=True):
+        fewest[key] = min(outcome.steps, fewest.get(key, outcome.steps))
+    return [outcome for key, outcome in zip(keys, outcomes, strict=True) if outcome.steps == fewest[key]]
 
 
 def count_added_steps(arm: ArmFields, finished: Mapping[str, TrialFinished]) -> int:

@@ -97,16 +97,13 @@ def build_space(settings: SelectSettings, steps: int, loss_kind: LossKind = "tok
             f"{4 * settings.ranks[0]}"
         )
     metric = settings.metric_name
-    points_use_metric = settings.points_metric == metric
     return Space(
         ranks=settings.ranks,
         learning_rates=settings.learning_rates,
         seeds=settings.seeds,
         lora_alpha=settings.lora_alpha,
         steps=steps,
-        criterion=Criterion(
-            metric, settings.is_higher_better(metric), settings.margin, loss_kind, points_use_metric=points_use_metric
-        ),
+        criterion=Criterion(metric, settings.is_higher_better(metric), settings.margin, loss_kind),
         goal=settings.goal,
         trains_other_modules=loss_kind == "loss" or bool(settings.modules_to_save),
         budget_steps=None if settings.budget_trainings is None else settings.budget_trainings * steps,
@@ -351,5 +348,5 @@ def choose_adapter(
     smallest = find_smallest(top, by_rank, by_rank.get, lambda adapter: adapter, criterion)
     comparison = ReferenceComparison(top, adapters, criterion, base)
     # A pass over the base evaluates all truncations together, so the answer also lists those below the first that fails.
-    notes = describe_checkpoint(trials[top.name], criterion, comparison.margin)
+    notes = describe_checkpoint(trials[top.name])
     return build_truncation_answer(smallest.adapter, truncations, comparison, notes)
