@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rightrank.adapters.kinds import EXPERT, LINEAR, StoredPair, find_stored_kind
+from rightrank.adapters.kinds import find_expert_parameter
 from tests.adapters.kind_checks import CASES, CHECKS, Suite
 
 pytestmark = pytest.mark.trains
@@ -25,9 +25,5 @@ def test_a_kind_keeps(check: str, suite: Suite) -> None:
 
 def test_factors_of_experts_are_told_from_those_of_a_linear_layer_by_the_configuration() -> None:
     config = {"target_parameters": ["mlp.experts.down_proj"]}
-    pair = StoredPair("model.layers.0.mlp.experts", False, (8, 4), (6, 8), config)
-    assert find_stored_kind(pair) is EXPERT
-    layout = EXPERT.build_layout(pair, 2)
-    assert layout is not None
-    assert layout.names == tuple(f"model.layers.0.mlp.experts.down_proj.{expert}" for expert in range(4))
-    assert find_stored_kind(StoredPair("model.layers.0.mlp.down_proj", False, (8, 4), (6, 8), {})) is LINEAR
+    assert find_expert_parameter("layers.0.mlp.experts", config) == "layers.0.mlp.experts.down_proj"
+    assert find_expert_parameter("layers.0.mlp.down_proj", config) is None

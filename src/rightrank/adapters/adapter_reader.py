@@ -6,6 +6,7 @@ Neither PEFT nor the base model is needed: tensor names, shapes and `adapter_con
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,18 +20,20 @@ from rightrank.adapters.adapter_folders import (
     MLX_FILE,
     PEFT_PREFIX,
     WEIGHTS_FILE,
-    find_base_changing_init,
     is_single_file,
     read_adapter_config,
     require_adapter_folder,
 )
 from rightrank.adapters.foreign_files import ForeignFile, read_mlx_folder, read_single_file
-from rightrank.adapters.kinds import MAGNITUDE_KEYS, Factors, Layout, StoredKind, StoredPair, find_stored_kind
+from rightrank.adapters.kinds import MAGNITUDE_KEYS, Factors, find_expert_parameter, name_experts, unpack_factors
 from rightrank.adapters.rank_math import (
+    MAX_ALPHA,
+    MIN_ALPHA,
     compute_equivalent_rank,
     compute_scaling,
     format_rank,
     get_pattern_value,
+    is_valid_alpha,
     matches_pattern,
 )
 from rightrank.bases.safetensors_files import BFLOAT16, Tensor, TensorFile, open_tensors, widen
@@ -38,7 +41,6 @@ from rightrank.schema.errors import ModelError
 from rightrank.schema.trials import Floats
 
 FACTOR_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<weight>\.weight)?$")
-MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
 # Adapters are trained in at most 32 bits. Values beyond these are damage, and their squares overflow 64 bits.
 MIN_VALUE, MAX_VALUE = float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).max)
 # Options with which the adapter's update is not s·B·A.
@@ -52,7 +54,6 @@ def open_adapter(path: Path) -> AdapterFolder:
         ModelError: The folder holds no LoRA adapter, pickled weights, too few tensors, or shapes that contradict the configuration.
     """
     foreign: ForeignFile | None = None
-    shapes: Mapping[str, tuple[int, ...]] = {}
     if is_single_file(path):
         config, shapes, foreign = read_single_file(path)
     elif (path / MLX_FILE).is_file() and not (path / WEIGHTS_FILE).exists():
@@ -85,7 +86,7 @@ class AdapterModule:
     """An adapted matrix: its tensors, their shapes and its scale. The experts of one parameter share their tensors."""
 
     name: str  # in the base model
-    kind: StoredKind
+    kind: str  # linear, embedding, convolution or expert
     rank: int
     rows: int  # of ΔW: out features; of an embedding, its width
     columns: int  # of ΔW: in features; of a convolution, times the kernel; of an embedding, the vocabulary
@@ -159,17 +160,9 @@ class AdapterFolder:
         return bool(self.config.get("use_rslora"))
 
     @property
-    def use_dora(self) -> bool:
-        return bool(self.config.get("use_dora"))
-
-    @property
     def base_model(self) -> str | None:
         name = self.config.get("base_model_name_or_path")
         return str(name) if name else None
-
-    @property
-    def base_changing_init(self) -> str | None:
-        return find_base_changing_init(self.config)
 
     def load_tensor(self, key: str) -> Tensor:
         return (self.foreign or self.file).load_tensor(key)
@@ -185,7 +178,7 @@ class AdapterFolder:
     def load_pair_factors(self, module: AdapterModule) -> list[Factors]:
         """Load the factors of every matrix that is stored in the tensors of the module."""
         a, b = (self._load_values(key) for key in (module.a_key, module.b_key))
-        return module.kind.unpack_factors(a, b, module.rank)
+        return unpack_factors(a, b, module.rank)
 
     def _load_values(self, key: str) -> Floats:
         stored = self.load_tensor(key)
@@ -208,26 +201,18 @@ def _validate_config(file: Path, config: dict[str, Any]) -> None:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ModelError(f"{file}: r is {rank!r}; it must be a whole number from 1")
-    if not _is_valid_alpha(alpha):
+    if not is_valid_alpha(alpha):
         raise ModelError(f"{file}: lora_alpha is {alpha!r}; it must be a number from {MIN_ALPHA:g} to {MAX_ALPHA:g}")
     for name in UNSUPPORTED_OPTIONS:
         if config.get(name):
             raise ModelError(f"{file}: {name} is set; such an update is not s·B·A and is not supported")
     for name in ("rank_pattern", "alpha_pattern"):
-        pattern = config.get(name)
-        if pattern is None:
-            config[name] = {}
-        elif not isinstance(pattern, dict):
-            raise ModelError(f"{file}: {name} is a {type(pattern).__name__}; it must map module names to numbers")
+        config[name] = config.get(name) or {}
+        if not isinstance(config[name], dict):
+            raise ModelError(f"{file}: {name} is a {type(config[name]).__name__}; it must map module names to numbers")
     for name, value in config["alpha_pattern"].items():
-        if not _is_valid_alpha(value):
+        if not is_valid_alpha(value):
             raise ModelError(f"{file}: alpha_pattern has {value!r} for {name!r}; it must be a number")
-
-
-def _is_valid_alpha(value: object) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return value == 0 or MIN_ALPHA <= abs(value) <= MAX_ALPHA
 
 
 def _group_factor_keys(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, str]]:
@@ -242,11 +227,10 @@ def _group_factor_keys(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dic
             f"{path}: the weights hold no LoRA factors (…lora_A.weight or …lora_down.weight); save the adapter again"
         )
     for module, keys in pairs.items():
-        for factor in ("A", "B"):
-            if factor not in keys:
-                raise ModelError(
-                    f"{path}: {module} has no lora_{factor}: a tensor is missing; save or copy the adapter again"
-                )
+        for factor in {"A", "B"} - keys.keys():
+            raise ModelError(
+                f"{path}: {module} has no lora_{factor}: a tensor is missing; save or copy the adapter again"
+            )
     return pairs
 
 
@@ -257,25 +241,36 @@ def _read_modules(
     keys: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Iterator[AdapterModule]:
-    embedding = ".lora_embedding_" in keys["A"]
-    pair = StoredPair(key.removeprefix(PEFT_PREFIX), embedding, shapes[keys["A"]], shapes[keys["B"]], config)
-    if len(pair.a) < 2 or len(pair.b) < 2 or 0 in pair.a + pair.b:
+    """Read the matrices of a pair of factors, after a check that the weights and the configuration agree on the rank."""
+    module = key.removeprefix(PEFT_PREFIX)
+    a, b = shapes[keys["A"]], shapes[keys["B"]]
+    if len(a) < 2 or len(b) < 2 or 0 in a + b:
+        raise ModelError(f"{path}: {module} has factors of shapes {list(a)} and {list(b)}; they must be matrices")
+    kind, address = _identify_kind(module, keys["A"], a, config)
+    rank = get_pattern_value(config["rank_pattern"], address, config["r"])
+    stored_rank = a[0]
+    if kind == "expert" and isinstance(rank, int) and rank > 0 and a[0] % rank == 0:
+        stored_rank = rank
+    if b[1] != a[0] or math.prod(b[2:]) != 1 or (kind == "convolution" and len(a) != len(b)):
+        groups = " (adapters on convolutions in groups are not supported)" if len(a) > 2 else ""
         raise ModelError(
-            f"{path}: {pair.module} has factors of shapes {list(pair.a)} and {list(pair.b)}; they must be matrices"
+            f"{path}: {module} has A {list(a)} and B {list(b)}, which do not multiply{groups}; save the adapter again"
         )
-    kind = find_stored_kind(pair)
-    address = kind.get_address(pair)
-    layout = _read_layout(path, kind, pair, get_pattern_value(config["rank_pattern"], address, config["r"]))
+    if stored_rank != rank:
+        raise ModelError(
+            f"{path}: {module} has rank {stored_rank} in the weights and {rank} in {CONFIG_FILE}; "
+            "give the config and weights of one adapter"
+        )
     alpha = float(get_pattern_value(config["alpha_pattern"], address, config["lora_alpha"]))
-    for index, name in enumerate(layout.names):
+    for index, name in enumerate(name_experts(address, a[0] // rank)):
         yield AdapterModule(
             name=name,
             kind=kind,
-            rank=layout.rank,
-            rows=layout.rows,
-            columns=layout.columns,
+            rank=rank,
+            rows=b[0],
+            columns=math.prod(a[1:]),
             lora_alpha=alpha,
-            scaling=compute_scaling(alpha, layout.rank, bool(config.get("use_rslora"))),
+            scaling=compute_scaling(alpha, rank, bool(config.get("use_rslora"))),
             a_key=keys["A"],
             b_key=keys["B"],
             magnitude_key=next((stored for name in MAGNITUDE_KEYS if (stored := f"{key}.{name}") in shapes), None),
@@ -285,21 +280,14 @@ def _read_modules(
         )
 
 
-def _read_layout(path: Path, kind: StoredKind, pair: StoredPair, rank: int) -> Layout:
-    """Return the layout of a pair, after a check that the weights and the configuration agree on `rank`."""
-    layout = kind.build_layout(pair, rank)
-    if layout is None:
-        groups = " (adapters on convolutions in groups are not supported)" if len(pair.a) > 2 else ""
-        raise ModelError(
-            f"{path}: {pair.module} has A {list(pair.a)} and B {list(pair.b)}, which do not multiply{groups}; "
-            "save the adapter again"
-        )
-    if layout.rank != rank:
-        raise ModelError(
-            f"{path}: {pair.module} has rank {layout.rank} in the weights and {rank} in {CONFIG_FILE}; "
-            "give the config and weights of one adapter"
-        )
-    return layout
+def _identify_kind(module: str, a_key: str, a: tuple[int, ...], config: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the kind of a pair, and the name by which PEFT's patterns address it: that of the module or of the experts' parameter."""
+    if ".lora_embedding_" in a_key:
+        return "embedding", module
+    if len(a) > 2:
+        return "convolution", module
+    parameter = find_expert_parameter(module, config)
+    return ("linear", module) if parameter is None else ("expert", parameter)
 
 
 def natural_sort_key(name: str) -> list[tuple[int, int, str]]:

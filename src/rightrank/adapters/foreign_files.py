@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from rightrank.adapters.adapter_folders import CONFIG_FILE, MLX_FILE, PEFT_PREFIX, find_base_changing_init
-from rightrank.adapters.rank_math import build_exact_pattern, compute_scaling, get_pattern_value
+from rightrank.adapters.rank_math import build_exact_pattern, compute_scaling, get_pattern_value, is_valid_alpha
 from rightrank.bases.safetensors_files import Tensor, TensorFile, open_tensors, widen, write_tensors
 from rightrank.data.files import (
     UnreadableError,
@@ -34,7 +34,7 @@ from rightrank.data.files import (
     replace_file,
     replace_folder,
 )
-from rightrank.schema.errors import ModelError
+from rightrank.schema.errors import ModelError, quote_value
 
 Shapes = Mapping[str, tuple[int, ...]]  # by key
 FACTOR_SUFFIXES = {".lora_down.weight": "A", ".lora_up.weight": "B"}
@@ -110,51 +110,47 @@ def read_single_file(path: Path) -> tuple[dict[str, Any], Shapes, ForeignFile]:
     Raises:
         ModelError: The file is not readable, belongs to PEFT or another program, or holds another kind of update than s·B·A.
     """
-    stored = open_tensors(path)
-    stored_shapes = stored.shapes
-    is_diffusers = any(DIFFUSERS_KEY.match(key) for key in stored_shapes)
+    file = open_tensors(path)
+    is_diffusers = any(DIFFUSERS_KEY.match(key) for key in file.shapes)
     suffixes = DIFFUSERS_SUFFIXES if is_diffusers else FACTOR_SUFFIXES
-    other_key = next((key for key in stored_shapes if key.endswith(".lora_A.weight")), None)
+    other_key = next((key for key in file.shapes if key.endswith(".lora_A.weight")), None)
     if other_key is not None and not is_diffusers:
         raise ModelError(
             f"{path}: {other_key}: its alphas are not in its tensors, or it has ComfyUI's layout; the layouts that can be read are folders of "
             "PEFT (adapter_config.json) and mlx-lm, and single files of sd-scripts (lora_unet_….lora_down.weight) and of diffusers "
             "(pytorch_lora_weights.safetensors, with unet.… or transformer.…)"
         )
-    stated = _read_diffusers_configs(path, stored.metadata) if is_diffusers else {}
+    stated = _read_diffusers_configs(path, file.metadata) if is_diffusers else {}
     shapes: dict[str, tuple[int, ...]] = {}
     keys: dict[str, str] = {}
-    for key, shape in stored_shapes.items():
+    ranks: dict[str, int] = {}
+    for key, shape in file.shapes.items():
         if UNSUPPORTED_KEY.search(key):
             raise ModelError(
                 f"{path}: {key}: only LoRA is read, and not LoHa, LoKr, OFT, DoRA or a Tucker decomposition"
             )
         suffix = next((suffix for suffix in suffixes if key.endswith(suffix)), None)
         if suffix is not None:
-            keys[f"{PEFT_PREFIX}{key.removesuffix(suffix)}.lora_{suffixes[suffix]}.weight"] = key
+            module, side = key.removesuffix(suffix), suffixes[suffix]
+            peft_key = f"{PEFT_PREFIX}{module}.lora_{side}.weight"
+            keys[peft_key], shapes[peft_key] = key, shape
+            if side == "A" and shape and shape[0] > 0:
+                ranks[module] = shape[0]
         elif key.endswith(".alpha") and math.prod(shape) == 1:
             keys[f"{PEFT_PREFIX}{key}"] = key
         else:
             shapes[key] = shape
-    file = ForeignFile(stored, keys)
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    for peft_key, key in keys.items():
-        if peft_key.endswith(".alpha"):
-            continue
-        shapes[peft_key] = stored_shapes[key]
-        module = peft_key.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight")
-        if ".lora_A." in peft_key and stored_shapes[key]:
-            ranks[module] = stored_shapes[key][0]
-            has_alpha = f"{PEFT_PREFIX}{module}.alpha" in keys
-            alphas[module] = widen(file.load_tensor(f"{module}.alpha")).item() if has_alpha else ranks[module]
-            component, _, name = module.partition(".")
-            if component in stated:
-                alphas[module] = ranks[module] * _compute_stated_scaling(stated[component], name, ranks[module])
+
+    def read_alpha(module: str) -> float:
+        component, _, name = module.partition(".")
+        if component in stated:
+            return ranks[module] * _compute_stated_scaling(stated[component], name, ranks[module])
+        has_alpha = f"{PEFT_PREFIX}{module}.alpha" in keys
+        return float(widen(file.load_tensor(f"{module}.alpha")).item()) if has_alpha else ranks[module]
+
+    alphas = {module: read_alpha(module) for module in ranks}
     rank = max(ranks.values(), default=1)
-    scalings = Counter(
-        compute_scaling(alphas[module], ranks[module], use_rslora=False) for module in ranks if ranks[module]
-    )
+    scalings = Counter(compute_scaling(alphas[module], ranks[module], use_rslora=False) for module in ranks)
     alpha = rank * (scalings.most_common(1)[0][0] if scalings and not is_diffusers else 1)
     config = {
         "peft_type": "LORA",
@@ -164,16 +160,15 @@ def read_single_file(path: Path) -> tuple[dict[str, Any], Shapes, ForeignFile]:
         "alpha_pattern": build_exact_pattern(alphas, alpha, ranks),
         "target_modules": sorted(ranks),
     }
-    inits = (named.get("init_lora_weights", True) for named in stated.values())
-    changing = next((init for init in inits if find_base_changing_init({"init_lora_weights": init}) is not None), True)
-    return config | {"init_lora_weights": changing}, shapes, file
+    init = next(filter(None, map(find_base_changing_init, stated.values())), True)
+    return config | {"init_lora_weights": init}, shapes, ForeignFile(file, keys)
 
 
 def _read_diffusers_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Return the configurations of PEFT in a file's metadata by component; empty if there are none.
 
     Raises:
-        ModelError: The metadata is not one JSON object, or a configuration has no valid rank or alpha, or is no plain LoRA.
+        ModelError: The metadata is not JSON, or a configuration has no valid alpha.
     """
     if DIFFUSERS_METADATA not in metadata:
         return {}
@@ -189,13 +184,9 @@ def _read_diffusers_configs(path: Path, metadata: Mapping[str, str]) -> dict[str
         configs.setdefault(component, {})[name] = value
     for component, config in configs.items():
         pattern = config.get("alpha_pattern") or {}
-        if not isinstance(pattern, dict):
-            raise ModelError(f"{path}: {component}.alpha_pattern must map module names to numbers")
-        for alpha in (config.get("lora_alpha"), *pattern.values()):
-            if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-                raise ModelError(f"{path}: {component} has the alpha {alpha!r}; it must be a number")
-        if config.get("use_dora"):
-            raise ModelError(f"{path}: {component} uses DoRA; only plain LoRA is read from single files")
+        alphas = [config.get("lora_alpha"), *(pattern.values() if isinstance(pattern, dict) else [pattern])]
+        if not all(map(is_valid_alpha, alphas)):
+            raise ModelError(f"{path}: {component} has the alphas {quote_value(alphas)}; they must be numbers")
     return configs
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from rightrank.schema.settings import CONSTANT_SCALING_RANK, Scaling
 
+MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
 SERVER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
 # The best rate goes as rank to this power at scale alpha/r with alpha fixed: the medians of our and of public grids; with alpha = r
 # (arXiv 2602.04998: 12 rates, 3 seeds).
@@ -62,6 +63,13 @@ def build_exact_pattern(values: Mapping[str, Any], default: Any, names: Iterable
         ambiguous = sum(matches_pattern(name, module_name) for module_name in names) > 1
         pattern[f"^{re.escape(name)}" if ambiguous else name] = value
     return pattern
+
+
+def is_valid_alpha(value: object) -> bool:
+    """Return whether a value of a configuration can be the alpha of a module."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return value == 0 or MIN_ALPHA <= abs(value) <= MAX_ALPHA
 
 
 def compute_scaling(lora_alpha: float, rank: int, use_rslora: bool) -> float:

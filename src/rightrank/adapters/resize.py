@@ -11,6 +11,7 @@ from typing import Any
 from rightrank.adapters.adapter_folders import CONFIG_FILE, require_kept_base
 from rightrank.adapters.adapter_reader import AdapterFolder, AdapterModule, open_adapter
 from rightrank.adapters.adapter_writer import write_same_format
+from rightrank.adapters.kinds import pack_factors, unpack_factors
 from rightrank.adapters.rank_math import (
     build_exact_pattern,
     compute_equal_scale_alphas,
@@ -70,7 +71,7 @@ def resize_adapter(
     require_absent(out)
     require_plain_update(adapter)
     config = build_resized_config(adapter, ranks)
-    scaling = _compute_config_scaling(config)
+    scaling = compute_scaling(config["lora_alpha"], config["r"], adapter.use_rslora)
     tensors = {key: adapter.load_tensor(key) for key in adapter.other_keys}
     records: list[ModuleResize] = []
     squared_error = squared_norm = 0.0
@@ -169,7 +170,7 @@ def _resize_pair(
         for module, (b, a) in zip(pair, adapter.load_pair_factors(first), strict=True)
     ]
     old_a, old_b = adapter.load_tensor(first.a_key), adapter.load_tensor(first.b_key)
-    new_a, new_b = first.kind.pack_factors(new_factors, old_a.shape, old_b.shape)
+    new_a, new_b = pack_factors(new_factors, old_a.shape, old_b.shape)
     tensors = {first.b_key: narrow(new_b, old_b.dtype), first.a_key: narrow(new_a, old_a.dtype)}
     if first.bias_key is not None:  # PEFT scales it as it scales B
         bias = adapter.load_tensor(first.bias_key)
@@ -184,7 +185,7 @@ def _measure_errors(
 ) -> list[tuple[AdapterModule, float, float]]:
     """Compute `(module, ‖ΔW' − ΔW‖_F, ‖ΔW‖_F)` of each matrix of a pair, after rounding to the dtype of the file."""
     first, old_factors = pair[0], adapter.load_pair_factors(pair[0])
-    new_factors = first.kind.unpack_factors(widen(tensors[first.a_key]), widen(tensors[first.b_key]), rank)
+    new_factors = unpack_factors(widen(tensors[first.a_key]), widen(tensors[first.b_key]), rank)
     return [
         (
             module,
@@ -199,7 +200,7 @@ def _build_notes(adapter: AdapterFolder) -> list[str]:
     notes: list[str] = []
     if adapter.unused_patterns:
         notes.append(f"patterns that match no module were left out: {', '.join(adapter.unused_patterns)}")
-    if adapter.use_dora:
+    if adapter.config.get("use_dora"):
         notes.append("DoRA: the magnitudes are kept; the error is that of s·B·A")
     sizes = [math.prod(adapter.file.shapes[key]) for key in adapter.other_keys if not key.endswith(".alpha")]
     if sizes:
@@ -229,10 +230,6 @@ def build_resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> di
         "init_lora_weights": True,  # loading replaces the first values, and other names of PEFT do not take every rank
         "eva_config": None,
     }
-
-
-def _compute_config_scaling(config: Mapping[str, Any]) -> float:
-    return compute_scaling(config["lora_alpha"], config["r"], bool(config.get("use_rslora")))
 
 
 def _find_pair_rank(pair: Sequence[AdapterModule], ranks: Mapping[str, int]) -> int:
@@ -265,11 +262,11 @@ def choose_ranks_by_energy(adapter: AdapterFolder, fraction: float, uniform: boo
     """
     if not 0 < fraction <= 1:
         raise SettingsError(f"--energy {fraction:g} is not allowed: give a fraction above 0 and up to 1, such as 0.99")
-    ranks: dict[str, int] = {}
-    for pair in adapter.pairs:
-        for module, factors in zip(pair, adapter.load_pair_factors(pair[0]), strict=True):
-            values = compute_singular_values(*factors)
-            ranks[module.name] = max(1, compute_energy_rank(values, fraction))
+    ranks = {
+        module.name: max(1, compute_energy_rank(compute_singular_values(*factors), fraction))
+        for pair in adapter.pairs
+        for module, factors in zip(pair, adapter.load_pair_factors(pair[0]), strict=True)
+    }
     return dict.fromkeys(ranks, max(ranks.values())) if uniform else ranks
 
 

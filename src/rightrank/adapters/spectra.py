@@ -8,7 +8,7 @@ from statistics import median
 
 import numpy as np
 
-from rightrank.adapters.adapter_folders import PEFT_PREFIX
+from rightrank.adapters.adapter_folders import PEFT_PREFIX, find_base_changing_init
 from rightrank.adapters.adapter_reader import AdapterFolder, AdapterModule, open_adapter
 from rightrank.adapters.truncation import compute_singular_values, use_one_thread
 from rightrank.schema.results import Inspection, InspectionSummary, ModuleSpectrum
@@ -25,18 +25,6 @@ SENTENCE = (
 )
 
 
-def _flag_dead_modules(modules: Sequence[ModuleSpectrum]) -> list[ModuleSpectrum]:
-    """Add the flag `dead` to every module with a norm below DEAD_FRACTION of the median."""
-    norms = [module.frobenius_norm for module in modules if module.frobenius_norm > 0]
-    limit = DEAD_FRACTION * median(norms) if norms else 0.0
-    return [
-        module.model_copy(update={"flags": [*module.flags, "dead"]})
-        if module.frobenius_norm < limit and not {"untrained", "no_token"} & set(module.flags)
-        else module
-        for module in modules
-    ]
-
-
 def inspect_adapter(path: Path) -> Inspection:
     """Inspect the spectra of an adapter.
 
@@ -45,8 +33,15 @@ def inspect_adapter(path: Path) -> Inspection:
     """
     adapter = open_adapter(path)
     with use_one_thread():
-        spectra = [spectrum for pair in adapter.pairs for spectrum in _compute_pair_spectra(adapter, pair)]
-    modules = _flag_dead_modules(spectra)
+        modules = [spectrum for pair in adapter.pairs for spectrum in _compute_pair_spectra(adapter, pair)]
+    norms = [module.frobenius_norm for module in modules if module.frobenius_norm > 0]
+    for module in modules:
+        if (
+            norms
+            and module.frobenius_norm < DEAD_FRACTION * median(norms)
+            and not {"untrained", "no_token"} & {*module.flags}
+        ):
+            module.flags.append("dead")
     summary = InspectionSummary(
         modules=len(modules),
         parameters=adapter.trainable_parameters,
@@ -75,9 +70,9 @@ def _build_adapter_notes(adapter: AdapterFolder) -> list[str]:
         notes.append(
             f"{num_expert_parameters} parameters hold experts: one spectrum for each, at the rank of the parameter"
         )
-    if adapter.use_dora:
+    if adapter.config.get("use_dora"):
         notes.append("DoRA: the spectra are those of s·B·A, without the magnitudes")
-    if (init := adapter.base_changing_init) is not None:
+    if (init := find_base_changing_init(adapter.config)) is not None:
         notes.append(
             f"initialized by {init}, which may change the base model on loading: the figures are those of s·B·A, not of the full update"
         )
@@ -91,30 +86,27 @@ def _compute_pair_spectra(adapter: AdapterFolder, pair: Sequence[AdapterModule])
     while others moved was therefore never chosen, whereas one that learned nothing has a small update.
     """
     factors = adapter.load_pair_factors(pair[0])
-    spectra = [_compute_module_spectrum(module, b, a) for module, (b, a) in zip(pair, factors, strict=True)]
-    if len(spectra) > 1 and any("untrained" not in spectrum.flags for spectrum in spectra):
-        new_flags = [["no_token" if flag == "untrained" else flag for flag in spectrum.flags] for spectrum in spectra]
-        spectra = [
-            spectrum.model_copy(update={"flags": module_flags})
-            for spectrum, module_flags in zip(spectra, new_flags, strict=True)
-        ]
-    return spectra
+    # PEFT starts with B = 0 (with A = 0 for an embedding)
+    is_untrained = [not b.any() or not a.any() for b, a in factors]
+    first_flag = "untrained" if all(is_untrained) else "no_token"
+    return [
+        _compute_module_spectrum(module, b, a, [first_flag] * is_unmoved)
+        for module, (b, a), is_unmoved in zip(pair, factors, is_untrained, strict=True)
+    ]
 
 
-def _compute_module_spectrum(module: AdapterModule, b: Floats, a: Floats) -> ModuleSpectrum:
+def _compute_module_spectrum(module: AdapterModule, b: Floats, a: Floats, flags: list[str]) -> ModuleSpectrum:
     values = abs(module.scaling) * compute_singular_values(b, a)
     noise_rank = (
         compute_hard_threshold_rank(np.where(values > ROUNDING * values[0], values, 0.0)) if values.any() else 0
     )
-    # PEFT starts with B = 0 (with A = 0 for an embedding)
-    flags = ["untrained"] * (not b.any() or not a.any())
     flags += ["dora"] * (module.magnitude_key is not None) + ["lora_bias"] * (module.bias_key is not None)
     # The median may be signal.
     is_unclear = values.any() and (2 * noise_rank >= len(values) or len(values) < MIN_VALUES_FOR_NOISE)
     flags += ["noise_unclear"] * bool(is_unclear)
     return ModuleSpectrum(
         name=module.name,
-        kind=module.kind.name,
+        kind=module.kind,
         shape=(module.rows, module.columns),
         rank=module.rank,
         scaling=module.scaling,

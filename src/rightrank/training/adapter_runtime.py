@@ -77,10 +77,10 @@ def make_adapter_runtime(adapter: AdapterFolder, base: str | None, inputs: Runti
         _require_named_base(adapter, name)
     # A fully trained module may lie below the first adapter, where a cached prefix would be stale.
     cache = None if adapter.other_keys else inputs.cache
-    parameters = dict.fromkeys(module.address for module in adapter.modules if module.kind.name == "expert")
+    parameters = dict.fromkeys(module.address for module in adapter.modules if module.kind == "expert")
     settings = inputs.settings.model_copy(update={"target_parameters": tuple(parameters)})
     inputs = replace(inputs, settings=settings, cache=cache)
-    module_names = tuple(module.name for module in adapter.modules if module.kind.name != "expert")
+    module_names = tuple(module.name for module in adapter.modules if module.kind != "expert")
     return make_runtime(name, module_names, inputs, adapter.path)
 
 
