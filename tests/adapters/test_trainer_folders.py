@@ -79,12 +79,6 @@ def test_the_best_adapter_by_the_state_of_the_trainer(adapter: Path, tmp_path: P
     assert line.endswith("the best of 3 adapters in " + str(output) + " by trainer_state.json")
 
 
-def test_the_best_adapter_by_the_pointer_of_nemo(adapter: Path, tmp_path: Path) -> None:
-    output = make_output_folder(tmp_path / "out", adapter, ["epoch_0_step_10/model", "epoch_0_step_20/model"])
-    (output / "LOWEST_VAL").symlink_to("epoch_0_step_10")
-    assert find_adapter(output)[0] == output / "epoch_0_step_10" / "model"
-
-
 def test_an_adapter_of_mlx_has_the_same_updates(base: Path, adapter: Path, tmp_path: Path) -> None:
     folder = write_mlx(tmp_path / "mlx", adapter, base)
     read, plain = open_adapter(folder), open_adapter(adapter)

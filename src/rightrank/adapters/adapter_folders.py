@@ -127,8 +127,8 @@ def find_adapter(path: Path) -> tuple[Path, str]:
     | OpenRLHF | `global_step40_hf` |
     | NeMo AutoModel | `epoch_0_step_40/model` |
 
-    The adapter is the best one by `trainer_state.json` or NeMo's `LOWEST_VAL`. If neither names one, it is the newest: the one without a
-    number in its path, or the one with the highest numbers.
+    The adapter is the best one by `trainer_state.json`. If it names none, it is the newest: the one without a number in its path, or the one
+    with the highest numbers.
     """
     if not path.is_dir() or (path / CONFIG_FILE).exists() or (path / "journal.jsonl").exists():
         return path, ""
@@ -141,16 +141,11 @@ def find_adapter(path: Path) -> tuple[Path, str]:
     newest = adapters[-1]
     if len(adapters) == 1:
         return newest, f"{newest}: the only adapter in {path}"
-    best, source = _find_best_checkpoint(path, newest)
-    chosen = next(
-        (location for location in adapters if best is not None and best in (location, *location.parents)), None
-    )
-    if chosen is None:
-        return (
-            newest,
-            f"{newest}: the newest of {len(adapters)} adapters in {path}, none of which is marked as the best",
-        )
-    return chosen, f"{chosen}: the best of {len(adapters)} adapters in {path} by {source}"
+    best = _find_best_checkpoint(newest)
+    for adapter in adapters:
+        if best in (adapter, *adapter.parents):
+            return adapter, f"{adapter}: the best of {len(adapters)} adapters in {path} by {TRAINER_STATE}"
+    return newest, f"{newest}: the newest of {len(adapters)} adapters in {path}, none of which is marked as the best"
 
 
 def _parse_numbers(path: Path) -> list[float]:
@@ -158,12 +153,8 @@ def _parse_numbers(path: Path) -> list[float]:
     return [float(number) for number in re.findall(r"\d+", str(path))] or [math.inf]
 
 
-def _find_best_checkpoint(output: Path, newest: Path) -> tuple[Path | None, str]:
-    """Return the checkpoint that the training recorded as its best, and the name of the file that records it."""
-    lowest = output / "LOWEST_VAL"  # NeMo's: a link, or a text file
-    if lowest.is_symlink() or lowest.with_suffix(".txt").is_file():
-        target = lowest.readlink() if lowest.is_symlink() else Path(lowest.with_suffix(".txt").read_text().strip())
-        return output / target.name, lowest.name
+def _find_best_checkpoint(newest: Path) -> Path | None:
+    """Return the checkpoint that the newest one or its training records as the best."""
     for folder in (newest, newest.parent):
         file = folder / TRAINER_STATE
         try:
@@ -171,5 +162,5 @@ def _find_best_checkpoint(output: Path, newest: Path) -> tuple[Path | None, str]
         except UnreadableError:
             named = None  # written halfway
         if named:
-            return newest.parent / Path(str(named)).name, TRAINER_STATE
-    return None, ""
+            return newest.parent / Path(str(named)).name
+    return None
