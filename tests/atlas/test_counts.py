@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 import rightrank
-from rightrank.adapters.rank_math import format_rank_change, format_rate_warning
+from rightrank.adapters.rank_math import format_rank_change
 from rightrank.atlas.counts import RANKS, load_atlas
 from rightrank.cli import cli
 from rightrank.schema.errors import SettingsError
@@ -127,6 +127,3 @@ def test_the_rate_when_the_rank_changes() -> None:
     assert "keep alpha at 32" in format_rank_change(16, 64, 32)
     assert "lora_alpha 128, which keeps the scale at 2" in format_rank_change(16, 64, 32, "constant")
     assert format_rank_change(16, 64, 32, "alpha/sqrt(r)").endswith("with rsLoRA was not measured")
-    assert format_rate_warning(256, 512, 2e-4)
-    assert not format_rate_warning(64, 128, 2e-4)
-    assert not format_rate_warning(256, 32, 2e-4)

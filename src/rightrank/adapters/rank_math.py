@@ -17,7 +17,6 @@ SERVER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, Ma
 # The best rate goes as rank to this power at scale alpha/r with alpha fixed: the medians of our and of public grids; with alpha = r
 # (arXiv 2602.04998: 12 rates, 3 seeds).
 RATE_EXPONENTS, TIED_EXPONENT = (0.03, 0.23), -0.41
-LARGE_RANK, LARGE_RATE = 256, 2e-4
 
 
 def find_server_rank(rank: int) -> int:
@@ -136,13 +135,6 @@ def format_rank_change(rank: int, to: int, alpha: float = 32, scaling: Scaling =
         f"from rank {rank} to {to}: keep alpha at {alpha:g} and the learning rate (scale alpha/r: the best rate moves by "
         f"×{ours:.2f} in our grids, ×{public:.2f} in public ones); with alpha = r multiply it by {tied:.2f}"
     )
-
-
-def format_rate_warning(rank: int = LARGE_RANK, alpha: float = 2 * LARGE_RANK, rate: float = LARGE_RATE) -> str:
-    """Return a warning for a combination that is known to diverge, or an empty string."""
-    if rank < LARGE_RANK or alpha < 2 * rank or rate < LARGE_RATE:
-        return ""
-    return f"rank {LARGE_RANK} at {LARGE_RATE:g} with alpha = 2r diverged in a public trace: take alpha 32, or a lower rate"
 
 
 # Measured by others, not here: whether a server has adapters at all costs more than a rank does, and the largest rank is paid by all.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rightrank.adapters.rank_math import LARGE_RANK, format_rank_change, format_rate_warning
+from rightrank.adapters.rank_math import format_rank_change
 from rightrank.cli.options import (
     SettingsCommand,
     add_setting_options,
@@ -110,8 +110,6 @@ def _format_answer(plan: Plan) -> Iterator[str]:
         yield _format_fit(plan, plan.memory_bytes)
     if len(plan.ranks) > 1:
         yield f"learning rate, {format_rank_change(plan.ranks[0].rank, last)}"
-    if last >= LARGE_RANK:
-        yield format_rate_warning(last, 2 * last)
 
 
 def _format_fit(plan: Plan, memory: int) -> str:
