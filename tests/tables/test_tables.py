@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas
 import pytest
 from click.testing import CliRunner
@@ -151,6 +152,18 @@ def test_columns_and_metrics_are_named_by_hand(tmp_path: Path) -> None:
     assert (by_accuracy.metric, by_accuracy.higher_is_better, by_accuracy.reference_rank) == ("accuracy", True, 64)
 
 
+@given(
+    st.sampled_from(["", "metrics.", "summary/", "metrics/"]),
+    st.sampled_from(["eval_", "eval/", "test-", "Validation "]),
+    st.sampled_from([("accuracy", True), ("acc", True), ("f1", True), ("perplexity", False), ("nll", False)]),
+)
+def test_neither_prefix_nor_split_changes_the_direction_of_a_metric(prefix: str, split: str, metric: Any) -> None:
+    name, higher_is_better = metric
+    decided = decide([{"rank": rank, f"{prefix}{split}{name}": loss} for rank, loss in LOSSES.items()]).decision
+    assert decided.higher_is_better == higher_is_better
+    assert decided.reference_rank == (4 if higher_is_better else 64)
+
+
 def test_the_learning_rate_is_the_one_that_was_set() -> None:
     rows = [row | {"params.learning_rate": 0.005, "metrics.learning_rate": 0.0035} for row in ROWS]
     assert decide(rows).decision.learning_rate == 0.005
@@ -213,9 +226,11 @@ def test_trainings_of_unequal_length_are_flagged(with_examples: bool) -> None:
     assert "unequal_length" in decide(unequal).decision.flags
 
 
-def test_a_stated_deviation_has_a_number_of_seeds(tmp_path: Path) -> None:
-    path = write_table(tmp_path, "rank,accuracy,accuracy_std,n\n4,84.06,0.5,3\n16,85.0,0.5,3\n64,85.5,0.5,3\n")
-    assert (decide(path).decision.margin, decide(path).decision.basis) == (0.5, "std")
+def test_a_stated_deviation_has_a_number_of_seeds() -> None:
+    rows = [{"rank": rank, "accuracy": 80 + rank / 10, "accuracy_std": 0.5} for rank in LOSSES]
+    of_one, of_three = (decide([row | {"n": seeds} for row in rows]).decision for seeds in (1, 3))
+    assert (of_three.margin, of_three.basis) == (0.5, "std")
+    assert decide(rows).decision == of_one != of_three
 
 
 def test_a_study_of_optuna_states_the_direction() -> None:
@@ -278,6 +293,23 @@ def test_a_difference_that_is_not_a_number_must_be_declared(name: str, cells: Se
     assert decide(rows, ignore=[name]).decision == decide(ROWS).decision
 
 
+CELLS = st.recursive(
+    st.booleans() | st.dates() | st.builds(Path, NAMES) | st.builds(np.float32, st.integers(0, 9)),
+    st.lists,
+    max_leaves=4,
+)
+
+
+@given(st.lists(CELLS, min_size=1, max_size=3), st.lists(CELLS, min_size=1, max_size=3))
+@settings(max_examples=50)
+def test_cells_of_any_type_are_compared(first: Any, second: Any) -> None:
+    """Lists of settings may hold objects of other libraries."""
+    assert decide(add_column("targets", [first] * 3)).decision == decide(ROWS).decision
+    if json.dumps(first, default=str) != json.dumps(second, default=str):
+        with pytest.raises(ResultsError, match="the trainings differ in targets"):
+            decide(add_column("targets", [first, second, second]))
+
+
 def test_the_command_has_both_declarations(tmp_path: Path) -> None:
     path = write_table(tmp_path, "rank,model,eval_loss\n4,gemma,2.05\n8,gemma,2.04\n32,llama,1.5\n64,llama,1.49\n")
     refused = CliRunner().invoke(cli, ["decide", str(path)])
@@ -312,12 +344,14 @@ def test_what_belongs_to_examples_and_labels_may_differ() -> None:
 )
 def test_alpha_is_equal_or_proportional_to_the_rank(alphas: list[Any], message: str | None) -> None:
     rows = add_column("lora_alpha", alphas)
-    if message is None:
-        with pytest.raises(ResultsError, match="neither equal nor proportional to the rank"):
-            decide(rows)
-        assert decide(rows, ignore=["lora_alpha"])
-    else:
-        assert [note for note in decide(rows).input_notes if "alpha" in note] == [message] * bool(message)
+    for base_alpha in (None, 16):  # the base has no alpha, whatever its row says
+        with_base = [*rows, {"rank": 0, "eval_loss": 3.0, "lora_alpha": base_alpha}]
+        if message is None:
+            with pytest.raises(ResultsError, match="neither equal nor proportional to the rank"):
+                decide(with_base)
+            assert decide(with_base, ignore=["lora_alpha"])
+        else:
+            assert [note for note in decide(with_base).input_notes if "alpha" in note] == [message] * bool(message)
 
 
 STATES = st.sampled_from(["TIMEOUT", "CANCELLED", "preempted", "NODE_FAIL", "running", "PRUNED", "", *FAILURES]) | NAMES
@@ -428,8 +462,8 @@ def test_a_metric_without_a_known_direction_is_refused(name: str) -> None:
         ("rank,eval_loss\n1,85%\n2,86%\n", "write it without the percent sign"),
         ("rank,std,eval_loss\n1,-0.1,2\n2,0.1,3\n", "runs.csv:2: std '-0.1' is not allowed"),
         ("rank,lr,eval_loss\n1,-1,2\n2,1e-3,3\n", "runs.csv:2: learning rate '-1' is not allowed"),
-        ("rank,lr,eval_loss\n1,0,2\n2,1e-3,3\n", "has no learning rate, but other trainings have one"),
-        ("rank,lr,eval_loss\n1,,2\n2,1e-3,3\n", "has no learning rate, but other trainings have one"),
+        ("rank,lr,eval_loss\n1,0,2\n2,1e-3,3\n", "runs.csv: r=1 lr=0 seed=0 has no learning rate, but other trainings have one"),
+        ("rank,lr,eval_loss\n1,1e-3,2\n2,,3\n", "runs.csv: r=2 lr=0 seed=0 has no learning rate, but other trainings have one"),
         ("rank,seed,eval_loss\n1,x,2\n2,0,3\n", "runs.csv:2: seed 'x' is not allowed"),
         ("rank,item,tokens,eval_loss\n1,a,,2\n2,a,3,3\n", "runs.csv:2: tokens is not above 0"),
         ("rank,item,tokens,eval_loss\n1,a,3,2\n1,b,1,2\n2,a,4,3\n2,b,1,3\n", "runs.csv:4: example a has another tokens"),
