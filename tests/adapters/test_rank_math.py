@@ -1,0 +1,108 @@
+"""Properties of ranks, scales and sizes of adapters."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rightrank.adapters.rank_math import (
+    SERVER_RANKS,
+    build_exact_pattern,
+    compute_equal_scale_alphas,
+    compute_equivalent_rank,
+    compute_scaling,
+    compute_slot_bytes,
+    convert_scaling,
+    find_server_rank,
+    format_rank,
+    format_rank_change,
+    format_rate_warning,
+    format_slot,
+    get_pattern_value,
+)
+from rightrank.adapters.resize import list_candidate_ranks
+from rightrank.schema.errors import SettingsError
+from rightrank.schema.settings import Scaling
+
+RANKS, ALPHAS = st.integers(1, 600), st.floats(0.5, 1024)
+NAMES = st.lists(st.sampled_from(["layers.0", "vision", "q_proj", "v_proj", "1"]), min_size=1, max_size=3).map(".".join)
+
+
+@given(st.dictionaries(NAMES, RANKS, min_size=1), RANKS)
+def test_a_pattern_gives_each_module_its_rank(ranks: dict[str, int], default: int) -> None:
+    """Also where a name ends in another one, to which PEFT would match it."""
+    pattern = build_exact_pattern(ranks, default, ranks)
+    assert {name: get_pattern_value(pattern, name, default) for name in ranks} == ranks
+    assert len(pattern) == sum(rank != default for rank in ranks.values())
+
+
+@given(st.dictionaries(NAMES, RANKS, min_size=1), RANKS, ALPHAS, st.booleans())
+def test_alphas_give_every_module_the_scale_of_the_configuration(
+    ranks: dict[str, int], r: int, alpha: float, use_rslora: bool
+) -> None:
+    alphas = compute_equal_scale_alphas(ranks, r, alpha, use_rslora)
+    for name, rank in ranks.items():
+        expected = alpha / (math.sqrt(r) if use_rslora else r)
+        assert compute_scaling(alphas[name], rank, use_rslora) == pytest.approx(expected)
+
+
+@given(RANKS, ALPHAS)
+def test_each_scaling_is_a_configuration_of_peft(rank: int, alpha: float) -> None:
+    expected = {"alpha/r": alpha / rank, "alpha/sqrt(r)": alpha / math.sqrt(rank), "constant": alpha / 16}
+    for name, scale in expected.items():
+        peft_alpha, use_rslora = convert_scaling(name, alpha, rank)  # type: ignore[arg-type]
+        assert compute_scaling(peft_alpha, rank, use_rslora) == pytest.approx(scale)
+
+
+@given(st.lists(st.tuples(RANKS, st.integers(1, 5000)), min_size=1, max_size=5))
+def test_the_equivalent_rank_is_the_smallest_with_as_many_parameters(modules: list[tuple[int, int]]) -> None:
+    ranks, sizes = zip(*modules, strict=True)
+    parameters, rank = sum(map(math.prod, modules)), compute_equivalent_rank(ranks, sizes)
+    assert (rank - 1) * sum(sizes) < parameters <= rank * sum(sizes)
+    assert compute_slot_bytes([(size, size) for size in sizes], rank) == 4 * rank * sum(sizes)
+
+
+@given(RANKS, RANKS)
+def test_a_server_reserves_the_next_slot(rank: int, other: int) -> None:
+    served = find_server_rank(rank)
+    assert served == min((slot for slot in SERVER_RANKS if slot >= rank), default=rank)
+    assert format_slot(rank) == (f"rank {rank} takes the same slot as {served} on vLLM" if served > rank else "")
+    low, high = sorted((rank, other))
+    assert format_rank(low, low, high) == (f"{low} (modules from {low} to {high})" if low < high else str(low))
+
+
+@given(RANKS, RANKS, ALPHAS, st.floats(1e-5, 1e-3))
+def test_advice_on_a_change_of_rank_keeps_the_scale(rank: int, to: int, alpha: float, rate: float) -> None:
+    scalings: tuple[Scaling, ...] = ("alpha/r", "alpha/sqrt(r)", "constant")
+    sentences = {scaling: format_rank_change(rank, to, alpha, scaling) for scaling in scalings}
+    start = f"from rank {rank} to {to}: "
+    assert (
+        sentences["constant"] == f"{start}lora_alpha {alpha / rank * to:g}, which keeps the scale at {alpha / rank:g}"
+    )
+    assert sentences["alpha/sqrt(r)"].startswith(f"{start}keep alpha at {alpha:g}; how the best rate moves")
+    powers = [f"{(to / rank) ** power:.2f}" for power in (0.03, 0.23, -0.41)]
+    assert sentences["alpha/r"].startswith(f"{start}keep alpha at {alpha:g} and the learning rate")
+    assert (
+        "×{} in our grids, ×{} in public ones); with alpha = r multiply it by {}".format(*powers)
+        in sentences["alpha/r"]
+    )
+    assert bool(format_rate_warning(rank, alpha, rate)) == (rank >= 256 and alpha >= 2 * rank and rate >= 2e-4)
+    assert format_rate_warning()
+
+
+@given(RANKS, st.lists(st.integers(0, 700), max_size=3))
+def test_candidates_are_the_requested_ranks_or_powers_of_two_with_the_rank_itself(
+    top: int, requested: list[int]
+) -> None:
+    adapter: Any = SimpleNamespace(rank=top, path="adapter")
+    if top == 1 or not all(1 <= rank <= top for rank in requested):
+        with pytest.raises(SettingsError):
+            list_candidate_ranks(adapter, requested)
+    else:
+        expected = {*requested, top} if requested else {top, *(2**power for power in range(10) if 2**power < top)}
+        assert list_candidate_ranks(adapter, requested) == sorted(expected)
