@@ -38,9 +38,6 @@ class GRPOTrain:
     Rows have `prompt`, a string or a list of messages, and the columns that the reward functions read.
     """
 
-    metric = "reward"
-    higher_is_better = True
-
     model: str
     """Folder or hub name of the base model."""
     args: Any
@@ -122,7 +119,7 @@ class GRPOTrain:
     def _measure(self, model: Any, tokenizer: Any, evaluations: _EvaluationCallback | None = None) -> TrialResult:
         scores = self.compute_rewards(model, tokenizer, self.test)
         return TrialResult(
-            metrics={self.metric: sum(scores) / len(scores)},
+            metrics={"reward": sum(scores) / len(scores)},
             example_scores=scores,
             points=[] if evaluations is None else evaluations.points,
             trainable_parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -223,6 +220,12 @@ if __name__ == "__main__":
     )
     search_settings = {"ranks": (1, 4, 16), "learning_rates": (1e-5, 3e-5, 1e-4), "seeds": (0, 1, 2)}
     selected = select_rank_with(
-        train, arguments.out, strategy="upward", margin=0.02, max_steps=arguments.steps, **search_settings
+        train,
+        arguments.out,
+        metric="reward",
+        strategy="upward",
+        margin=0.02,
+        max_steps=arguments.steps,
+        **search_settings,
     )
     print(selected.decision.sentence)

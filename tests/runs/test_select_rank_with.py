@@ -200,7 +200,7 @@ def test_scores_of_other_examples_are_refused(tmp_path: Path) -> None:
     [
         ({"ranks": (0,)}, "rank 0 is not allowed"),
         ({"strategy": "gird"}, "did you mean 'grid'"),
-        ({"executor": "moon"}, "executor is not a setting"),
+        ({"evaluate": 3}, "evaluate: got a int"),
         ({"train": 3}, "train: got a int"),
         ({"workers": 0}, "workers: got 0"),
         ({"workers": "2"}, "workers: got '2'"),

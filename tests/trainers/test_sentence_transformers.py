@@ -89,12 +89,12 @@ def test_the_own_loss_of_the_trainer_is_measured(kind: str, bert: Path, tmp_path
     assert result.answer.rank <= 8
     adapter = tmp_path / "1" / "rightrank" / "adapter"
     if kind == "embedding":
-        assert result.num_examples == 6  # batches of eight
+        assert len(result.trained_scores.losses) == 6  # batches of eight
         assert any("there are only 6 examples of 8 rows each" in note for note in result.answer.notes)
         base = SentenceTransformer(str(bert), device="cpu")[0].model
         assert PeftModel.from_pretrained(base, adapter).peft_config["default"].r >= 1
         return
-    assert result.num_examples == 50
+    assert len(result.trained_scores.losses) == 50
     assert "Bounds are over 13 groups of 50 examples, which are rough: give 16 groups or more." in result.answer.notes
     assert result.trained_scores.loss == pytest.approx(trainer.evaluate()["eval_loss"], rel=0.02)
     set_update_to_zero(find_adapted_model(trainer.model), "default")  # the head stays the trained one

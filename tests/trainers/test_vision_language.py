@@ -99,7 +99,7 @@ def test_the_end_of_a_training_with_images(tmp_path: Path) -> None:
     assert callback.result is not None
     answer = callback.result.answer
     assert any("2 of 34 held-out rows are also in the training set" in note for note in answer.notes)
-    assert callback.result.num_examples == 32
+    assert len(callback.result.trained_scores.losses) == 32
     assert answer.rank < 8
 
     adapter = tmp_path / "out" / "rightrank" / "adapter"

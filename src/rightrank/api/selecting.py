@@ -19,14 +19,14 @@ from rightrank.schema.keywords import SelectKeywords
 from rightrank.schema.metrics import Margin
 from rightrank.schema.results import Preflight
 from rightrank.schema.setting_table import get_explicit_values
-from rightrank.schema.settings import SelectSettings
+from rightrank.schema.settings import Goal, SelectSettings
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from rightrank.runs.selection import Rows
-    from rightrank.trainers.custom_trainer import EvaluateFunction, TrainerSettings, TrainFunction
+    from rightrank.trainers.custom_trainer import EvaluateFunction, TrainFunction
 
 
 def select_rank(
@@ -157,11 +157,16 @@ def select_rank_with(
     ranks: Sequence[int] | int = (0, 1, 4, 16, 64),
     learning_rates: Sequence[float] | float = (3e-4, 1e-3, 3e-3, 1e-2),
     seeds: Sequence[int] | int = (0,),
-    metric: str | None = None,
+    metric: str = "loss",
     margin: Margin | None = None,
     evaluate: EvaluateFunction | None = None,
+    goal: Goal = "training-rank",
+    strategy: str = "grid",
+    lora_alpha: float = 32.0,
+    max_steps: int | None = None,
+    workers: int = 1,
     callbacks: Sequence[Hook] = (),
-    **settings: Unpack[TrainerSettings],
+    progress: bool = False,
 ) -> Selected:
     """Find the rank with your own training function: DPO, RL, diffusion, vision, any script.
 
@@ -174,14 +179,18 @@ def select_rank_with(
         out: the run folder. A second call with the same arguments resumes; failed trials run again.
         seeds: the seeds of the trainings.
         metric: the name of the deciding metric, after `max:` or `min:` if its direction is not known from the name
-            (`accuracy`, `reward`, `loss`, … are known); None for "loss".
+            (`accuracy`, `reward`, `loss`, … are known).
         margin: the loss of quality that you accept: a share of the gain over rank 0 such as "2%", or a number in the metric's unit;
             None for 1% of the gain.
         evaluate: called with a PEFT adapter folder and a `TrialTask`; returns the same as `train`. With it, the adapter that
             `train` saved for the largest rank is truncated to every lower rank, and the smallest one within the margin is
             exported (the deployment rank).
+        goal: "adapter" stops at the deployment rank and needs `evaluate`; "training-rank" continues to the training rank.
+        lora_alpha: passed to `train` in the task, and recorded for the adapters.
+        max_steps: passed to `train` in the task as `steps`; None lets the function choose the length.
+        workers: the number of parallel calls, in threads of this process; more than 1 for functions that wait for a service.
         callbacks: hooks that watch the selection or take part in it, such as `rightrank.runs.trackers.Trackers`.
-        settings: see `TrainerSettings`: goal, strategy, lora_alpha, max_steps, workers, progress.
+        progress: show the progress on stderr.
 
     Raises:
         InputError: an argument that is not allowed, a metric without a known direction, or a folder made with other settings.
@@ -194,9 +203,10 @@ def select_rank_with(
     from rightrank.runs.views import Report
     from rightrank.trainers.custom_trainer import build_custom_request
 
-    arguments = {"ranks": ranks, "learning_rates": learning_rates, "seeds": seeds}
-    request = build_custom_request(train, evaluate, metric, arguments | {"margin": margin}, settings)
+    values = {"ranks": ranks, "learning_rates": learning_rates, "seeds": seeds, "margin": margin, "goal": goal}
+    values |= {"strategy": strategy, "lora_alpha": lora_alpha, "max_steps": max_steps}
+    request = build_custom_request(train, evaluate, metric, workers, values)
     folder = RunFolder(Path(out))
     with folder.lock(), report_disk_errors(folder.path), ExitStack() as stack:
-        views = _open_views(settings.get("progress", False), stack)
+        views = _open_views(progress, stack)
         return select(request.prepare, folder, [*views, Report(), *callbacks])

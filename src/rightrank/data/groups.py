@@ -11,11 +11,10 @@ from typing import Any
 
 from rightrank.data.forms import Example, to_json_value
 from rightrank.data.rows import Row, RowsBySplit
+from rightrank.data.sampling import MAX_DETECTION_ROWS, are_instructions
 from rightrank.schema.errors import DataError
 
 MAX_COUNTED_GROUPS = 1000  # with more groups no split is too small
-MAX_DETECTION_ROWS = 256  # rows that are read to tell prompts that are questions from a few repeated instructions
-MIN_ROWS_PER_INSTRUCTION = 16  # prompts that so many rows share on average are instructions
 
 
 class Grouping:
@@ -87,12 +86,6 @@ def detect_prompt_groups(rows: RowsBySplit) -> tuple[bool, RowsBySplit]:
             }
             return not are_instructions(len(prompts), len(first_rows)), {**rows, split: chain(first_rows, in_split)}
     return True, rows
-
-
-def are_instructions(num_prompts: int, num_rows: int) -> bool:
-    """Return whether so few prompts of so many rows are repeated instructions, whose rows do not belong together."""
-    min_prompts = max(2, min(num_rows, MAX_DETECTION_ROWS) // MIN_ROWS_PER_INSTRUCTION)
-    return num_rows > 1 and num_prompts < min_prompts
 
 
 def _extract_prompt(content: Mapping[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias
 
 from pydantic import Field, ValidationError
 
@@ -33,11 +33,10 @@ from rightrank.schema.errors import (
     SettingsError,
     log_traceback,
     quote_value,
-    suggest_name,
 )
 from rightrank.schema.events import DataSummary, JournalRecord, Listener, Records, RunKind, RunStarted
 from rightrank.schema.metrics import format_unknown_direction, infer_direction
-from rightrank.schema.settings import Goal, SelectSettings, select_identity_settings
+from rightrank.schema.settings import SelectSettings, select_identity_settings
 from rightrank.schema.trials import (
     Arm,
     BoundedInt,
@@ -110,23 +109,6 @@ RESULT_RECORDS = ("TrialResult", "EvalPoint")
 _CallResult: TypeAlias = tuple[Trial, object, float]  # the trial, the returned value or the raised error, and seconds
 
 
-class TrainerSettings(TypedDict, total=False):
-    """The settings of `select_rank_with` besides its own parameters."""
-
-    goal: Goal
-    """"adapter" stops at the deployment rank and needs `evaluate`; "training-rank" continues to the training rank."""
-    strategy: str | None
-    """None for "grid"."""
-    lora_alpha: float
-    """Passed to `train` in the task, and recorded for the adapters; 32 by default."""
-    max_steps: int
-    """Passed to `train` in the task as `steps`; 0 lets the function choose the length."""
-    workers: int
-    """The number of parallel calls, in threads of this process; use more than 1 for functions that wait for a service."""
-    progress: bool
-    """Show the progress on stderr."""
-
-
 @dataclass(frozen=True, slots=True)
 class CustomTrainerRequest:
     """A request for a selection with a custom trainer. Its arguments are validated."""
@@ -138,7 +120,7 @@ class CustomTrainerRequest:
     # "train", and optionally "evaluate" of an adapter in the task's folder, which the deployment rank needs
     functions: Mapping[str, TrainFunction]
     evaluates_base: bool
-    trainer_settings: TrainerSettings
+    workers: int  # the number of parallel calls
 
     def prepare(self, folder: RunFolder, journal: Sequence[JournalRecord]) -> PreparedSelection:
         """Prepare the selection; see `rightrank.runs.selection.Prepare`."""
@@ -181,58 +163,29 @@ class CustomTrainerRequest:
 
 
 def build_custom_request(
-    train: TrainFunction,
-    evaluate: EvaluateFunction | None,
-    metric: str | None,
-    values_to_compare: Mapping[str, object],
-    trainer_settings: TrainerSettings,
+    train: TrainFunction, evaluate: EvaluateFunction | None, metric: str, workers: int, values: Mapping[str, Any]
 ) -> CustomTrainerRequest:
     """Validate the arguments and build the request.
 
     Args:
-        values_to_compare: ranks, learning_rates, seeds and margin.
+        metric: the name, after `max:` or `min:` if its direction is not known.
+        values: settings of the selection.
 
     Raises:
         SettingsError: an argument that is not allowed, or a metric without a known direction.
     """
-    allowed = TrainerSettings.__annotations__
-    if unknown := next((name for name in trainer_settings if name not in allowed), None):
-        raise SettingsError(
-            f"{unknown} is not a setting{suggest_name(unknown, allowed)}; allowed: {', '.join(allowed)}"
-        )
-    ranks, evaluates_base = values_to_compare["ranks"], False
+    ranks, evaluates_base = values["ranks"], False
     if isinstance(ranks, Sequence) and len(ranks) > 1 and 0 in ranks:
-        values_to_compare, evaluates_base = {**values_to_compare, "ranks": [rank for rank in ranks if rank]}, True
-    sign, colon, name = (metric or "").partition(":")
-    stated_direction = sign == "max" if colon and sign in ("max", "min") else None
-    metric = metric if stated_direction is None else name
-    values = {
-        **values_to_compare,
-        "strategy": trainer_settings.get("strategy") or "grid",
-        "goal": trainer_settings.get("goal", "training-rank"),
-        "lora_alpha": trainer_settings.get("lora_alpha", 32.0),
-    }
-    # The trainer's adapter is that of its last step.
-    settings = SelectSettings(**values, checkpoint="last", max_steps=trainer_settings.get("max_steps") or None)
+        values, evaluates_base = {**values, "ranks": [rank for rank in ranks if rank]}, True
+    settings = SelectSettings(**values, checkpoint="last")  # the trainer's adapter is that of its last step
     make_strategy(settings.strategy, build_space(settings, 1))  # an unknown name is refused first
     if isinstance(settings.margin, str) and not evaluates_base:
         raise SettingsError(
             f"margin {settings.margin}: a share of the gain needs the base; add 0 to the ranks, for which train returns the base's result, or "
             "give a number in the metric's unit"
         )
-    trainer_metric, trainer_direction = getattr(train, "metric", None), getattr(train, "higher_is_better", None)
-    # The trainer's per-example scores are values of its own metric.
-    if isinstance(trainer_metric, str) and metric not in (None, trainer_metric):
-        raise SettingsError(
-            f"metric {metric!r}: {type(train).__name__} scores examples by {trainer_metric!r}; leave metric out, or give another train function"
-        )
-    metric = metric or (trainer_metric if isinstance(trainer_metric, str) else "loss")
-    directions = (
-        stated_direction,
-        trainer_direction if isinstance(trainer_direction, bool) else None,
-        infer_direction(metric),
-    )
-    higher = next((direct for direct in directions if direct is not None), None)
+    direction, _, name = metric.partition(":")
+    higher = {"max": True, "min": False}.get(direction) if name else infer_direction(metric)
     if higher is None:
         raise SettingsError(f"{format_unknown_direction(metric)}; give metric='max:{metric}' or 'min:{metric}'")
     if settings.goal != "training-rank" and evaluate is None:
@@ -242,20 +195,16 @@ def build_custom_request(
         )
     if settings.goal == "best-adapter" and settings.max_steps is None:
         raise SettingsError("goal 'best-adapter' trains for twice the steps: give max_steps, or goal 'adapter'")
-    if not callable(train):
-        raise SettingsError(f"train: got a {type(train).__name__}; give a function that takes a TrialTask")
-    if evaluate is not None and not callable(evaluate):
-        raise SettingsError(
-            f"evaluate: got a {type(evaluate).__name__}; give a function that takes an adapter folder and a TrialTask"
-        )
-    workers: object = trainer_settings.get("workers", 1)
+    for label, function in (("train", train), ("evaluate", evaluate)):
+        if function is not None and not callable(function):
+            raise SettingsError(f"{label}: got a {type(function).__name__}; give a function")
     if not isinstance(workers, int) or workers < 1:
         raise SettingsError(f"workers: got {workers!r}; give the number of parallel calls, a whole number of 1 or more")
     functions: dict[str, TrainFunction] = {"train": train}
     if evaluate is not None:
         functions["evaluate"] = lambda task: evaluate(task.folder, task)
-    name = f"{getattr(train, '__module__', '?')}.{getattr(train, '__qualname__', type(train).__name__)}"
-    return CustomTrainerRequest(settings, metric, higher, name, functions, evaluates_base, trainer_settings)
+    trainer = f"{getattr(train, '__module__', '?')}.{getattr(train, '__qualname__', type(train).__name__)}"
+    return CustomTrainerRequest(settings, name or metric, higher, trainer, functions, evaluates_base, workers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +245,7 @@ class _FunctionExecutor:
         A single call runs on this thread. Evaluations and results of several calls pass through one queue, so that only this
         thread writes to the journal.
         """
-        waiting, running, parallel = deque(trials), 0, self._request.trainer_settings.get("workers", 1)
+        waiting, running, parallel = deque(trials), 0, self._request.workers
         arrived: queue.SimpleQueue[TrialEvaluated | Future[_CallResult]] = queue.SimpleQueue()
         with ThreadPoolExecutor(parallel) as threads:
             while (waiting and self._first_fault is None) or running:

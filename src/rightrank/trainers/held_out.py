@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, Subset
 
-from rightrank.data.groups import are_instructions
-from rightrank.data.sampling import sample_indices
+from rightrank.data.sampling import are_instructions, sample_indices
 from rightrank.data.token_store import IGNORED
 from rightrank.schema.errors import DataError, get_first_line
 from rightrank.trainers.batch_scores import CUSTOM_EVALUATION_HINT, Batch, count_positions
@@ -97,19 +96,9 @@ class RowReader:
             yield batch
 
 
-def iterate_rows(rows: Any, count: int | None = None) -> Iterator[Any]:
-    """Yield at most `count` rows by index, so that an IndexError of the data set is raised instead of ending the iteration."""
-    return map(rows.__getitem__, range(len(rows) if count is None else min(count, len(rows))))
-
-
-def require_mappings(rows: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield rows, and raise if one is not a mapping."""
-    for row in rows:
-        if not isinstance(row, Mapping):
-            raise DataError(
-                f"SmallestAdapter: a row is a {type(row).__name__}; give mappings with input_ids and labels"
-            )
-        yield row
+def iterate_rows(rows: Any) -> Iterator[Any]:
+    """Yield rows by index, so that an IndexError of the data set is raised instead of ending the iteration."""
+    return map(rows.__getitem__, range(len(rows)))
 
 
 def read_moment_batches(
@@ -133,13 +122,6 @@ def read_moment_batches(
     return batches, tokens, moment_tokens
 
 
-def sample_batches(batches: Iterable[Batch]) -> list[Batch]:
-    """Return a random sample of `MAX_MOMENT_BATCHES` batches of a list, or the first batches of a loader."""
-    if isinstance(batches, list | tuple):
-        return [batches[index] for index in sample_indices(len(batches), MAX_MOMENT_BATCHES)]
-    return list(islice(batches, MAX_MOMENT_BATCHES))
-
-
 def select_held_out_rows(
     rows: Any, reader: RowReader, max_examples: int, group: str | None
 ) -> tuple[Subset[Any], list[str]]:
@@ -160,8 +142,11 @@ def select_held_out_rows(
         )
     sample = Subset(rows, sample_indices(len(rows), max_examples))
     input_hashes, group_keys = [], []
-    list(require_mappings(iterate_rows(reader.rows, 1)))
-    for row in require_mappings(iterate_rows(sample)):
+    for row in iterate_rows(sample):
+        if not isinstance(row, Mapping):
+            raise DataError(
+                f"SmallestAdapter: a row is a {type(row).__name__}; give mappings with input_ids and labels"
+            )
         input_hashes.append(hash_inputs(row, reader.columns))
         group_keys.append(reader.find_group_key(row, group))
     shared_hashes, notes = _find_shared_inputs(input_hashes, reader)

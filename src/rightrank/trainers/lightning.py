@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,20 +10,18 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import PeftModel
 
-from rightrank.schema.errors import DataError, ModelError
+from rightrank.schema.errors import ModelError
 from rightrank.schema.metrics import Margin
-from rightrank.trainers.batch_scores import Batch, compute_batch_loss
-from rightrank.trainers.in_memory import log_failure, preserve_state, validate_trained_adapter
-from rightrank.trainers.measurement import SmallestAdapterResult, build_settings
-from rightrank.trainers.smallest import keep_smallest
-
-log = logging.getLogger("rightrank")
+from rightrank.trainers.batch_scores import Batch
+from rightrank.trainers.in_memory import log_failure
+from rightrank.trainers.measurement import SmallestAdapterResult
+from rightrank.trainers.smallest import keep_smallest, prepare_adapter
 
 
 class SmallestAdapter(Callback):
     """Find the smallest adapter within the margin at the end of `fit`, and write it to `<default_root_dir>/rightrank/`.
 
-    `num_held_out` has batches that are not used for training: dictionaries of tensors with `labels`. Margin and metric are the same as for
+    `held_out` has batches that are not used for training: dictionaries of tensors with `labels`. Margin and metric are the same as for
     `rightrank.SmallestAdapter`. At the beginning it raises `DataError` if there are no batches, and `ModelError` if the adapter cannot be truncated.
     """
 
@@ -34,17 +31,8 @@ class SmallestAdapter(Callback):
         self.result: SmallestAdapterResult | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        build_settings(self._margin, None, self._metric)
-        model = _find_peft_model(pl_module)
-        name, _ = validate_trained_adapter(model)
-        with preserve_state(model, name, self._held_out):
-            self._held_out = list(self._held_out)
-            if not self._held_out:
-                raise DataError(
-                    "SmallestAdapter has no held-out batches; give a loader with examples that are not used for training"
-                )
-            compute_batch_loss(model, self._held_out[0])
-        self._start_time = time.monotonic()
+        adapter, _, _ = prepare_adapter(_find_peft_model(pl_module), self._held_out, (), self._margin, self._metric)
+        self._held_out, self._start_time = adapter.held_out, time.monotonic()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         out, seconds = Path(trainer.default_root_dir) / "rightrank", time.monotonic() - self._start_time

@@ -171,10 +171,6 @@ class SmallestAdapterResult:
     trained_scores: Scores  # held-out scores of the adapter before truncation
     folder: Path  # with `adapter/`, `answer.json` and `report.html`
 
-    @property
-    def num_examples(self) -> int:
-        return len(self.trained_scores.losses)
-
 
 def build_settings(margin: Margin | None, ranks: Sequence[int] | int | None, metric: str | None) -> SelectSettings:
     """Build the settings of a measurement. None selects the default.

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,9 +24,9 @@ from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rightrank.data.sampling import sample_indices
-from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, SettingsError
 from rightrank.schema.metrics import Margin
+from rightrank.schema.settings import SelectSettings
 from rightrank.trainers.batch_scores import (
     BETA,
     CUSTOM_EVALUATION_HINT,
@@ -45,7 +46,6 @@ from rightrank.trainers.held_out import (
     iterate_rows,
     number_groups,
     read_moment_batches,
-    sample_batches,
     select_held_out_rows,
 )
 from rightrank.trainers.in_memory import (
@@ -269,7 +269,10 @@ class SmallestAdapter(TrainerCallback):
             )
         if self.result is not None and state.is_world_process_zero:
             with log_failure("a tracker did not accept the values"):
-                self._log_to_trackers(self.result.answer)
+                answer = self.result.answer
+                values = {} if answer.difference_high is None else {"rightrank/difference_high": answer.difference_high}
+                # TRL's override of `log` is bypassed, because it adds other metrics.
+                Trainer.log(self.trainer, {"rightrank/rank": answer.rank} | values)
 
     def _summarize_training(self, args: TrainingArguments, state: TrainerState) -> TrainingSummary:
         is_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
@@ -322,11 +325,6 @@ class SmallestAdapter(TrainerCallback):
         beta = _read_dpo_beta(self.trainer, held_out[0])
         return InMemoryAdapter(model, held_out, train, name, beta, moment_tokens, self._trainer_loss)
 
-    def _log_to_trackers(self, answer: AdapterAnswer) -> None:
-        """Log the rank to the trainer's history and trackers. TRL's override of `log` is bypassed, because it adds other metrics."""
-        values = {} if answer.difference_high is None else {"rightrank/difference_high": answer.difference_high}
-        Trainer.log(self.trainer, {"rightrank/rank": answer.rank} | values)
-
 
 def _get_batch_size(args: TrainingArguments) -> int:
     return min(args.per_device_train_batch_size, args.per_device_eval_batch_size)
@@ -348,7 +346,7 @@ def keep_smallest(
         model: PEFT's model in memory. With accelerate, `accelerator.unwrap_model(model)`.
         held_out: Batches that were not used for training: dictionaries of tensors with `labels`, as the model takes them. A tensor `group` with a
             number for each row identifies rows that belong together.
-        train: Training batches for second moments. A random sample of a list is read, or the first batches of a loader.
+        train: Training batches in random order, of which the first ones are read for second moments.
         out: The folder of the result. The result of an earlier training is replaced; other files stay in place.
         margin: The loss of quality that you accept, in nats per token or in accuracy; None for the metric's default.
         metric: `loss`, or `accuracy` for classifiers.
@@ -360,17 +358,29 @@ def keep_smallest(
         RunFolderError: `out` holds another run or files of another program.
         OSError: `out` cannot be written.
     """
+    in_memory_adapter, settings, notes = prepare_adapter(model, held_out, train, margin, metric)
+    training = TrainingSummary(seconds=seconds, notes=notes)
+    return find_smallest_adapter(in_memory_adapter, Path(out), training, margin=settings.margin, metric=metric)
+
+
+def prepare_adapter(
+    model: Any, held_out: Iterable[Batch], train: Iterable[Batch], margin: Margin | None, metric: str
+) -> tuple[InMemoryAdapter, SelectSettings, list[str]]:
+    """Read the batches of a measurement, and check everything that needs no further evaluation; see `keep_smallest`.
+
+    Returns:
+        The adapter, the settings, and notes on the base model.
+    """
     settings = build_settings(margin, None, metric)
     name, notes = validate_trained_adapter(model)
     with preserve_state(model, name, held_out, train):  # A loader draws its order from the random state.
-        in_memory_adapter = InMemoryAdapter(model, list(held_out), sample_batches(train), name)
-        if not in_memory_adapter.held_out:
+        batches = list(held_out)
+        if not batches:
             raise DataError(
                 "there are no held-out batches; give a few hundred examples that were not used for training"
             )
-        compute_batch_loss(model, in_memory_adapter.held_out[0])  # raises if they cannot be scored
-    training = TrainingSummary(seconds=seconds, notes=notes)
-    return find_smallest_adapter(in_memory_adapter, Path(out), training, margin=settings.margin, metric=metric)
+        compute_batch_loss(model, batches[0])  # raises if they cannot be scored
+        return InMemoryAdapter(model, batches, list(islice(train, MAX_MOMENT_BATCHES)), name), settings, notes
 
 
 def _read_dpo_beta(trainer: Trainer, batch: Batch) -> float:
