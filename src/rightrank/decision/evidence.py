@@ -177,11 +177,6 @@ class Evidence:
         """Return whether any two ranks were compared on two seeds."""
         return any(pair.degrees > 0 for pair in self._pairs.values())
 
-    def build_prior(self, rank: int) -> Prior | None:
-        """Return the expected seed noise of the rank's difference for a bound, or None if no two ranks share two seeds."""
-        prior_degrees = WITHIN_DEGREES if self.has_examples else BARE_WITHIN_DEGREES
-        return self._build_noise_prior(rank, BOUND_DEGREES, prior_degrees) if self.has_seed_noise else None
-
     def _build_noise_prior(
         self,
         rank: int,
@@ -258,11 +253,13 @@ class Evidence:
             return paired.replace_seed_variance(sum(stated_variances), 0.0)
         if contender.rank == 0 or opponent.rank == 0:
             variance, degrees = self._estimate_seed_variance(max(contender.rank, opponent.rank), len(pairs))
-        elif self.lacks_uncertainty:
-            variance, degrees = 0.0, 0.0
         else:
-            pair, prior = _measure_pair_noise(pairs), self.build_prior(contender.rank)
-            variance, degrees = (pair.variance, pair.degrees) if prior is None else prior.moderate(pair)
+            pair = _measure_pair_noise(pairs)
+            variance, degrees = pair.variance, pair.degrees
+            if self.has_seed_noise:
+                similarity = WITHIN_DEGREES if self.has_examples else BARE_WITHIN_DEGREES
+                prior = self._build_noise_prior(contender.rank, BOUND_DEGREES, similarity)
+                variance, degrees = prior.moderate(pair)
             variance /= len(pairs)
         return paired.replace_seed_variance(max(variance, paired.interaction_variance), degrees)
 

@@ -19,23 +19,23 @@ CONFIRM_SEEDS = 3
 EXAMPLE_COUNTS = (500, 1000, 2000, 5000, 10_000, 20_000, 50_000)  # numbers of held-out examples to suggest
 
 
-def plan_next_runs(comparison: Comparison, verdict: Verdict, flags: list[str]) -> list[NextRun]:
+def plan_next_runs(comparison: Comparison, verdict: Verdict) -> list[NextRun]:
     """Plan the next runs, the most useful first. The list is never empty."""
-    runs: list[NextRun] = []
     if verdict == "no_gain":
-        runs.append(_plan_after_no_gain(comparison.evidence))
-    elif verdict == "undecided":
+        return [_plan_after_no_gain(comparison.evidence)]
+    evidence, ranks = comparison.evidence, sorted({comparison.chosen, comparison.reference.rank})
+    runs: list[NextRun] = []
+    if verdict == "undecided":
         if (failed := find_unexplained_rank(comparison)) is not None:
             runs.append(_plan_repetition(comparison, failed))
         if comparison.is_open:
             runs.extend(_plan_runs_for_confidence(comparison))
-    elif comparison.chosen == comparison.ranks[-1] and (
-        verdict == "rising" or not comparison.evidence.lacks_uncertainty
-    ):
-        runs.append(_plan_larger_rank(comparison.evidence))
-    if "lr_edge" in flags:
-        runs.insert(1 if verdict in ("rising", "undecided") else 0, _plan_rate_beyond_edge(comparison))
-    if verdict not in ("no_gain", "undecided"):
+    elif comparison.chosen == comparison.ranks[-1] and (verdict == "rising" or not evidence.lacks_uncertainty):
+        runs.append(_plan_larger_rank(evidence))
+    rate_runs = [plan_rate_run(evidence.table, rank, evidence.contenders[rank].learning_rate, ranks) for rank in ranks]
+    position = 1 if verdict in ("rising", "undecided") else 0
+    runs[position:position] = [run for run in rate_runs if run is not None][:1]
+    if verdict != "undecided":
         runs.append(_plan_confirmation(comparison, is_last=not runs))
     return runs
 
@@ -93,21 +93,13 @@ def _plan_larger_rank(evidence: Evidence) -> NextRun:
     return NextRun(action="rank", ranks=[2 * top.rank], learning_rates=lrs, trials=trials, sentence=sentence)
 
 
-def _plan_rate_beyond_edge(comparison: Comparison) -> NextRun:
-    evidence, ranks = comparison.evidence, sorted({comparison.chosen, comparison.reference.rank})
-    rank = next(rank for rank in ranks if evidence.is_at_edge(rank))
-    run = plan_rate_run(evidence.table, rank, evidence.contenders[rank].learning_rate, ranks)
-    assert run is not None
-    return run
-
-
 def plan_rate_run(table: ScoreTable, rank: int, learning_rate: float, ranks: list[int]) -> NextRun | None:
     """Plan `ranks` at the learning rate beyond the rank's best one, or return None if the best one is not at an edge."""
     rates = table.list_edge_rates(learning_rate, rank)
     if not rates:
         return None
-    edge, inner = (rates[0], rates[1]) if learning_rate == rates[0] else (rates[-1], rates[-2])
-    lr = extrapolate_rate(edge, inner, _collect_tried_rates(table))
+    inner = rates[1] if learning_rate == rates[0] else rates[-2]
+    lr = extrapolate_rate(learning_rate, inner, _collect_tried_rates(table))
     sentence = (
         f"The best learning rate of rank {rank} is at the edge of those tried: train {format_rank_names(ranks)} at {lr:.2g} too "
         f"({_format_cost(len(ranks))})."

@@ -68,7 +68,7 @@ def decide_table(
     chosen = comparison.chosen
     verdict = determine_verdict(comparison)
     flags = collect_flags(comparison, verdict)
-    runs = plan_next_runs(comparison, verdict, flags)
+    runs = plan_next_runs(comparison, verdict)
     return Decision(
         rank=None if verdict in ("no_gain", "undecided") else chosen,
         recommended_rank=chosen,

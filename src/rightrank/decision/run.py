@@ -263,9 +263,8 @@ def describe_learning_rate(
     if step < chosen.steps and "loss" in chosen.metrics:
         margin = criterion.margin if criterion.metric == "loss" else None
         criterion = replace(criterion, metric="loss", higher_is_better=False, margin=margin)
-    metric = criterion.metric
     compared = [outcome for outcome in at_step.values() if isinstance(outcome, TrialFinished)]
-    has_means = metric == "loss" and step < chosen.steps and all(outcome.mean_losses for outcome in compared)
+    has_means = criterion.metric == "loss" and step < chosen.steps and all(outcome.mean_losses for outcome in compared)
     scored = _score_trials([outcome.use_mean_losses() if has_means else outcome for outcome in compared], criterion)
     if chosen.trial_id not in scored:
         return None
@@ -287,7 +286,7 @@ def describe_learning_rate(
             fields = {name: getattr(candidate, name) for name in names}
             fields["is_within_margin"] = candidate.is_within_margin if adapter.cell.examples else None
         if has_means and isinstance(outcome, TrialFinished):
-            fields["current_value"] = outcome.metrics.get(metric)
+            fields["current_value"] = outcome.metrics.get(criterion.metric)
         candidates.append(
             LearningRateCandidate(
                 learning_rate=rate,
@@ -300,7 +299,7 @@ def describe_learning_rate(
     answer = LearningRateAnswer(
         learning_rate=trained.learning_rate,
         rank=trained.rank,
-        metric=metric,
+        metric=criterion.metric,
         step=step,
         steps=chosen.steps,
         margin=comparison.margin,

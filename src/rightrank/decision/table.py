@@ -346,10 +346,6 @@ class Contender:
     loss: float  # oriented mean, lower is better: over its own seeds, or as with the seeds of all ranks (`align_contenders`)
 
 
-def get_losses_by_seed(cells: Mapping[int, Cell]) -> dict[int, float]:
-    return {seed: cell.loss for seed, cell in cells.items()}
-
-
 def select_contender(table: ScoreTable, rank: int) -> Contender:
     columns = table.get_cells_by_rate(rank)
 
@@ -357,14 +353,16 @@ def select_contender(table: ScoreTable, rank: int) -> Contender:
         """Compare on shared seeds. One number a training shows no noise, so the means decide then."""
         return compute_bounds(estimate_pairs(pair_shared_seeds(columns[candidate_rate], columns[best_rate]))).high < 0
 
-    best = select_best_learning_rate({lr: get_losses_by_seed(cells) for lr, cells in columns.items()}, is_surely_lower)
+    losses = {rate: {seed: cell.loss for seed, cell in cells.items()} for rate, cells in columns.items()}
+    best = select_best_learning_rate(losses, is_surely_lower)
     cells = columns[best]
     return Contender(rank, best, cells, float(np.mean([cell.loss for cell in cells.values()])))
 
 
 def align_contenders(contenders: Sequence[Contender]) -> dict[int, Contender]:
     """Give each rank the loss that it would have with the seeds of all ranks."""
-    adjusted = compute_adjusted_means([get_losses_by_seed(contender.cells) for contender in contenders])
+    losses = [{seed: cell.loss for seed, cell in contender.cells.items()} for contender in contenders]
+    adjusted = compute_adjusted_means(losses)
     return {contender.rank: replace(contender, loss=loss) for contender, loss in zip(contenders, adjusted, strict=True)}
 
 
