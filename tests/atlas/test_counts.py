@@ -11,7 +11,6 @@ import pytest
 from click.testing import CliRunner
 
 import rightrank
-from rightrank.adapters.rank_math import format_rank_change
 from rightrank.atlas.counts import RANKS, load_atlas
 from rightrank.cli import cli
 from rightrank.schema.errors import SettingsError
@@ -120,10 +119,3 @@ def test_the_answer_comes_at_once_and_without_torch() -> None:
     heavy, seconds = last.split(" ")
     assert heavy == "[]"
     assert float(seconds) < 2
-
-
-def test_the_rate_when_the_rank_changes() -> None:
-    assert format_rank_change(16, 64, 32).endswith("with alpha = r multiply it by 0.57")
-    assert "keep alpha at 32" in format_rank_change(16, 64, 32)
-    assert "lora_alpha 128, which keeps the scale at 2" in format_rank_change(16, 64, 32, "constant")
-    assert format_rank_change(16, 64, 32, "alpha/sqrt(r)").endswith("with rsLoRA was not measured")
