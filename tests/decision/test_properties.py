@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -75,3 +75,55 @@ def test_the_order_of_examples_seeds_and_ranks_changes_nothing(drawn: tuple[int,
         assert evidence.difference == pytest.approx(expected.difference, abs=1e-9)
         assert evidence.difference_high == pytest.approx(expected.difference_high, abs=1e-9)
         assert evidence.probability == pytest.approx(expected.probability, abs=1e-6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.integers(0, 60), min_size=4, max_size=4),
+    st.none() | st.integers(0, 90),
+    st.integers(1, 4),
+    st.none() | st.lists(st.integers(0, 3), min_size=4, max_size=4),
+    st.lists(st.booleans(), min_size=4, max_size=4),
+)
+def test_one_number_for_each_rank_is_decided_by_the_values(
+    losses: list[int], base: int | None, margin: int, train_losses: list[int] | None, has_lower_rates: list[bool]
+) -> None:
+    """Compare with the rule in whole numbers, of which many lie exactly at the margin."""
+    ranks, unit = (1, 4, 16, 64), 1 / 64
+    trials = [] if base is None else [make_trial("base", 0, 2 + base * unit, learning_rate=0.0)]
+    for index, rank in enumerate(ranks):
+        train = {} if train_losses is None else {"train_value": 1 + train_losses[index] * unit}
+        trials.append(make_trial(f"r{rank}", rank, 2 + losses[index] * unit, learning_rate=1e-3, **train))
+        if has_lower_rates[index]:
+            trials.append(make_trial(f"low{rank}", rank, 4.0, learning_rate=1e-4, **train))
+    decided = decide_table(build(trials), margin * unit)
+
+    best = losses.index(min(losses))
+    worse = [loss - losses[best] for loss in losses]
+    chosen = next((index + 1 for index in reversed(range(best)) if worse[index] > margin), 0)
+    is_better_trained = [train_losses is not None and loss < train_losses[best] for loss in train_losses or losses]
+
+    def is_unexplained(index: int) -> bool:
+        has_failed = worse[index] > 20 * margin and not has_lower_rates[index]
+        is_above_base = base is not None and losses[index] > base
+        is_gradual = not is_above_base and (
+            (index - 1 > best and 8 * worse[index - 1] >= worse[index])
+            or (index < 3 and 8 * worse[index + 1] >= 9 * worse[index])
+        )
+        return has_failed and not is_better_trained[index] and not is_gradual
+
+    if base is not None and base - losses[best] <= margin:
+        verdict = "no_gain"
+    elif any(map(is_unexplained, range(best + 1, 4))):
+        verdict = "undecided"
+    elif worse[3] > margin and is_better_trained[3]:
+        verdict = "overfitting"
+    elif max(worse) <= margin:
+        verdict = "flat"
+    else:
+        verdict = "rising" if best == 3 and min(worse[:3]) > margin else "saturated"
+    assert (decided.verdict, decided.recommended_rank, decided.reference_rank) == (verdict, ranks[chosen], ranks[best])
+    assert decided.rank == (None if verdict in ("no_gain", "undecided") else ranks[chosen])
+    reached = list(accumulate(reversed(worse[: best + 1]), max))
+    steps = {step * unit: ranks[best - lower] for lower, step in enumerate(reached)}
+    assert {step.margin: step.rank for step in decided.staircase} == steps
