@@ -16,15 +16,14 @@ from rightrank.adapters.adapter_reader import AdapterFolder, open_adapter
 from rightrank.adapters.resize import cap_ranks, resize_adapter
 from rightrank.adapters.truncation import Moments, allocate_ranks, decompose_update
 from rightrank.cli import main
+from rightrank.data.splits import load_data
 from rightrank.runs.resize_by_data import load_evaluation_data
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import Listener
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial
-from rightrank.training.adapter_runtime import RuntimeInputs, make_adapter_runtime
-from rightrank.training.covariances import gather_unseen_moments
+from rightrank.training.adapter_runtime import attach_adapter, gather_unseen_moments, make_adapter_runtime
 from rightrank.training.loop import run_trial
-from rightrank.training.runtime import attach_adapter
 from rightrank.training.trial import TrialFolders
 from tests.adapters.adapters import (
     compute_deltas,
@@ -92,7 +91,7 @@ def test_the_written_adapter_is_truncated_by_k_fac(trained: Path, completion_fil
     )
     assert any("K-FAC over" in note for note in resized.notes)
     adapter = open_adapter(trained)
-    runtime = make_adapter_runtime(adapter, None, RuntimeInputs(completion_file, settings, tmp_path / "cache"))
+    runtime = make_adapter_runtime(adapter, None, load_data(completion_file, settings), settings, tmp_path / "cache")
     steps = settings.count_training_steps(len(runtime.data.splits["train"]))
     with attach_adapter(runtime, trained) as peft_model:
         moments = gather_unseen_moments(runtime, peft_model, 0, steps).moments
@@ -114,9 +113,7 @@ def test_the_reported_value_is_that_of_the_written_folder(
     resized = resize(trained, tmp_path / "small", data=completion_file, settings=settings, train=completion_file)
     adapter = open_adapter(tmp_path / "small")
     splits = load_evaluation_data(adapter, completion_file, completion_file, settings).splits
-    runtime = make_adapter_runtime(
-        adapter, None, RuntimeInputs(completion_file, settings, tmp_path / "cache", splits=splits)
-    )
+    runtime = make_adapter_runtime(adapter, None, splits, settings, tmp_path / "cache")
     base_loss = runtime.evaluate("validation").loss
     with attach_adapter(runtime, tmp_path / "small"):
         loss = runtime.evaluate("validation").loss

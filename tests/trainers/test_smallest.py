@@ -36,10 +36,9 @@ from rightrank.schema.errors import SettingsError
 from rightrank.schema.trials import SplitName
 from rightrank.trainers.batch_scores import compute_batch_loss
 from rightrank.trainers.measurement import InMemoryAdapter
-from rightrank.training.covariances import gather_unseen_moments
+from rightrank.training.adapter_runtime import attach_adapter, gather_unseen_moments
 from rightrank.training.evaluation import Scores
 from rightrank.training.kinds import set_update_to_zero
-from rightrank.training.runtime import attach_adapter
 from tests.commands import run
 from tests.helpers import make_runtime
 from tests.tiny import build_small_settings, write_completions, write_pairs

@@ -35,10 +35,10 @@ from rightrank.schema.metrics import LossKind, get_margin_share
 from rightrank.schema.results import AdapterComparison, ComparisonVerdict, MetricComparison
 from rightrank.schema.settings import SPLIT_SETTINGS, SelectSettings
 from rightrank.schema.trials import TrialFinished
-from rightrank.training.adapter_runtime import report_evaluation_progress, require_matching_base
+from rightrank.training.adapter_runtime import attach_adapter, report_evaluation_progress, require_matching_base
 from rightrank.training.answers import measure_metrics, require_metric_functions
 from rightrank.training.evaluation import build_trial_record
-from rightrank.training.runtime import Runtime, attach_adapter
+from rightrank.training.runtime import Runtime
 from rightrank.training.tokens import encode_splits
 
 LARGE_DIFFERENCE_MARGINS = (

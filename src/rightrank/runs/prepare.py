@@ -32,12 +32,13 @@ from rightrank.schema.settings import SelectSettings, select_identity_settings
 from rightrank.schema.trials import Trial, TrialFinished, TrialOutcome
 from rightrank.search import make_strategy
 from rightrank.search.protocol import Strategy, build_space
+from rightrank.training.adapter_runtime import attach_adapter
 from rightrank.training.answers import measure_metrics, require_metric_functions
 from rightrank.training.device import describe_environment
 from rightrank.training.evaluation import MetricResults
 from rightrank.training.loop import train_trials
 from rightrank.training.pace import choose_adapters_per_pass
-from rightrank.training.runtime import Runtime, attach_adapter, build_causality_error
+from rightrank.training.runtime import Runtime, build_causality_error
 from rightrank.training.targets import Targets, find_targets
 from rightrank.training.tokens import EncodedData, encode_splits
 from rightrank.training.trial import TrialFolders

@@ -40,11 +40,16 @@ from rightrank.schema.events import EvaluationProgress, Notice
 from rightrank.schema.results import HeldOutValue, Resized
 from rightrank.schema.setting_table import get_explicit_values
 from rightrank.schema.settings import NO_SPLIT_OVERRIDES, SelectSettings
-from rightrank.training.adapter_runtime import RuntimeInputs, make_adapter_runtime, report_evaluation_progress
-from rightrank.training.covariances import gather_moments, gather_unseen_moments
+from rightrank.training.adapter_runtime import (
+    attach_adapter,
+    gather_moments,
+    gather_unseen_moments,
+    make_adapter_runtime,
+    report_evaluation_progress,
+)
 from rightrank.training.evaluation import Scores
 from rightrank.training.moments import GatheredMoments
-from rightrank.training.runtime import Runtime, attach_adapter
+from rightrank.training.runtime import Runtime
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +171,9 @@ def resize_by_data(adapter: AdapterFolder, out: Path, request: ResizeRequest) ->
     text = f"measuring rank {max(ranks)}, the base, then lower ranks ({rank_list}), each on {count:,} examples{hint}"
     request.on_event(Notice(text=text))
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
-        use = RuntimeInputs(request.data, request.settings, Path(name) / "cache", splits=evaluation_data.splits)
-        runtime = make_adapter_runtime(adapter, request.base, use)
+        runtime = make_adapter_runtime(
+            adapter, request.base, evaluation_data.splits, request.settings, Path(name) / "cache"
+        )
         cross_fit = evaluation_data.scores_training_examples
         measured = measure_truncations(
             adapter, runtime, ranks, Path(name), cross_fit=cross_fit, on_event=request.on_event

@@ -317,10 +317,10 @@ def gather_adapter_moments(in_memory_adapter: InMemoryAdapter) -> GatheredMoment
     """Gather second moments over about `moment_tokens` tokens of training examples."""
     if not in_memory_adapter.train:
         notice = "truncated by singular values: no training examples were given for second moments"
-        return GatheredMoments({}, 0, 0, (notice,))
+        return GatheredMoments({}, 0, (notice,))
     model, name = in_memory_adapter.model, in_memory_adapter.name
 
-    def run_passes() -> Iterator[tuple[int, int, int]]:
+    def run_passes() -> Iterator[tuple[int, int]]:
         num_positions = 0
         for batch in in_memory_adapter.train:
             if num_positions >= in_memory_adapter.moment_tokens:
@@ -328,7 +328,7 @@ def gather_adapter_moments(in_memory_adapter: InMemoryAdapter) -> GatheredMoment
             loss, positions = in_memory_adapter.compute_loss(batch), count_positions(batch)
             torch.autograd.backward(loss.total)
             num_positions += positions
-            yield len(loss.example_losses), positions, int(loss.example_tokens.sum())
+            yield positions, int(loss.example_tokens.sum())
 
     modules = [module for module, layer in find_lora_modules(model).items() if name in layer.lora_A]
     return accumulate_moments(model, modules, run_passes(), name)

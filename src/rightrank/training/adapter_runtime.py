@@ -1,91 +1,84 @@
-"""Build the runtime of an existing adapter: load its base model, check that the adapter was trained on it, and encode the data."""
+"""Existing adapters on a base: build a runtime for one, attach it, and gather the second moments of its modules.
+
+Moments are gathered over examples that the training of the adapter did not read.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from rightrank.adapters.adapter_folders import BASE_FILE, CONFIG_FILE
+from peft import PeftModel, PeftType
+
+from rightrank.adapters.adapter_folders import BASE_FILE, CONFIG_FILE, require_kept_base
 from rightrank.adapters.adapter_reader import AdapterFolder
+from rightrank.adapters.adapter_writer import ensure_peft_format
+from rightrank.adapters.truncation import save_moments
 from rightrank.bases.base_models import LoadedModel, load_base, read_identity
 from rightrank.bases.model_sources import normalize_model_name, require_model
-from rightrank.data.files import UnreadableError, read_json_object
-from rightrank.data.splits import DataSplits, load_data
-from rightrank.schema.errors import ModelError, SettingsError
+from rightrank.data.files import UnreadableError, read_json_object, replace_file
+from rightrank.data.sampling import sample_indices
+from rightrank.data.splits import DataSplits
+from rightrank.schema.errors import ModelError, SettingsError, get_first_line, quote_value
 from rightrank.schema.events import EvaluationProgress
 from rightrank.schema.settings import SelectSettings
+from rightrank.schema.trials import Arm
+from rightrank.training.device import catch_memory_errors
+from rightrank.training.kinds import Linear, find_kind, find_lora_modules, set_update_to_zero
+from rightrank.training.moments import MOMENT_TOKENS, GatheredMoments, accumulate_moments
+from rightrank.training.multi_lora import ADAPTER, unwrap_base
 from rightrank.training.runtime import Runtime
+from rightrank.training.targets import suppress_peft_warnings
 from rightrank.training.tokens import encode_splits
 
-
-@dataclass(frozen=True, slots=True)
-class RuntimeInputs:
-    """The data to measure and train on, the settings, and a folder for temporary files."""
-
-    data: Path
-    settings: SelectSettings
-    cache: Path | None
-    steps: int = 0  # optimizer steps to train each adapter
-    splits: DataSplits | None = None  # None: split the data as a selection does
-    loaded: LoadedModel | None = None  # the base, if it is already loaded and checked
+MAX_TOKEN_FRACTION = 0.1  # largest fraction of a training's tokens to read for moments
+LENGTH_SAMPLE_SIZE = 256  # examples from which the mean length is estimated
 
 
-def make_runtime(
-    base: str, modules: tuple[str, ...] | None, inputs: RuntimeInputs, adapter: Path | None = None
+def make_adapter_runtime(
+    adapter: AdapterFolder, base: str | None, splits: DataSplits, settings: SelectSettings, cache: Path
 ) -> Runtime:
-    """Make a runtime that measures and trains adapters of exactly these modules.
+    """Make a runtime that measures an adapter and its truncations.
 
     Args:
-        modules: names of the target modules; None uses `target_modules` of the settings.
-        adapter: an adapter folder; the base must be the one that it was trained on.
+        base: a model; None loads the one that the configuration names.
+        cache: a folder for temporary files.
 
     Raises:
         SettingsError: the metric needs more than an evaluation of losses.
-        ModelError: the base cannot be loaded, lacks a module, or is not the base of `adapter`.
-        DataError: the data cannot be used.
-    """
-    settings = inputs.settings.model_copy(update={"ranks": (1,)})
-    if not settings.metric_specs[0].is_eval_metric or settings.metrics:
-        raise SettingsError(
-            f"metric {settings.metric_name!r}: this command measures adapters by loss or accuracy; give one of them, and leave metrics out"
-        )
-    if modules is not None:
-        settings = settings.model_copy(update={"target_modules": modules, "layers_to_transform": None})
-    splits = load_data(inputs.data, settings) if inputs.splits is None else inputs.splits
-    loaded = inputs.loaded or load_base(base, settings, splits.summary.classes)
-    if adapter is not None and inputs.loaded is None:
-        require_matching_base(adapter, loaded)
-    encoded = encode_splits(splits, loaded, settings)
-    return Runtime(loaded, encoded, settings, max(1, inputs.steps), inputs.cache)
-
-
-def make_adapter_runtime(adapter: AdapterFolder, base: str | None, inputs: RuntimeInputs) -> Runtime:
-    """Make a runtime that measures an adapter and its truncations.
-
-    Raises:
         ModelError: no base is named, the base cannot be loaded, it is not the adapter's base, or it lacks a module.
         DataError: the data cannot be used.
     """
     if adapter.path.is_file():
         raise ModelError(f"{adapter.path}: PEFT loads no such file onto a base model; choose by --rank")
-    name = base or adapter.base_model
+    if not settings.metric_specs[0].is_eval_metric or settings.metrics:
+        raise SettingsError(
+            f"metric {settings.metric_name!r}: this command measures adapters by loss or accuracy; give one of them, and leave metrics out"
+        )
+    parameters = dict.fromkeys(module.address for module in adapter.modules if module.kind == "expert")
+    updates = {
+        "ranks": (1,),
+        "target_modules": tuple(module.name for module in adapter.modules if module.kind != "expert"),
+        "target_parameters": tuple(parameters),
+        "layers_to_transform": None,
+    }
+    settings = settings.model_copy(update=updates)
+    loaded = load_base(base or _find_named_base(adapter), settings, splits.summary.classes)
+    require_matching_base(adapter.path, loaded)
+    # A fully trained module may lie below the first adapter, where a cached prefix would be stale.
+    cache_folder = None if adapter.other_keys else cache
+    return Runtime(loaded, encode_splits(splits, loaded, settings), settings, 1, cache_folder)
+
+
+def _find_named_base(adapter: AdapterFolder) -> str:
+    """Return the base that the adapter's configuration names, and raise if there is none, for example after a move of the folder."""
+    name = adapter.base_model
     if name is None:
         raise ModelError(f"{adapter.path}: the configuration names no base model; give one with --base MODEL")
-    if base is None and inputs.loaded is None:
-        _require_named_base(adapter, name)
-    # A fully trained module may lie below the first adapter, where a cached prefix would be stale.
-    cache = None if adapter.other_keys else inputs.cache
-    parameters = dict.fromkeys(module.address for module in adapter.modules if module.kind == "expert")
-    settings = inputs.settings.model_copy(update={"target_parameters": tuple(parameters)})
-    inputs = replace(inputs, settings=settings, cache=cache)
-    module_names = tuple(module.name for module in adapter.modules if module.kind != "expert")
-    return make_runtime(name, module_names, inputs, adapter.path)
-
-
-def _require_named_base(adapter: AdapterFolder, name: str) -> None:
-    """Raise if the base named in the adapter's configuration cannot be found, for example a path from another folder."""
     try:
         require_model(name)
     except ModelError as error:
@@ -93,6 +86,7 @@ def _require_named_base(adapter: AdapterFolder, name: str) -> None:
             f"{adapter.path}: its {CONFIG_FILE} names the base {name!r}, which cannot be found from {Path.cwd()}; give it with "
             f"--base MODEL ({error})"
         ) from None
+    return name
 
 
 def report_evaluation_progress(
@@ -145,3 +139,140 @@ def _read_string(file: Path, key: str) -> str | None:
     except UnreadableError:
         return None
     return text if isinstance(text, str) and text else None
+
+
+@contextmanager
+def attach_adapter(runtime: Runtime, folder: Path | None, *, is_zero: bool = False) -> Iterator[Any]:
+    """Attach an adapter folder to the runtime's base and yield the PeftModel. The base is restored when the block ends.
+
+    Args:
+        folder: the adapter folder; None yields the base alone.
+        is_zero: set the update to zero; other trained modules, such as a head, stay.
+
+    Raises:
+        ModelError: PEFT cannot attach this adapter to this base or would change the base, or the adapter's task is not that of the data.
+    """
+    if folder is None:
+        yield runtime.model
+        return
+    _require_attachable(runtime, folder)
+    try:
+        with suppress_peft_warnings(), ensure_peft_format(folder) as adapter_folder:
+            peft_model: Any = PeftModel.from_pretrained(runtime.model, str(adapter_folder))
+    except (RuntimeError, TypeError, ValueError) as error:  # of tensors, of values of another type, and of names
+        hint = runtime.settings.load_error_hint("give the base that it was trained on")
+        raise ModelError(
+            f"{folder}: PEFT cannot attach it to {runtime.loaded.name} ({get_first_line(error)}); {hint}"
+        ) from None
+    peft_model.train(False)
+    if is_zero:
+        set_update_to_zero(peft_model, peft_model.active_adapter)
+    try:
+        yield peft_model
+    finally:
+        unwrap_base(peft_model)
+
+
+def _require_attachable(runtime: Runtime, folder: Path) -> None:
+    """Raise for what PEFT's own errors would not explain: an adapter of another task than the data, or one that changes the base."""
+    file = folder / CONFIG_FILE
+    config = read_json_object(file) if file.is_file() else {}
+    require_kept_base(folder, config)
+    method = config.get("peft_type", "LORA")
+    if method not in PeftType.__members__:
+        raise ModelError(f"{folder}: PEFT has no peft_type {quote_value(method)}; correct its {CONFIG_FILE}")
+    task = config.get("task_type")
+    if task == "CAUSAL_LM" and runtime.data.is_classification:
+        raise ModelError(
+            f"{folder}: this is an adapter of a language model (task_type {task}), but data with `text` and `label` need a "
+            "classifier; give data with `prompt` and `completion`, or with `text` alone"
+        )
+    if task == "SEQ_CLS" and not runtime.data.is_classification:
+        raise ModelError(
+            f"{folder}: this is an adapter of a classifier (task_type {task}); give data with `text` and `label`"
+        )
+
+
+def gather_moments(
+    runtime: Runtime, peft_model: Any, examples: Sequence[int], tokens: int = MOMENT_TOKENS
+) -> GatheredMoments:
+    """Gather the moments of the adapter that PEFT has loaded on the runtime's base, over training examples in the given order.
+
+    Modules whose update is not a plain product of matrices (DoRA, embeddings, experts) get no moments. If memory runs out or a
+    gradient is not finite, no module does. A notice reports each case.
+
+    Args:
+        peft_model: PEFT's model around `runtime.model`; it does not have to be trainable.
+        examples: indices in the training split, preferably of examples that the adapter was not trained on.
+        tokens: the number of tokens to read. Complete micro-batches of `batch_size` are read until it is reached.
+    """
+    adapters, head = find_lora_modules(peft_model), runtime.model.get_output_embeddings()
+    # These modules add s·B·(A·x) to their output.
+    linear_names = [name for name, module in adapters.items() if isinstance(find_kind(module), Linear)]
+    if all(adapters[name] is head for name in linear_names):  # the loss computes the head itself, on frozen inputs
+        linear_names = []
+    num_excluded = len(adapters) - len(linear_names)
+    note = f"{num_excluded} modules (DoRA, embeddings, experts or the head alone) have no second moments and are truncated by the plain SVD"
+    notices = (note,) if num_excluded else ()
+    if not linear_names:
+        return GatheredMoments({}, 0, notices)
+    batches = list(_make_micro_batches(runtime, examples, tokens))
+    runtime.expect_examples("train", [index for indices in batches for index in indices])
+
+    def run_passes() -> Iterator[tuple[int, int]]:
+        for indices in batches:
+            runtime.compute_losses("train", runtime.make_batch("train", indices), 1.0, backward=True)
+            encoded = [runtime.data.splits["train"][index] for index in indices]
+            yield sum(example.length for example in encoded), sum(map(runtime.data.get_loss_weight, encoded))
+
+    with catch_memory_errors() as reasons, runtime.use_gradient_checkpointing(), runtime.disable_dropout():
+        gathered = accumulate_moments(peft_model, linear_names, run_passes(), ADAPTER)
+    if reasons:
+        return GatheredMoments({}, 0, (f"no moments for truncation: {reasons[0]}; the plain SVD is used",))
+    return replace(gathered, notices=(*notices, *gathered.notices))
+
+
+def gather_unseen_moments(runtime: Runtime, peft_model: Any, seed: int, steps: int) -> GatheredMoments:
+    """Gather moments over the examples that a training of `seed` would read after its `steps`.
+
+    If the training saw every example, it reads them again. At most `MOMENT_TOKENS` tokens are read, and at most
+    `MAX_TOKEN_FRACTION` of the training's tokens.
+    """
+    examples = [index for batch in runtime.plan_batches(seed, 2 * steps)[steps:] for index in batch]
+    encoded = runtime.data.splits["train"]
+    sample = sample_indices(len(encoded), LENGTH_SAMPLE_SIZE)
+    mean_tokens = sum(encoded[index].length for index in sample) / len(sample)
+    training_tokens = steps * runtime.settings.examples_per_step * mean_tokens
+    return gather_moments(
+        runtime, peft_model, examples, max(1, min(MOMENT_TOKENS, int(MAX_TOKEN_FRACTION * training_tokens)))
+    )
+
+
+def ensure_moments(runtime: Runtime, arm: Arm, adapter: Path, path: Path) -> tuple[str, ...]:
+    """Gather the moments of a finished training's adapter into `path` unless the file exists; return notices.
+
+    Args:
+        arm: a truncation of the training.
+        adapter: the folder of the training's adapter.
+        path: a file among the run's checkpoints. If the adapter gets no moments, the file is empty.
+    """
+    if path.exists():
+        return ()
+    with attach_adapter(runtime, adapter) as peft_model:
+        gathered = gather_unseen_moments(runtime, peft_model, arm.seed, runtime.steps)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replace_file(path) as temporary:
+        save_moments(temporary, gathered.moments)
+    return gathered.notices
+
+
+def _make_micro_batches(runtime: Runtime, examples: Sequence[int], tokens: int) -> Iterator[Sequence[int]]:
+    """Yield training examples in micro-batches until the number of tokens is reached."""
+    encoded, size = runtime.data.splits["train"], runtime.settings.batch_size
+    read = 0
+    for start in range(0, len(examples), size):
+        if read >= tokens:
+            return
+        indices = examples[start : start + size]
+        read += sum(encoded[index].length for index in indices)
+        yield indices

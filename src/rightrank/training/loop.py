@@ -19,14 +19,14 @@ import torch
 from rightrank.schema.errors import InterruptedRun, MetricError
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Trial, TrialFailed, TrialFinished, TrialOutcome, TrialStarted
+from rightrank.training.adapter_runtime import attach_adapter, ensure_moments
 from rightrank.training.answers import measure_metrics
 from rightrank.training.batches import Batch
-from rightrank.training.covariances import ensure_moments
 from rightrank.training.device import catch_memory_errors, free_memory, read_peak_bytes, reset_peak_memory
 from rightrank.training.evaluation import Progress, build_finished_trial
 from rightrank.training.multi_lora import MultiLora
 from rightrank.training.optimizer import MeanName, take_step
-from rightrank.training.runtime import Runtime, attach_adapter
+from rightrank.training.runtime import Runtime
 from rightrank.training.trial import (
     ArmTraining,
     TrialFolders,

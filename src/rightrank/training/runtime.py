@@ -9,17 +9,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, PeftType
+from peft import LoraConfig
 
-from rightrank.adapters.adapter_folders import CONFIG_FILE, require_kept_base
-from rightrank.adapters.adapter_writer import ensure_peft_format
 from rightrank.bases.base_models import LoadedModel
-from rightrank.data.files import read_json_object
-from rightrank.schema.errors import InterruptedRun, ModelError, get_first_line, is_out_of_memory, quote_value
+from rightrank.schema.errors import InterruptedRun, ModelError, get_first_line, is_out_of_memory
 from rightrank.schema.events import EvaluationProgress
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, SplitName
@@ -27,7 +23,6 @@ from rightrank.training.batches import Batch, CacheBatches, batch_by_length, col
 from rightrank.training.device import enable_gradient_checkpointing, set_training_mode
 from rightrank.training.evaluation import Scores
 from rightrank.training.fast_paths import FastPaths, find_fast_paths
-from rightrank.training.kinds import set_update_to_zero
 from rightrank.training.loss import (
     BatchLoss,
     Likelihood,
@@ -39,10 +34,10 @@ from rightrank.training.loss import (
     make_likelihood,
     use_adapter,
 )
-from rightrank.training.multi_lora import ADAPTER, ArmBatch, MultiLora, unwrap_base
+from rightrank.training.multi_lora import ADAPTER, ArmBatch, MultiLora
 from rightrank.training.prefix import FrozenPrefix, find_frozen_blocks
 from rightrank.training.routing import Routing
-from rightrank.training.targets import Targets, find_targets, make_lora_config, suppress_peft_warnings
+from rightrank.training.targets import Targets, find_targets, make_lora_config
 from rightrank.training.tokens import EXAMPLE_METRICS, EncodedData
 
 MOMENT_STEPS_FRACTION = 0.1  # additional steps whose examples give the moments of a truncation
@@ -322,55 +317,3 @@ def build_causality_error(name: str) -> ModelError:
         f"{name}: it sees the tokens that follow, so a label is visible where it is predicted, as in BERT; "
         "give a causal model, or `text` and `label` to train a classifier"
     )
-
-
-@contextmanager
-def attach_adapter(runtime: Runtime, folder: Path | None, *, is_zero: bool = False) -> Iterator[Any]:
-    """Attach an adapter folder to the runtime's base and yield the PeftModel. The base is restored when the block ends.
-
-    Args:
-        folder: the adapter folder; None yields the base alone.
-        is_zero: set the update to zero; other trained modules, such as a head, stay.
-
-    Raises:
-        ModelError: PEFT cannot attach this adapter to this base or would change the base, or the adapter's task is not that of the data.
-    """
-    if folder is None:
-        yield runtime.model
-        return
-    _require_attachable(runtime, folder)
-    try:
-        with suppress_peft_warnings(), ensure_peft_format(folder) as adapter_folder:
-            peft_model: Any = PeftModel.from_pretrained(runtime.model, str(adapter_folder))
-    except (RuntimeError, TypeError, ValueError) as error:  # of tensors, of values of another type, and of names
-        hint = runtime.settings.load_error_hint("give the base that it was trained on")
-        raise ModelError(
-            f"{folder}: PEFT cannot attach it to {runtime.loaded.name} ({get_first_line(error)}); {hint}"
-        ) from None
-    peft_model.train(False)
-    if is_zero:
-        set_update_to_zero(peft_model, peft_model.active_adapter)
-    try:
-        yield peft_model
-    finally:
-        unwrap_base(peft_model)
-
-
-def _require_attachable(runtime: Runtime, folder: Path) -> None:
-    """Raise for what PEFT's own errors would not explain: an adapter of another task than the data, or one that changes the base."""
-    file = folder / CONFIG_FILE
-    config = read_json_object(file) if file.is_file() else {}
-    require_kept_base(folder, config)
-    method = config.get("peft_type", "LORA")
-    if method not in PeftType.__members__:
-        raise ModelError(f"{folder}: PEFT has no peft_type {quote_value(method)}; correct its {CONFIG_FILE}")
-    task = config.get("task_type")
-    if task == "CAUSAL_LM" and runtime.data.is_classification:
-        raise ModelError(
-            f"{folder}: this is an adapter of a language model (task_type {task}), but data with `text` and `label` need a "
-            "classifier; give data with `prompt` and `completion`, or with `text` alone"
-        )
-    if task == "SEQ_CLS" and not runtime.data.is_classification:
-        raise ModelError(
-            f"{folder}: this is an adapter of a classifier (task_type {task}); give data with `text` and `label`"
-        )

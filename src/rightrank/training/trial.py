@@ -52,7 +52,7 @@ class TrialFolders:
     adapter: Path  # the folder of the finished trial's adapter
     continue_from: Path | None = None  # the checkpoint of the trial that this one resumes
     truncate_from: Path | None = None  # the adapter folder of the trial that this one truncates
-    moments: Path | None = None  # file with the moments of that adapter (`covariances.py`)
+    moments: Path | None = None  # file with the moments of that adapter (`adapter_runtime.py`)
     answers: Path | None = None  # file for the model's answers to the held-out examples, if a metric needs them
 
 
