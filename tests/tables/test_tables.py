@@ -156,10 +156,13 @@ def test_columns_and_metrics_are_named_by_hand(tmp_path: Path) -> None:
     st.sampled_from(["", "metrics.", "summary/", "metrics/"]),
     st.sampled_from(["eval_", "eval/", "test-", "Validation "]),
     st.sampled_from([("accuracy", True), ("acc", True), ("f1", True), ("perplexity", False), ("nll", False)]),
+    st.sampled_from(["", " (%)"]),
 )
-def test_neither_prefix_nor_split_changes_the_direction_of_a_metric(prefix: str, split: str, metric: Any) -> None:
+def test_neither_prefix_nor_split_nor_unit_changes_the_direction_of_a_metric(
+    prefix: str, split: str, metric: Any, unit: str
+) -> None:
     name, higher_is_better = metric
-    decided = decide([{"rank": rank, f"{prefix}{split}{name}": loss} for rank, loss in LOSSES.items()]).decision
+    decided = decide([{"rank": rank, f"{prefix}{split}{name}{unit}": loss} for rank, loss in LOSSES.items()]).decision
     assert decided.higher_is_better == higher_is_better
     assert decided.reference_rank == (4 if higher_is_better else 64)
 
