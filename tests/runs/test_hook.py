@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rightrank import Selected, TrialTask, select_rank_with
-from rightrank.runs.hook import AdapterProposal, Hook, SelectionEnd, SelectionStart
+from rightrank.runs.hook import Hook, SelectionEnd, SelectionStart
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import InterruptedRun, RunError
 from rightrank.schema.events import Event, SelectionPlanned
@@ -41,9 +41,6 @@ class RecordingHook(Hook):
         self.calls.append(type(event).__name__)
         self.events.append(event)
 
-    def on_adapter(self, answered: AdapterProposal) -> None:
-        self.calls.append("adapter")
-
     def on_end(self, end: SelectionEnd) -> None:
         assert (end.folder.adapter / "weights.txt").exists()
         self.calls.append("end")
@@ -68,7 +65,7 @@ def test_events_come_in_the_order_of_the_run(tmp_path: Path) -> None:
     recorder = RecordingHook()
     select(tmp_path / "run", recorder)
     trials = ["TrialStarted", "TrialFinished"] * len(RANKS)
-    end = ["adapter", "AdapterRecorded", "DecisionRecorded", "end"]
+    end = ["AdapterRecorded", "DecisionRecorded", "end"]
     assert recorder.calls == ["start", "RunStarted", "SelectionPlanned", *trials, *end]
     journal = Journal(tmp_path / "run" / "journal.jsonl").read()
     assert journal == [event for event in recorder.events if not isinstance(event, SelectionPlanned)]

@@ -37,7 +37,6 @@ def export_provisional(run: Run, answer: AdapterAnswer | None) -> None:
     if run.selection.base_identity is None:
         return  # a custom trainer's adapter is exported at the end
     if not run.selection.settings.has_workers:  # while workers use the base, this process evaluates nothing
-        answer = run.hooks.apply_hooks(answer, run.records.copy)
         _evaluate_test_split(run, [answer.trial_id, answer.reference_id])
     export_adapter(run, answer)
     if run.selection.settings.goal == "adapter":
@@ -73,7 +72,7 @@ def finish_run(run: Run, decision: Decision | None) -> Selected:
     Steps that an interrupted run has completed are skipped.
     """
     records, folder = run.records, run.folder
-    answer = run.hooks.apply_hooks(_choose_final_adapter(run, decision), run.records.copy)
+    answer = _choose_final_adapter(run, decision)
     shown = [trial.trial_id for trial in records.list_finished() if trial.rank == 0 and trial.arm.is_direct]
     shown += [answer.trial_id, answer.reference_id]
     if decision is not None:

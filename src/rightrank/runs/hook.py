@@ -1,4 +1,4 @@
-"""Hooks, which watch a selection or take part in it. The core knows none of them by name."""
+"""Hooks, which watch a selection and can stop it. The core knows none of them by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from rightrank.runs.folder import RunFolder
     from rightrank.runs.selection import PreparedSelection
     from rightrank.runs.values import Selected
-    from rightrank.schema.decision import AdapterAnswer
     from rightrank.schema.events import Records
 
 
@@ -31,14 +30,6 @@ class SelectionStart:
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterProposal:
-    """An adapter that is about to be exported."""
-
-    answer: AdapterAnswer
-    records: Records  # a copy
-
-
-@dataclass(frozen=True, slots=True)
 class SelectionEnd:
     """The end of a selection: the adapter is exported, and the decision is in the journal."""
 
@@ -48,7 +39,7 @@ class SelectionEnd:
 
 
 class Hook(Listener):
-    """A base class for objects that watch a selection or take part in it. Every method does nothing by default.
+    """A base class for objects that watch a selection and can stop it. Every method does nothing by default.
 
     All methods run on the thread that calls `select_rank`, one hook after the other in the order of `callbacks`. A hook that
     raises an error ends the selection with one line that names the hook. Finished trials are kept, and the same call resumes.
@@ -68,9 +59,6 @@ class Hook(Listener):
 
     def on_start(self, start: SelectionStart) -> None:
         """Handle the start; it is called first. An `InputError` refuses the selection."""
-
-    def on_adapter(self, proposal: AdapterProposal) -> AdapterAnswer | None:
-        """Handle an adapter that is about to be exported, and optionally return another answer to use instead."""
 
     def on_end(self, end: SelectionEnd) -> None:
         """Handle the end; it is called last."""
@@ -93,14 +81,6 @@ class Hooks(Hook):
         requests: list[bool] = []
         self._call_each(lambda hook: requests.append(hook.should_stop()))
         return any(requests)
-
-    def apply_hooks(self, answer: AdapterAnswer, records: Callable[[], Records]) -> AdapterAnswer:
-        """Pass the answer through each hook in turn, and return the last one."""
-        answers = [answer]
-        self._call_each(
-            lambda hook: answers.append(hook.on_adapter(AdapterProposal(answers[-1], records())) or answers[-1])
-        )
-        return answers[-1]
 
     def on_end(self, end: SelectionEnd) -> None:
         """Notify every hook.
