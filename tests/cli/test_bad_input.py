@@ -49,14 +49,6 @@ SETTINGS: list[tuple[list[str], str]] = [
     (["--no-such-option"], r"No such option"),
     (["--device", "gpu"], r"device 'gpu' is unknown; give auto, cpu, cuda, cuda:1 or mps$"),
     (["--ranks", "4,x"], r"ranks: got 'x'; input should be a valid integer$"),
-    (["--set", "task_type=SEQ_CLS"], r"task_type: got 'SEQ_CLS', and this is 'CAUSAL_LM': .* or leave task_type out$"),
-    (["--set", "task_type=causal"], r"task_type: got 'causal', and this is 'CAUSAL_LM'"),
-    (["--set", "peft_type=IA3"], r"peft_type: got 'IA3'; a selection trains only 'LORA': leave peft_type out$"),
-    (["--set", "inference_mode=True"], r"inference_mode: got true, .* leave it out$"),
-    (
-        ["--set", "base_model_name_or_path=org/other"],
-        r"base_model_name_or_path: got 'org/other', but the model is '.*tiny-llama'; give",
-    ),
 ]
 
 

@@ -119,28 +119,6 @@ def test_bad_objects_are_one_line(
         select_rank(out=tmp_path / "run", settings=build_small_settings(), **arguments)
 
 
-@pytest.mark.parametrize(
-    ("config_values", "message"),
-    [
-        ({"task_type": "SEQ_CLS"}, "task_type: got 'SEQ_CLS', and this is 'CAUSAL_LM'"),
-        ({"task_type": "FEATURE_EXTRACTION"}, "task_type: got 'FEATURE_EXTRACTION', and this is 'CAUSAL_LM'"),
-        ({"base_model_name_or_path": "org/other"}, "base_model_name_or_path: got 'org/other', but the model is"),
-    ],
-)
-@pytest.mark.parametrize("by", ["config", "settings", "keyword", "in memory"])
-def test_lora_config_must_agree_with_the_run(
-    model_folder: Path, completion_file: Path, tmp_path: Path, config_values: dict[str, Any], message: str, by: str
-) -> None:
-    from peft import LoraConfig
-
-    model, tokenizer = load_model(model_folder) if by == "in memory" else (str(model_folder), None)
-    keywords: dict[str, Any] = {"peft_config": LoraConfig(**config_values), "settings": build_small_settings()}
-    if by in ("settings", "keyword"):
-        keywords = {"settings": build_small_settings(**config_values)} if by == "settings" else config_values
-    with pytest.raises(ModelError, match=message):
-        select_rank(model, completion_file, tmp_path / "run", tokenizer=tokenizer, **keywords)
-
-
 def select_in(model: Path, data: Path, out: Path, settings: SelectSettings) -> None:
     select_rank(str(model), data, out, settings=settings)
 

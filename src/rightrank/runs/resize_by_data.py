@@ -33,9 +33,9 @@ from rightrank.data.splits import DataSplits, load_data, load_held_out
 from rightrank.decision.adapter import SEARCH_OPTION, Criterion, ScoredAdapter, format_margin
 from rightrank.runs.compare import load_run_splits, read_labels
 from rightrank.schema.command import build_reproduce_command
-from rightrank.schema.configs import convert_configs
+from rightrank.schema.configs import read_configs
 from rightrank.schema.decision import AdapterMethod
-from rightrank.schema.errors import DataError
+from rightrank.schema.errors import DataError, SettingsError
 from rightrank.schema.events import EvaluationProgress, Notice
 from rightrank.schema.results import HeldOutValue, Resized
 from rightrank.schema.setting_table import get_explicit_values
@@ -190,22 +190,24 @@ def resize_by_data(adapter: AdapterFolder, out: Path, request: ResizeRequest) ->
 
 def _build_search_command(
     chosen: AdapterFolder, runtime: Runtime, request: ResizeRequest, ranks: Sequence[int]
-) -> tuple[str | None, list[str]]:
-    """Return the command that searches the training rank with the adapter's settings, and the settings that it leaves out."""
+) -> str | None:
+    """Return the command that searches the training rank with the adapter's settings; None if a selection does not support them."""
     config = LoraConfig(
         **{name: value for name, value in chosen.config.items() if name in vars(LoraConfig()) and value is not None}
     )
     config.rank_pattern, config.alpha_pattern = {}, {}
-    stated_values, unstated_names = convert_configs(config, **get_explicit_values(request.settings) | {"ranks": ranks})
-    settings = SelectSettings.from_stored(stated_values)
-    return build_reproduce_command(runtime.loaded.name, "TRAINING_DATA", settings), unstated_names
+    try:
+        values = read_configs(config) | get_explicit_values(request.settings) | {"ranks": ranks}
+        return build_reproduce_command(runtime.loaded.name, "TRAINING_DATA", SelectSettings(**values))
+    except SettingsError:
+        return None
 
 
 def _describe_result(
-    measured: MeasuredTruncations, chosen: AdapterFolder, resized: Resized, command: tuple[str | None, list[str]]
+    measured: MeasuredTruncations, chosen: AdapterFolder, resized: Resized, command: str | None
 ) -> dict[str, Any]:
     """Return the fields of the result that the measurement determines."""
-    answer, gathered, (search, unstated_names) = measured.smallest.answer, measured.gathered, command
+    answer, gathered = measured.smallest.answer, measured.gathered
     notes = [*resized.notes, *gathered.notices]
     if gathered.moments:
         notes.append(f"truncated by K-FAC over {gathered.tokens} tokens of the training split")
@@ -214,8 +216,8 @@ def _describe_result(
             f"rank {chosen.rank_text}: the parameters of rank {answer.rank} are shared out over the modules (rank_pattern), all at the scale "
             "of lora_alpha and r (alpha_pattern)"
         )
-    notes += [f"the select command leaves out {', '.join(unstated_names)}"] if unstated_names else []
-    answer_notes = [note.replace(SEARCH_OPTION, f"({search})") for note in answer.notes]
+    search = SEARCH_OPTION if command is None else f"({command})"
+    answer_notes = [note.replace(SEARCH_OPTION, search) for note in answer.notes]
     scored = [*filter(None, [measured.smallest.base]), *measured.smallest.scored]
     return {
         "rank": answer.rank,

@@ -9,10 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from rightrank.bases.model_sources import normalize_model_name, require_model
+from rightrank.bases.model_sources import require_model
 from rightrank.data.rows import require_data_source
 from rightrank.runs.folder import RunFolder
-from rightrank.schema.errors import MissingExtraError, ModelError, SettingsError
+from rightrank.schema.errors import MissingExtraError, SettingsError
 from rightrank.schema.events import JournalRecord, Listener, Records, RunStarted, TestEvaluated
 from rightrank.schema.setting_table import require_no_secret
 from rightrank.schema.settings import SelectSettings
@@ -57,8 +57,7 @@ def validate_request(request: SelectionRequest) -> None:
             that can't read a model or data in memory.
         MissingExtraError: the package that starts workers is not installed.
         DataError: a data file that is missing or of a type that is not supported.
-        ModelError: a model folder that is missing or holds no model, a name that the hub does not have, or another model than
-            the settings state.
+        ModelError: a model folder that is missing or holds no model, a name that the hub does not have.
     """
     settings = request.settings
     try:
@@ -72,19 +71,6 @@ def validate_request(request: SelectionRequest) -> None:
             require_data_source(Path(source))
     if isinstance(request.model, str):
         require_model(request.model)
-    stated_base, name = (
-        settings.expected_fields.get("base_model_name_or_path"),
-        getattr(request.model, "name_or_path", request.model),
-    )
-    if (
-        stated_base
-        and isinstance(name, str)
-        and name
-        and normalize_model_name(stated_base) != normalize_model_name(name)
-    ):
-        raise ModelError(
-            f"base_model_name_or_path: got {stated_base!r}, but the model is {name!r}; give that model, or leave base_model_name_or_path out"
-        )
     for label, value in (("model", request.model), ("data", request.data)):
         if settings.has_workers and not isinstance(value, str | Path):
             raise SettingsError(

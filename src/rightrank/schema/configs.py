@@ -12,10 +12,11 @@ from typing import Any, get_args
 
 from rightrank.schema.errors import SettingsError, quote_value
 from rightrank.schema.setting_table import find_setting, is_list_type
-from rightrank.schema.settings import PEFT_CHECKED_FIELDS, PEFT_OPTIONS, PEFT_REPLACED_FIELDS, SelectSettings
+from rightrank.schema.settings import PEFT_OPTIONS, SelectSettings
 
-REPLACED_FIELDS = PEFT_REPLACED_FIELDS | {"r"}  # replaced by the ranks
-CHECKED_FIELDS = (*PEFT_CHECKED_FIELDS, "peft_type", "inference_mode")  # compared with the run
+# Fields of LoraConfig that follow from the ranks, the base model and the data.
+DERIVED_FIELDS = {"r", "task_type", "base_model_name_or_path", "peft_type", "peft_version", "auto_mapping", "revision"}
+DERIVED_FIELDS |= {"runtime_config", "megatron_core"}
 SPECIAL_ARGUMENTS = {
     "warmup_steps",
     "bf16",
@@ -56,75 +57,43 @@ IGNORED_PREFIXES = (  # prefixes of ignored arguments
 
 
 def read_configs(peft_config: Any = None, args: Any = None) -> dict[str, Any]:
-    """Return the settings in `LoraConfig` and `TrainingArguments`, and the fields that the run must agree with, by name.
-
-    Either argument may be None.
+    """Return the settings in `LoraConfig` and `TrainingArguments` by name. Either argument may be None.
 
     Raises:
         SettingsError: a value that a selection cannot honour; the message names it.
     """
-    settings, refusals = _separate_refusals(peft_config, args)
-    if refusals:
-        raise SettingsError(refusals[0].message)
-    checked_fields = {name: getattr(peft_config, name) for name in CHECKED_FIELDS} if peft_config is not None else {}
-    return settings | {
-        name: getattr(value, "value", value) for name, value in checked_fields.items() if value is not None
-    }
+    settings = {} if peft_config is None else dict(_convert_lora_config(peft_config))
+    return settings | ({} if args is None else dict(_convert_training_arguments(args)))
 
 
-def convert_configs(peft_config: Any, args: Any = None, **overrides: Any) -> tuple[dict[str, Any], list[str]]:
-    """Convert both configurations to settings for JSON, and list the values that no setting supports.
-
-    Settings in `overrides` replace those of the configurations.
-    """
-    settings, refusals = _separate_refusals(peft_config, args)
-    values, unsupported = settings | overrides, [refusal.value for refusal in refusals]
-    for name, value in list(values.items()):
-        try:
-            SelectSettings(**{name: value})
-        except SettingsError:
-            unsupported.append(f"{name}={quote_value(values.pop(name))}")
-    return SelectSettings(**values).model_dump(mode="json", include={*values}), unsupported
-
-
-def _separate_refusals(peft_config: Any, args: Any) -> tuple[dict[str, Any], list[_Refusal]]:
-    statements = [] if peft_config is None else [*_convert_lora_config(peft_config)]
-    statements += [] if args is None else [*_convert_training_arguments(args)]
-    settings = dict(statement for statement in statements if not isinstance(statement, _Refusal))
-    return settings, [statement for statement in statements if isinstance(statement, _Refusal)]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Refusal:
-    """A value that a selection cannot honour."""
-
-    value: str  # such as `optim='sgd'`
-    message: str
-
-
-def _convert_lora_config(config: Any) -> Iterator[tuple[str, Any] | _Refusal]:
-    default = type(config)()
-    for name, value in _iterate_fields(config):
-        changed = value != getattr(default, name)
-        if name in REPLACED_FIELDS or value is None:
+def _convert_lora_config(config: Any) -> Iterator[tuple[str, Any]]:
+    if (kind := getattr(config.peft_type, "value", config.peft_type)) != "LORA":
+        raise SettingsError(f"peft_config: its peft_type is {kind!r}; a selection trains only 'LORA'")
+    default, options = type(config)(), dict[str, Any]()
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if name in DERIVED_FIELDS or value is None:
             continue
         if name == "use_rslora":
             yield "scaling", "alpha/sqrt(r)" if value else "alpha/r"
         elif name == "init_lora_weights":
             initialization = "default" if value is True else value
-            is_supported = initialization in get_args(SelectSettings.model_fields[name].annotation)
-            yield (name, initialization) if is_supported else _build_refusal("peft_config", name, value)
+            if initialization not in get_args(SelectSettings.model_fields[name].annotation):
+                raise _build_refusal("peft_config", name, value)
+            yield name, initialization
         elif name == "target_modules" and isinstance(value, str) and value != "all-linear":
-            yield _build_refusal("peft_config", name, value, "is a pattern; give a list of names or 'all-linear'")
+            raise _build_refusal("peft_config", name, value, "is a pattern; give a list of names or 'all-linear'")
         elif name in SelectSettings.model_fields:
             yield name, _convert_value(name, value)
-        elif changed and name in PEFT_OPTIONS:
-            yield name, value
-        elif changed:
-            yield _build_refusal("peft_config", name, value)
+        elif value != getattr(default, name):
+            if name not in PEFT_OPTIONS:
+                raise _build_refusal("peft_config", name, value)
+            options[name] = value
+    if options:
+        yield "peft_options", options
 
 
-def _convert_training_arguments(args: Any) -> Iterator[tuple[str, Any] | _Refusal]:
+def _convert_training_arguments(args: Any) -> Iterator[tuple[str, Any]]:
     yield from _convert_special_arguments(args)
     for field in dataclasses.fields(args):
         name, value = field.name, getattr(args, field.name)
@@ -134,7 +103,7 @@ def _convert_training_arguments(args: Any) -> Iterator[tuple[str, Any] | _Refusa
         if setting is not None:
             yield setting, _convert_value(setting, value)
         elif not _is_default(field, value):
-            yield _build_refusal("args", name, value)
+            raise _build_refusal("args", name, value)
 
 
 def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
@@ -147,7 +116,7 @@ def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
     return bool(value == (type(value)() if is_made else default))
 
 
-def _convert_special_arguments(args: Any) -> Iterator[tuple[str, Any] | _Refusal]:
+def _convert_special_arguments(args: Any) -> Iterator[tuple[str, Any]]:
     """Convert the arguments that have another unit than their setting, or that share a setting."""
     if args.max_steps > 0:
         yield "max_steps", args.max_steps
@@ -155,13 +124,12 @@ def _convert_special_arguments(args: Any) -> Iterator[tuple[str, Any] | _Refusal
         yield "num_train_epochs", args.num_train_epochs
     warmup = args.warmup_steps
     if warmup >= 1 and args.max_steps <= 0:
-        yield _build_refusal(
+        raise _build_refusal(
             "args", "warmup_steps", warmup, "needs max_steps: give max_steps too, or a share of the steps below 1"
         )
-    else:
-        yield "warmup_ratio", warmup / args.max_steps if warmup >= 1 else float(warmup)
+    yield "warmup_ratio", warmup / args.max_steps if warmup >= 1 else float(warmup)
     if args.optim not in ("adamw_torch", "adamw_torch_fused"):
-        yield _build_refusal("args", "optim", args.optim)
+        raise _build_refusal("args", "optim", args.optim)
     for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         if getattr(args, name):
             yield "dtype", dtype
@@ -169,11 +137,6 @@ def _convert_special_arguments(args: Any) -> Iterator[tuple[str, Any] | _Refusal
         yield "device", "cpu"
     if getattr(args, "dataset_text_field", "text") != "text":
         yield "columns", [f"text={args.dataset_text_field}"]
-
-
-def _iterate_fields(config: Any) -> Iterator[tuple[str, Any]]:
-    for field in dataclasses.fields(config):
-        yield field.name, getattr(config, field.name)
 
 
 def _convert_value(name: str, value: Any) -> Any:
@@ -185,11 +148,8 @@ def _convert_value(name: str, value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-def _build_refusal(source: str, name: str, value: Any, reason: str = "") -> _Refusal:
-    value = getattr(value, "value", value)  # of an enumeration
-    text = (
-        f"{name} {quote_value(value)} {reason}"
-        if reason
-        else f"a selection does not support {name}={quote_value(value)}; leave it out"
-    )
-    return _Refusal(f"{name}={quote_value(value)}", f"{source}: {text}")
+def _build_refusal(source: str, name: str, value: Any, reason: str = "") -> SettingsError:
+    text = quote_value(getattr(value, "value", value))  # of an enumeration
+    if reason:
+        return SettingsError(f"{source}: {name} {text} {reason}")
+    return SettingsError(f"{source}: a selection does not support {name}={text}; leave it out")

@@ -17,7 +17,7 @@ from enum import Enum
 from functools import cache
 from typing import Any, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rightrank.schema.errors import MAX_EXACT_INTEGER, SettingsError, redact_secrets, suggest_name
 
@@ -72,7 +72,6 @@ class Settings(BaseModel):
     """A frozen record of settings. A subclass checks its values together in `_require_consistent`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    _expected_fields = PrivateAttr(default_factory=dict[str, Any])
 
     def __init__(self, **values: Any) -> None:
         """Create settings with these values; all others have their defaults.
@@ -80,19 +79,12 @@ class Settings(BaseModel):
         Raises:
             SettingsError: an unknown name (with the nearest existing one), or a value that is not allowed.
         """
-        converted, expected_fields = self._convert_names(values)
-        for name in converted:
+        for name in values:
             _require_known_name(type(self), name)
         try:
-            super().__init__(**{name: _convert_value(type(self), name, converted[name]) for name in converted})
+            super().__init__(**{name: _convert_value(type(self), name, values[name]) for name in values})
         except ValidationError as error:
             raise SettingsError(_describe_first_error(error)) from None
-        self._expected_fields = expected_fields
-
-    @classmethod
-    def _convert_names(cls, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the values by the names of settings, and the values that are no settings, with which the run must agree."""
-        return values, {}
 
     @model_validator(mode="after")
     def _require_valid(self) -> Self:
@@ -109,12 +101,6 @@ class Settings(BaseModel):
 
     def _require_consistent(self) -> None:
         """Raise ValueError if values contradict each other."""
-
-    @property
-    def expected_fields(self) -> Mapping[str, Any]:
-        """Return the given fields that are no settings, with which the run must agree."""
-        fields: Mapping[str, Any] = self._expected_fields
-        return fields
 
     @classmethod
     def from_stored(cls, values: Mapping[str, Any]) -> Self:
@@ -141,20 +127,13 @@ def list_rows(kind: type[Settings]) -> Mapping[str, Row]:
 def find_setting(kind: type[Settings], name: str) -> str | None:
     """Return the setting of this name, here or in another tool; None if there is none."""
     rows = list_rows(kind)
-    return (
-        name
-        if name in rows
-        else next((setting_name for setting_name, row in rows.items() if name in row.foreign_names), None)
-    )
+    foreign = (setting_name for setting_name, row in rows.items() if name in row.foreign_names)
+    return name if name in rows else next(foreign, None)
 
 
 def get_explicit_values(settings: Settings | None) -> dict[str, Any]:
-    """Return the values that were given explicitly, by name, with the fields that the run must agree with."""
-    return (
-        {}
-        if settings is None
-        else {**settings.model_dump(include=settings.model_fields_set), **settings.expected_fields}
-    )
+    """Return the values that were given explicitly, by name."""
+    return {} if settings is None else settings.model_dump(include=settings.model_fields_set)
 
 
 def is_list_type(hint: Any) -> bool:

@@ -24,7 +24,7 @@ from rightrank.schema.metrics import (
     parse_margin,
     parse_metrics,
 )
-from rightrank.schema.setting_table import Group, Settings, list_rows, option, parse_json_value, setting
+from rightrank.schema.setting_table import Group, Settings, list_rows, option, setting
 
 COMPARE, DECIDE, BUDGET, ADAPTER, TRAINING, DATA, MACHINE = Group
 
@@ -110,6 +110,18 @@ def _require_device(device: str) -> str:
     return device
 
 
+# Fields of PEFT's LoraConfig without a setting of their own; they are passed on unchanged.
+PEFT_OPTIONS = (
+    *("lora_bias", "layers_pattern", "use_qalora", "qalora_group_size", "ensure_weight_tying", "fan_in_fan_out"),
+)
+
+
+def _require_peft_options(options: dict[str, Any]) -> dict[str, Any]:
+    if not options.keys() <= {*PEFT_OPTIONS}:
+        raise ValueError(f"peft_options: got {options!r}; give a mapping of {', '.join(PEFT_OPTIONS)}")
+    return options
+
+
 Ranks: TypeAlias = Annotated[
     tuple[int, ...],
     AfterValidator(
@@ -135,59 +147,6 @@ Columns: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_list_columns), 
 Device: TypeAlias = Annotated[str, AfterValidator(_require_device)]
 Bytes: TypeAlias = Annotated[int | None, BeforeValidator(_parse_bytes)]
 SettingMargin: TypeAlias = Annotated[Margin | None, BeforeValidator(parse_margin)]
-
-
-# Fields of PEFT's LoraConfig without a setting of their own; they are passed on unchanged.
-PEFT_OPTIONS = (
-    *("lora_bias", "layers_pattern", "use_qalora", "qalora_group_size", "ensure_weight_tying", "fan_in_fan_out"),
-)
-
-
-# Fields of LoraConfig that a selection derives from the base model or the data.
-PEFT_CHECKED_FIELDS = ("task_type", "base_model_name_or_path")  # the run must agree with these
-PEFT_REPLACED_FIELDS = {*PEFT_CHECKED_FIELDS, "peft_type", "peft_version", "auto_mapping", "revision"}
-PEFT_REPLACED_FIELDS |= {"inference_mode", "runtime_config", "megatron_core"}
-PEFT_REFUSED_FIELDS = (
-    *("bias", "rank_pattern", "alpha_pattern", "loftq_config", "eva_config", "corda_config", "layer_replication"),
-    *("trainable_token_indices", "arrow_config", "alora_invocation_tokens", "megatron_config"),
-)
-_TIED_ALPHA = re.compile(r"(?:alpha\s*=\s*)?(\d*\.?\d*)\s*\*?\s*r")  # 2r, 2*r, alpha = 2r, r
-
-
-def _convert_peft_names(values: Mapping[str, Any], rows: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert LoraConfig's own fields and spellings to settings: `r`, `use_rslora`, `init_lora_weights=True`, `lora_alpha=2r`."""
-    if (kind := values.get("peft_type", "LORA")) != "LORA":
-        raise SettingsError(f"peft_type: got {kind!r}; a selection trains only 'LORA': leave peft_type out")
-    if str(values.get("inference_mode") or False).lower() != "false":
-        raise SettingsError("inference_mode: got true, with which nothing can be trained: leave it out")
-    settings = {name: value for name, value in values.items() if name not in PEFT_REPLACED_FIELDS}
-    refused_name = next(
-        (name for name in PEFT_REFUSED_FIELDS if settings.pop(name, None) not in (None, "none", {}, "{}", "null")), None
-    )
-    if refused_name is not None:
-        raise SettingsError(
-            f"{refused_name}: a selection does not support this field of PEFT's LoraConfig; leave it out"
-        )
-    converted: dict[str, Any] = {}
-    if "r" in settings:
-        converted["ranks"] = settings.pop("r")
-    if "use_rslora" in settings:
-        converted["scaling"] = "alpha/sqrt(r)" if parse_json_value(settings.pop("use_rslora")) is True else "alpha/r"
-    tied_alpha = (
-        _TIED_ALPHA.fullmatch(settings["lora_alpha"].strip().lower())
-        if isinstance(settings.get("lora_alpha"), str)
-        else None
-    )
-    if tied_alpha is not None:
-        settings["lora_alpha"], converted["scaling"] = float(tied_alpha[1] or 1) * CONSTANT_SCALING_RANK, "constant"
-    if settings.get("init_lora_weights") in (True, "true", "True"):
-        settings["init_lora_weights"] = "default"
-    for name, value in converted.items():
-        if name in settings and settings[name] != value:
-            raise SettingsError(
-                f"{name}: given twice, as {settings[name]!r} and by PEFT's name as {value!r}; give it once"
-            )
-    return settings | {name: value for name, value in converted.items() if name in rows}
 
 
 class PeftFields(Settings):
@@ -221,20 +180,9 @@ class PeftFields(Settings):
         ADAPTER,
         "`default` (PEFT's: uniform A, zero B) or `gaussian` ([initialization](../how-to/adapter-kinds.md#initialization))",
     )
-    peft_options: dict[str, Any] = setting(
-        {}, ADAPTER, "other fields of PEFT's `LoraConfig`, such as `lora_bias`; each can also be given by its own name"
+    peft_options: Annotated[dict[str, Any], AfterValidator(_require_peft_options)] = setting(
+        {}, ADAPTER, 'other fields of PEFT\'s `LoraConfig`, such as `{"lora_bias": true}`'
     )
-
-    @classmethod
-    def _convert_names(cls, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        checked_fields = {name: str(values[name]) for name in PEFT_CHECKED_FIELDS if values.get(name) is not None}
-        values = _convert_peft_names(values, cls.model_fields)
-        explicit_options = parse_json_value(values.pop("peft_options", None) or {})
-        if not isinstance(explicit_options, Mapping) or not explicit_options.keys() <= {*PEFT_OPTIONS}:
-            raise SettingsError(f"peft_options: got {explicit_options!r}; give a mapping of {', '.join(PEFT_OPTIONS)}")
-        top_level_options = {name: values.pop(name) for name in list(values) if name in PEFT_OPTIONS}
-        options = {name: parse_json_value(value) for name, value in {**explicit_options, **top_level_options}.items()}
-        return values | ({"peft_options": options} if options else {}), checked_fields
 
     def build_lora_config(self) -> dict[str, Any]:
         """Return these fields as arguments of LoraConfig, without the parameters, whose names depend on the model."""
@@ -396,7 +344,7 @@ class SelectSettings(StepSettings, _TrainerFields):
     lora_alpha: float = option(
         32.0,
         ADAPTER,
-        "alpha, the same at every rank; `2r` for alpha = 2r",
+        "alpha, the same at every rank",
         foreign_names=("alpha",),
         gt=0,
     )
@@ -404,7 +352,7 @@ class SelectSettings(StepSettings, _TrainerFields):
         "alpha/r",
         ADAPTER,
         "`alpha/r`, `alpha/sqrt(r)` (rsLoRA) or `constant` (the scale that alpha/r has at rank 16: alpha = 2r at the default alpha)",
-        aliases={"alpha=2r": "constant", "alpha = 2r": "constant", "2r": "constant", "rslora": "alpha/sqrt(r)"},
+        foreign_names=("use_rslora",),
     )
     max_steps: int | None = option(
         None,

@@ -130,15 +130,9 @@ def require_targets(model: Any, settings: PeftFields, is_classification: bool) -
     PEFT accepts a list if one of its names matches, and accepts the full name of a module in any layer.
 
     Raises:
-        ModelError: the task differs; a name matches nothing (the message lists the names that exist); a module is in another layer; a
+        ModelError: a name matches nothing (the message lists the names that exist); a module is in another layer; a
             layer does not exist.
     """
-    task, stated_task = _get_task_type(is_classification).value, settings.expected_fields.get("task_type")
-    if stated_task not in (None, task):
-        raise ModelError(
-            f"task_type: got {stated_task!r}, and this is {task!r}: data with `text` and `label` train a classifier (SEQ_CLS), all others a "
-            "language model (CAUSAL_LM); give such data, or leave task_type out"
-        )
     names = {name for name, _ in model.named_modules() if name}
     targets = [name for name in settings.target_modules if name != ALL_LINEAR]
     if ALL_LINEAR in settings.target_modules and len(settings.target_modules) > 1:
