@@ -8,15 +8,14 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from rightrank.cli import main
-from rightrank.runs import process as processes
 from rightrank.runs.journal import Journal
+from rightrank.runs.watching import SignalHandler
 from rightrank.schema.errors import TerminatedRun
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished, TrialStarted
@@ -26,7 +25,7 @@ from rightrank.training.trial import TrialFolders
 from tests.commands import SELECT, run, start, wait_for_trial
 from tests.helpers import make_runtime
 from tests.tiny import build_small_settings
-from tests.watch import GENEROUS_SECONDS, Watch, wait_until
+from tests.watch import Watch, wait_until
 
 pytestmark = pytest.mark.trains
 
@@ -121,20 +120,14 @@ def _has_stepped(file: Path) -> bool:
     return file.exists() and re.search(r"step [1-9]", json.loads(file.read_text())["progress"]) is not None
 
 
-def _run_forever() -> None:
-    with processes.SignalHandler(lambda _: None, owns_process=True) as stop:
+def test_a_second_sigterm_stops_at_once() -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    with SignalHandler(lambda _: None, owns_process=True) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
-        time.sleep(GENEROUS_SECONDS)
-
-
-def test_a_step_longer_than_the_grace_period_is_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "GRACE_SECONDS", 0.05)
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(TerminatedRun, match="the run resumes from the last checkpoint"):
-        _run_forever()
+        with pytest.raises(TerminatedRun, match="the run resumes from the last checkpoint"):
+            os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == handler
-    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,8 @@ def select_rank_with(
     from rightrank.data.files import report_disk_errors
     from rightrank.runs.folder import RunFolder
     from rightrank.runs.run import select
-    from rightrank.runs.terminal_view import make_view
     from rightrank.runs.views import Report
+    from rightrank.runs.watching import make_view
     from rightrank.trainers.custom_trainer import build_custom_request
 
     values = {"ranks": ranks, "learning_rates": learning_rates, "seeds": seeds, "margin": margin, "goal": goal}

@@ -64,17 +64,18 @@ def select_rank(
     """
     from rightrank.data.files import report_disk_errors
     from rightrank.runs.folder import RunFolder
-    from rightrank.runs.process import SignalHandler
     from rightrank.runs.selection import SelectionRequest, validate_request
-    from rightrank.runs.terminal_view import make_view
     from rightrank.runs.trackers import Trackers
+    from rightrank.runs.watching import SignalHandler, make_view
 
     request = SelectionRequest(model, tokenizer, data, _merge_settings(settings, keywords, peft_config, args))
     validate_request(request)
     trackers, folder = Trackers(request.settings.report_to), RunFolder(Path(out))
     with folder.lock(), report_disk_errors(folder.path), ExitStack() as stack:
         views = [stack.enter_context(make_view(quiet=False))] if progress else []
-        stop = stack.enter_context(SignalHandler(Hooks([*views, *callbacks]).send_notice))
+        tell = Hooks([*views, *callbacks]).send_notice
+        stop = stack.enter_context(SignalHandler(tell))
+        tell(f"run folder {out}: loading model and data")
         # These imports bring torch. They follow the lock, so that an unusable folder is refused at once.
         from rightrank.runs.preflight import PreflightHook
         from rightrank.runs.prepare import prepare_run
@@ -118,11 +119,13 @@ def preflight(
     request = SelectionRequest(model, tokenizer, data, _merge_settings(settings, keywords, peft_config, args))
     validate_request(request)  # before the imports that bring torch
     resolve_trackers(request.settings.report_to)
-    from rightrank.runs.preflight import run_preflight
-    from rightrank.runs.prepare import prepare_selection
 
     def announce(text: str) -> None:
         on_event(Notice(text=text))
+
+    announce("loading model and data")
+    from rightrank.runs.preflight import run_preflight
+    from rightrank.runs.prepare import prepare_selection
 
     notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:

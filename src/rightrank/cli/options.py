@@ -149,9 +149,9 @@ def parse_integers(values: Sequence[str] | None, option: str) -> list[int] | Non
     return [int(value) for value in values]
 
 
-def announce(activity: str, always: bool = False) -> None:
-    """Print one line on a terminal before imports that take seconds; with `always`, in a pipe too."""
-    if always or sys.stderr.isatty():
+def announce(activity: str) -> None:
+    """Print one line on a terminal before imports that take seconds."""
+    if sys.stderr.isatty():
         click.echo(f"rightrank {__version__}: {activity} …", err=True)
 
 

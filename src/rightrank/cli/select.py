@@ -72,17 +72,11 @@ def _select(
         out = _name_run_folder(model, data)
     from rightrank.api.runs import load_run_config
     from rightrank.api.selecting import select_rank
-    from rightrank.schema.settings import SelectSettings
 
     original = load_run_config(out) if model is None else {}
     base = str(original.pop("model")) if model is None else model
     rows = Path(str(original.pop("data"))) if data is None else data
     settings = SelectSettings(**original | gather_settings(config_file, assignments, options))
-    if not (quiet or log_json or as_json or sys.stderr.isatty()):  # on a terminal, a line was printed before
-        from rightrank.runs.selection import SelectionRequest, validate_request
-
-        validate_request(SelectionRequest(base, None, rows, settings))  # before torch is imported
-        announce(f"run folder {out}: loading model and data", always=True)
     selected = _run_with_progress(
         lambda hooks: select_rank(base, rows, out, settings=settings, callbacks=hooks), out, quiet, log_json
     )
@@ -111,16 +105,10 @@ def _print_selected(selected: Selected, as_json: bool) -> None:
 def _dry_run(model: str, data: Path, values: dict[str, Any], quiet: bool, as_json: bool) -> None:
     from rightrank.api.selecting import preflight
     from rightrank.report.terminal import format_preflight
-    from rightrank.runs.selection import SelectionRequest, validate_request
-    from rightrank.runs.terminal_view import make_view
-    from rightrank.schema.settings import SelectSettings
+    from rightrank.runs.watching import make_view
 
-    settings = SelectSettings(**values)
-    validate_request(SelectionRequest(model, None, data, settings))  # before the first line
-    if not quiet:
-        announce("dry run: loading model and data", always=True)
     with make_view(quiet) as view:
-        preflight_result = preflight(model, data, settings=settings, on_event=view.on_event)
+        preflight_result = preflight(model, data, settings=SelectSettings(**values), on_event=view.on_event)
     click.echo(format_json(preflight_result) if as_json else format_preflight(preflight_result))
 
 
@@ -159,8 +147,7 @@ def _run_with_progress(
     if not quiet and not log_json:
         announce(f"run folder {out}: checking the request, then loading model and data")
     from rightrank.runs.hook import Hooks
-    from rightrank.runs.process import JsonLog, ProgressFile, SignalHandler
-    from rightrank.runs.terminal_view import make_view
+    from rightrank.runs.watching import JsonLog, ProgressFile, SignalHandler, make_view
 
     with ExitStack() as stack:
         view = JsonLog(sys.stderr) if log_json else stack.enter_context(make_view(quiet))

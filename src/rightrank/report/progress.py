@@ -97,7 +97,7 @@ class Progress:
     def format_progress(self) -> str:
         if (work := self._evaluation) is not None:
             remaining_text = format_duration(work.seconds / work.examples * (work.total_examples - work.examples))
-            return f"{work.what}: {work.examples:,} of {work.total_examples:,} examples, about {remaining_text} left"
+            return f"{work.label}: {work.examples:,} of {work.total_examples:,} examples, about {remaining_text} left"
         remaining = self.estimate_remaining_seconds()
         # The planned trainings can be done while truncations remain, which are not planned.
         time_left = [f"about {format_duration(remaining)} left"] if remaining is not None and remaining >= 1 else []

@@ -17,12 +17,6 @@ from rightrank.schema.trials import TrialFinished
 
 PROGRESS_FILE = "progress.json"  # exists while a process works in the run folder
 ALLOWED_ENTRIES = {".lock", "base_model", PROGRESS_FILE}  # allowed in a folder in which no run has begun
-EARLIER_FOLDER = re.compile(r"earlier-\d+")  # runs that were moved aside
-# All files that a run, its views and its exports write into the folder. The journal is moved last.
-RUN_FILES = (
-    "config.yaml", "decision.json", "report.html", "figures", "adapter", "cache", "trials", "checkpoints", "answers", "exports",
-    "workers", "journal.jsonl",
-)  # fmt: skip
 
 
 class RunFolder:
@@ -97,10 +91,7 @@ class RunFolder:
             raise RunFolderError(f"{self.path}: this is a file, not a folder; give an empty or a new folder")
         if not self.path.is_dir() or self.journal.path.exists():
             return
-        other_entries = (
-            entry for entry in self.path.iterdir() if entry.name not in ALLOWED_ENTRIES and not is_leftover(entry)
-        )
-        if any(EARLIER_FOLDER.fullmatch(entry.name) is None for entry in other_entries):
+        if any(entry.name not in ALLOWED_ENTRIES and not is_leftover(entry) for entry in self.path.iterdir()):
             raise RunFolderError(
                 f"{self.path}: the folder holds files but no journal.jsonl; give an empty or a new folder"
             )
@@ -145,15 +136,15 @@ class RunFolder:
                 (self.path / ".lock").unlink()
                 self.path.rmdir()
 
-    def move_aside(self, patterns: Sequence[str] = RUN_FILES) -> Path | None:
-        """Move the files of a run into `earlier-N` in this folder. Files that no run writes stay.
+    def move_aside(self, names: Sequence[str]) -> Path | None:
+        """Move files or folders of the run into `earlier-N` in this folder.
 
         The caller must hold the lock. A symbolic link is moved as a link to the same target.
 
         Returns:
-            The new folder, which is itself a run folder if all files are moved; None if there is nothing to move.
+            The new folder; None if there is nothing to move.
         """
-        entries = [entry for pattern in patterns for entry in sorted(self.path.glob(pattern))]
+        entries = [entry for name in names if (entry := self.path / name).exists() or entry.is_symlink()]
         if not entries:
             return None
         number = 1

@@ -35,9 +35,7 @@ def run_preflight(prepared: LoadedSelection, announce: Callable[[str], None]) ->
         notes.insert(0, f"time: {time_text} (measured before the start: {basis}; the measured training is discarded)")
     if prepared.runtime.targets.untruncatable_reason is None:
         top = max(prepared.settings.ranks)
-        notes.append(
-            f"top rank {top} ({prepared.top_origin}): trained once, then truncated to lower ranks to find the adapter"
-        )
+        notes.append(f"top rank {top}: trained once, then truncated to lower ranks to find the adapter")
     return preflight.model_copy(update={"notes": notes})
 
 

@@ -61,7 +61,6 @@ class LoadedSelection(PreparedSelection):
     request: SelectionRequest  # with the settings with which the run began
     runtime: Runtime
     planned: MemoryPlan | None  # None: the memory of this architecture can't be planned
-    top_origin: str  # why the highest rank was chosen, in words
     open_workers: OpenWorkers | None = None  # None: this process trains
 
     @property
@@ -184,19 +183,8 @@ def prepare_selection(
         steps=steps,
         started=started,
         planned=planned,
-        top_origin=_describe_top_rank(requested, planned),
         strategy=_build_strategy(runtime, settings, steps, started),
     )
-
-
-def _describe_top_rank(requested: SelectSettings, planned: MemoryPlan | None) -> str:
-    """Describe why the highest rank was chosen."""
-    if planned is not None and max(planned.ranks) < max(planned.peak_bytes):
-        return "the largest that fits the memory"
-    if "ranks" in requested.model_fields_set:
-        return "the largest that you gave"
-    limited = planned is not None and max(planned.ranks) < max(requested.ranks)
-    return "the largest default that every matrix supports" if limited else "the default for every data set"
 
 
 def _build_strategy(runtime: Runtime, settings: SelectSettings, steps: int, started: RunStarted) -> Strategy:

@@ -31,7 +31,6 @@ from rightrank.schema.events import (
     JournalRecord,
     Records,
     RunContinued,
-    RunKind,
     RunStarted,
     RunStopped,
     SelectionPlanned,
@@ -39,9 +38,7 @@ from rightrank.schema.events import (
 )
 from rightrank.schema.settings import CONTINUABLE_SETTINGS, select_identity_settings
 from rightrank.schema.trials import (
-    OUTCOMES,
     Trial,
-    TrialEvaluated,
     TrialFailed,
     TrialFinished,
     TrialOutcome,
@@ -80,7 +77,6 @@ def select(prepare: Prepare, folder: RunFolder, hooks: Sequence[Hook]) -> Select
 def open_run(prepare: Prepare, folder: RunFolder, hooks: Hooks) -> Run:
     """Begin or resume a run: read the journal and load data and base. Write nothing.
 
-    A run of other settings whose function only raised errors or returned nothing usable is moved aside.
     Trials that have ended are not run again, except those that failed for another reason than memory.
 
     Raises:
@@ -88,11 +84,6 @@ def open_run(prepare: Prepare, folder: RunFolder, hooks: Hooks) -> Run:
     """
     journal = folder.journal.read(hooks.send_notice)
     selection = prepare(folder, journal)
-    if _has_no_result(journal, selection.started):
-        journal, selection = [], prepare(folder, [])
-        hooks.send_notice(
-            f"the run in {folder.path} had other settings and no result; it was moved to {folder.move_aside()}"
-        )
     if journal:
         _require_same_run(folder, journal[0], selection.started)
     # A failed trial is run again, since its cause may have been removed. A device's memory does not grow.
@@ -210,19 +201,6 @@ def _find_changed_settings(journal: Sequence[JournalRecord], started: RunStarted
     names = [name for name in (*CONTINUABLE_SETTINGS, "goal") if name in started.settings and name in previous]
     changed = {name: started.settings[name] for name in names if started.settings[name] != previous[name]}
     return RunContinued(settings=changed) if changed else None
-
-
-def _has_no_result(journal: Sequence[JournalRecord], started: RunStarted) -> bool:
-    """Check whether the journal has other settings and a custom function that never returned or reported anything usable."""
-    first = journal[0] if journal else None
-    if (
-        not isinstance(first, RunStarted)
-        or first.kind is not RunKind.CUSTOM_TRAINER
-        or first.fingerprint == started.fingerprint
-    ):
-        return False
-    results = [record for record in journal if isinstance(record, (TrialEvaluated, *OUTCOMES))]
-    return bool(results) and all(isinstance(record, TrialFailed) for record in results)
 
 
 def _require_same_run(folder: RunFolder, first: JournalRecord, started: RunStarted) -> None:

@@ -366,7 +366,7 @@ class EvaluationProgress(Record):
     """Progress of work outside of trainings: computing the frozen layers before the first training, or an evaluation by `compare`."""
 
     type: Literal["evaluating"] = "evaluating"
-    what: str  # the description of the work
+    label: str  # of the work, such as "rank 4"
     examples: BoundedInt
     total_examples: BoundedInt
     seconds: float  # since the work began

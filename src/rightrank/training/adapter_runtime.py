@@ -101,7 +101,7 @@ def report_evaluation_progress(
 
     def on_evaluated(num_evaluated: int, num_total: int) -> None:
         total, seconds = num_total * num_evaluations, time.perf_counter() - start_time
-        report(EvaluationProgress(what=description, examples=num_evaluated, total_examples=total, seconds=seconds))
+        report(EvaluationProgress(label=description, examples=num_evaluated, total_examples=total, seconds=seconds))
 
     runtime.on_evaluated = on_evaluated
 

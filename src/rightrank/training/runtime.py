@@ -101,7 +101,7 @@ class Runtime:
                 description = "frozen layers, once for all trials"
                 on_progress(
                     EvaluationProgress(
-                        what=description, examples=num_done, total_examples=len(expected), seconds=seconds
+                        label=description, examples=num_done, total_examples=len(expected), seconds=seconds
                     )
                 )
                 if should_stop():

@@ -1,4 +1,4 @@
-"""Watching and stopping a running selection from other programs: signals, a JSON log and a progress file."""
+"""Hooks that show a running selection and stop it: the terminal, a JSON log, a progress file, and signals."""
 
 from __future__ import annotations
 
@@ -14,16 +14,104 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self, TextIO
 
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
 from rightrank.data.files import write_text
+from rightrank.report.format import format_quantity
 from rightrank.report.progress import Progress
+from rightrank.report.terminal import format_plan
+from rightrank.report.terminal_curve import draw_terminal_curve
 from rightrank.runs.folder import PROGRESS_FILE
 from rightrank.runs.hook import Hook
 from rightrank.schema.errors import TerminatedRun
 from rightrank.schema.events import DurationEstimated, EvaluationProgress, Event, Notice, SelectionPlanned, StepDone
 from rightrank.schema.trials import OUTCOMES, Record, TrialEvaluated, TrialStarted
 
+PLAIN_SECONDS = 15.0  # between progress lines of a view without a terminal
 PROGRESS_SECONDS = 2.0  # between writes of the progress file
 LOGGED_EVENTS = (Notice, TrialStarted, TrialEvaluated, *OUTCOMES)
+
+
+class View(Hook):
+    """Shows a running selection, or the evaluations of `compare` and `resize`, as a context manager.
+
+    It prints one line for each finished trial, and a progress line every `PLAIN_SECONDS`.
+    """
+
+    is_required = False
+
+    def __init__(self, console: Console, quiet: bool = False) -> None:
+        self._console = console
+        self._quiet = quiet
+        self._progress = Progress()
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Do nothing: plain lines need no end."""
+
+    def on_event(self, event: Event) -> None:
+        line = self._progress.record_event(event)
+        match event:
+            case Notice():
+                self.print_line(event.text)
+            case SelectionPlanned():
+                self.print_line(format_plan(event.started, event.steps))
+                if event.outcomes:  # each stage and each truncation is a trial
+                    self.print_line(f"resuming the run: {format_quantity(len(event.outcomes), 'trial')} ended earlier")
+            case _ if line is not None:
+                self.print_line(line)
+        if not isinstance(event, Notice | SelectionPlanned):
+            self._redraw()
+        if isinstance(event, OUTCOMES):
+            self._last_line = time.monotonic()
+
+    def print_line(self, text: str) -> None:
+        if not self._quiet:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=not self._console.is_terminal)
+
+    def _redraw(self) -> None:
+        """Show the current progress."""
+        if time.monotonic() - self._last_line > PLAIN_SECONDS:
+            self._last_line = time.monotonic()
+            self.print_line(self._progress.format_progress())
+
+
+class LiveView(View):
+    """Redraws the progress and the curve in place; lines of finished trials scroll by above them."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._live = Live(console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Self:
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._live.__exit__(*error)
+
+    def print_line(self, text: str) -> None:
+        self._console.print(Text.from_ansi(text), highlight=False)
+
+    def _redraw(self) -> None:
+        lines = [Text.from_ansi(self._format_curve()), Text(self._progress.format_best_rank())]
+        self._live.update(Group(*lines, Text(self._progress.format_progress(), style="bold")))
+
+    def _format_curve(self) -> str:
+        trained, truncated = self._progress.get_curves()
+        label = self._progress.format_curve_label()
+        return "\n".join(draw_terminal_curve(trained, self._console.width, truncated, label=label))
+
+
+def make_view(quiet: bool, console: Console | None = None) -> View:
+    """Return a `LiveView` on a terminal, else a `View` with plain lines: in a pipe, a notebook, with `NO_COLOR` or if `quiet`."""
+    console = console or Console(stderr=True)
+    return LiveView(console) if console.is_terminal and not (quiet or console.no_color) else View(console, quiet)
 
 
 class JsonLog(Hook):
@@ -104,13 +192,9 @@ class ProgressFile(Hook):
                 write_text(self._path, json.dumps(values) + "\n", flush=False)
 
 
-GRACE_SECONDS = 20.0  # Kubernetes waits 30 s and Slurm 30 s by default between SIGTERM and SIGKILL
-
-
 class SignalHandler(Hook):
     """Handles signals within a `with` block. The first one stops the run after its step, the second at once.
 
-    The end of the grace period after a SIGTERM also stops at once; the steps since the last checkpoint are lost.
     Outside the main thread, or in a program that handles Ctrl-C itself, nothing changes.
 
     Args:
@@ -125,7 +209,7 @@ class SignalHandler(Hook):
         self._owns_process = owns_process
         self._handlers = {signal.SIGINT: self._interrupt}
         if owns_process:
-            self._handlers |= {signal.SIGTERM: self._terminate, signal.SIGALRM: self._stop_now}
+            self._handlers[signal.SIGTERM] = self._terminate
         self._previous_handlers: dict[signal.Signals, signal._HANDLER] = {}
 
     def __enter__(self) -> SignalHandler:
@@ -137,8 +221,6 @@ class SignalHandler(Hook):
         return self
 
     def __exit__(self, *_error: object) -> None:
-        if self.terminated:
-            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
@@ -153,10 +235,6 @@ class SignalHandler(Hook):
 
     def _terminate(self, _signal: int, _frame: FrameType | None) -> None:
         if self.terminated:
-            self._stop_now(_signal, _frame)
+            raise TerminatedRun("stopped in the middle of a step; the run resumes from the last checkpoint")
         self.requested = self.terminated = True
-        signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)
-        self._notify(f"received SIGTERM: stopping after this step, or in {GRACE_SECONDS:.0f} s at once")
-
-    def _stop_now(self, _signal: int, _frame: FrameType | None) -> None:
-        raise TerminatedRun("stopped in the middle of a step; the run resumes from the last checkpoint")
+        self._notify("received SIGTERM: stopping after this step; another one stops at once")
