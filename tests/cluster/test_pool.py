@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rightrank.cluster import pool as pools
-from rightrank.cluster.pool import MAX_LOSSES, WorkerPool
+from rightrank.cluster.pool import MAX_LOSSES, Backend, RemoteWorker, WorkerPool
 from rightrank.cluster.worker import STOP_FILE, MessageFile, Task, WorkerMessage
 from rightrank.schema.errors import InputError, InterruptedRun, RightrankError
 from rightrank.schema.events import Listener, Notice, StepDone
@@ -26,7 +26,7 @@ TaskFuture = Future[RightrankError | None]
 Act = Callable[["ScriptedWorker", Task, TaskFuture], None]
 
 
-class ScriptedWorker:
+class ScriptedWorker(RemoteWorker):
     """A worker that acts as the script says, without a process."""
 
     def __init__(self, path: Path, act: Act) -> None:
@@ -49,7 +49,7 @@ class ScriptedWorker:
         self.end()
 
 
-class ScriptedBackend:
+class ScriptedBackend(Backend):
     def __init__(self, folder: Path, size: int, act: Act) -> None:
         self.size, self._folder, self._act = size, folder, act
         self.workers: list[ScriptedWorker] = []
@@ -59,10 +59,6 @@ class ScriptedBackend:
         assert 0 <= slot < self.size
         self.workers.append(ScriptedWorker(self._folder / f"{name}.jsonl", self._act))
         return self.workers[-1]
-
-    def require_alive(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Recorder(Listener):

@@ -27,8 +27,7 @@ MAX_TASK_TRIALS = 16  # The worker measures how many of them to train in one pas
 @contextmanager
 def open_pool(prepared: LoadedSelection, folder: RunFolder, listener: Listener) -> Iterator[WorkerPool]:
     """Open an executor that trains in workers. They start on demand and end with the context."""
-    from rightrank.cluster.local import LocalBackend
-    from rightrank.cluster.on_ray import RayBackend
+    from rightrank.cluster.backends import LocalBackend, RayBackend
     from rightrank.cluster.pool import WorkerPool
     from rightrank.cluster.worker import WorkerSetup, collect_versions
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from rightrank.cluster.worker import STOP_FILE, MessageFile, Task
 from rightrank.schema.errors import InterruptedRun, RightrankError, describe_error, log_traceback
@@ -27,30 +27,35 @@ GRACE_SECONDS = 25.0  # time for the workers to stop after a request
 LOSS_REASONS = ("The exit codes of the workers are", " because ")
 
 
-class RemoteWorker(Protocol):
+class RemoteWorker(ABC):
     """A worker in another process."""
 
+    @abstractmethod
     def submit(self, task: Task) -> Future[RightrankError | None]: ...
 
-    def end(self) -> None: ...  # immediately, even if the worker is busy
+    @abstractmethod
+    def end(self) -> None:
+        """End the worker immediately, even if it is busy."""
 
-    def close(self) -> None: ...  # of an idle worker, which removes its files
+    @abstractmethod
+    def close(self) -> None:
+        """End the idle worker, which removes its files."""
 
 
-class Backend(Protocol):
+class Backend(ABC):
     """Starts workers of one kind."""
 
     size: int  # the maximum number of workers
 
+    @abstractmethod
     def start(self, name: str, slot: int) -> RemoteWorker:
         """Start a worker. Two workers at the same time have different slots, below `size`."""
-        ...
 
-    def require_alive(self) -> None:
+    def require_alive(self) -> None:  # noqa: B027
         """Raise RunError if no worker can be reached any more."""
-        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:  # noqa: B027
+        """Release what the backend holds besides its workers."""
 
 
 @dataclass(slots=True)
