@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from rightrank.cli import cli, main
 from rightrank.cli.run_commands import EXAMPLE_FILE
+from tests.commands import run
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,17 +60,17 @@ def test_the_example_holds_the_values_of_a_stored_grid() -> None:
         assert "or --example alone" in str(CliRunner().invoke(cli, ["decide", *arguments]).exception)
 
 
-def test_a_table_has_a_report(table: Path) -> None:
+def test_a_table_has_a_report(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = table.with_name("page.html")
     table.write_text(
         "rank,eval_loss,lr,seed\n1,2.3,1e-3,0\n4,2.05,1e-3,0\n16,2.001,1e-3,0\n64,2.0,1e-3,0\n128,,1e-3,0\n"
     )
     command = ["decide", str(table), "--margin", "0.01", "--report", str(page), "--lower-is-better"]
-    assert CliRunner().invoke(cli, command).exit_code == 0
+    assert run(command, capsys)[0] == 0
     text = page.read_text(encoding="utf-8")
     for snippet in ("Rank 16", "runs.csv", "2.0500", "the table has no result"):
         assert snippet in text, snippet
-    assert f"rightrank decide {table} --margin 0.01 --lower-is-better" in text
+    assert f"rightrank decide {table} --margin 0.01 --report {page} --lower-is-better" in text
     assert 'href="figures' not in text  # no other file is next to the report
 
 

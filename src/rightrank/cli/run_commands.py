@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -104,24 +103,17 @@ def _export(
     return 0 if exported.check is None else EXIT_STATUS[exported.check["verdict"]]
 
 
-def _parse_mapping(context: click.Context, parameter: click.Parameter, text: str | None) -> dict[str, str]:
-    pairs = {}
-    for value in split_commas(context, parameter, text) or []:
-        name, equals, column = value.partition("=")
-        if not equals or not column.strip():
-            raise click.BadParameter(f"{value!r}: give NAME=COLUMN, such as rank=lora_r")
-        pairs[name.strip()] = column.strip()
+def _parse_pairs(
+    context: click.Context, parameter: click.Parameter, texts: str | tuple[str, ...] | None
+) -> dict[str, str]:
+    """Parse `--columns a=b,c=d` or `--where a=b --where c=d`."""
+    pairs: dict[str, str] = {}
+    for text in texts if isinstance(texts, tuple) else split_commas(context, parameter, texts) or []:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip() or (parameter.name == "columns" and not value.strip()) or name in pairs:
+            raise click.BadParameter(f"{text!r}: give {parameter.metavar}, and each name once")
+        pairs[name.strip()] = value.strip() if parameter.name == "columns" else value
     return pairs
-
-
-def _parse_conditions(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, str]:
-    conditions: dict[str, str] = {}
-    for text in texts:
-        column, equals, value = text.partition("=")
-        if not equals or column in conditions:
-            raise click.BadParameter(f"{text!r}: give COLUMN=VALUE, such as model=gemma, and each column once")
-        conditions[column] = value
-    return conditions
 
 
 @click.command(
@@ -148,7 +140,7 @@ def _parse_conditions(context: click.Context, parameter: click.Parameter, texts:
 )
 @click.option(
     "--columns",
-    callback=_parse_mapping,
+    callback=_parse_pairs,
     metavar="NAME=COLUMN",
     help="Columns with other names, such as rank=lora_r,value=eval_loss; group=document names the groups of examples.",
 )
@@ -156,7 +148,7 @@ def _parse_conditions(context: click.Context, parameter: click.Parameter, texts:
 @click.option(
     "--where",
     multiple=True,
-    callback=_parse_conditions,
+    callback=_parse_pairs,
     metavar="COLUMN=VALUE",
     help="Read only the rows with this value, such as model=gemma.",
 )
@@ -183,7 +175,8 @@ def _decide(results: Path | None, example: bool, report: Path | None, as_json: b
     with pause_collector():
         result = api.decide(results, **arguments)
     if report is not None:
-        result.write_report(report, results.name, _format_command(results, arguments))
+        typed: list[str] = click.get_current_context().find_root().obj
+        result.write_report(report, results.name, shlex.join(typed))
     if as_json:
         extra_fields = {
             "input_notes": result.input_notes,
@@ -201,19 +194,6 @@ def _decide(results: Path | None, example: bool, report: Path | None, as_json: b
         click.echo(f"adapter: {make_visible(result.adapter_sentence)}")
     if example:
         click.echo(f"\nexample:    {EXAMPLE_FILE}\n            24 trainings of SmolLM2-135M-Instruct. {EXAMPLE_ADVICE}")
-
-
-def _format_command(results: Path, arguments: Mapping[str, Any]) -> str:
-    """Return the command that makes the same decision."""
-    options: list[str] = []
-    for name, value in arguments.items():
-        if name == "higher_is_better" and value is not None:
-            options.append("--higher-is-better" if value else "--lower-is-better")
-        elif value:
-            pairs = [f"{key}={text}" for key, text in value.items()] if isinstance(value, Mapping) else []
-            texts = {"columns": [",".join(pairs)], "where": pairs, "ignore": value}.get(name, [str(value)])
-            options += [word for text in texts for word in (f"--{name}", text)]
-    return shlex.join(["rightrank", "decide", str(results), *options])
 
 
 COMMANDS = (_status, _report, _export, _decide)
