@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.api.adapters import resize
+from rightrank.adapters.adapter_reader import open_adapter
+from rightrank.adapters.resize import resize_adapter
 from rightrank.bases.safetensors_files import open_tensors
 from tests.tiny import write_adapter, write_jsonl
 
@@ -69,7 +70,8 @@ for command in json.loads(sys.argv[1]):
 
 def test_adapters_are_inspected_resized_and_exported_without_torch(files: Path) -> None:
     write_adapter(files / "adapter")
-    resize(files / "adapter", files / "uneven", energy=0.9)
+    adapter = open_adapter(files / "adapter")
+    resize_adapter(adapter, files / "uneven", {module.name: 1 + n for n, module in enumerate(adapter.modules)})
     commands = [
         ["inspect", "adapter", "--json"],
         ["resize", "adapter", "small", "--rank", "1"],

@@ -20,12 +20,10 @@ from rightrank.adapters.rank_math import (
     find_server_rank,
     get_pattern_value,
 )
-from rightrank.adapters.spectra import compute_energy_rank
 from rightrank.adapters.truncation import (
     Moments,
     allocate_ranks,
     compute_distance,
-    compute_singular_values,
     decompose_update,
     resize_factors,
     use_one_thread,
@@ -252,22 +250,6 @@ def choose_uniform_rank(adapter: AdapterFolder, rank: int) -> dict[str, int]:
                 f"({module.rows} × {module.columns}) can have; give a lower rank"
             )
     return {module.name: rank for module in adapter.modules}
-
-
-def choose_ranks_by_energy(adapter: AdapterFolder, fraction: float, uniform: bool) -> dict[str, int]:
-    """Return the smallest rank of each module with this fraction of its energy Σσ²; with `uniform`, the largest of them for all modules.
-
-    Raises:
-        SettingsError: `fraction` is not above 0 and at most 1.
-    """
-    if not 0 < fraction <= 1:
-        raise SettingsError(f"--energy {fraction:g} is not allowed: give a fraction above 0 and up to 1, such as 0.99")
-    ranks = {
-        module.name: max(1, compute_energy_rank(compute_singular_values(*factors), fraction))
-        for pair in adapter.pairs
-        for module, factors in zip(pair, adapter.load_pair_factors(pair[0]), strict=True)
-    }
-    return dict.fromkeys(ranks, max(ranks.values())) if uniform else ranks
 
 
 def cap_ranks(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] | None = None) -> dict[str, int]:

@@ -14,7 +14,7 @@ from rightrank.adapters.adapter_folders import (
     suggest_adapter_folder,
 )
 from rightrank.adapters.adapter_reader import open_adapter
-from rightrank.adapters.resize import choose_ranks_by_energy, choose_uniform_rank, require_plain_update, resize_adapter
+from rightrank.adapters.resize import choose_uniform_rank, require_plain_update, resize_adapter
 from rightrank.adapters.spectra import inspect_adapter
 from rightrank.bases.model_sources import BASE_SIDE
 from rightrank.bases.safetensors_files import open_tensors
@@ -47,13 +47,11 @@ def resize(
     out: str | Path,
     *,
     rank: int | None = None,
-    energy: float | None = None,
     data: str | Path | None = None,
     margin: Margin | None = None,
     train: str | Path | None = None,
     ranks: Sequence[int] | None = None,
     base: str | None = None,
-    uniform: bool = False,
     settings: SelectSettings | None = None,
     on_event: Callable[[EvaluationProgress | Notice], None] = lambda _: None,
 ) -> Resized:
@@ -62,48 +60,39 @@ def resize(
     Args:
         adapter: a folder of PEFT or mlx-lm, a file of sd-scripts or diffusers, or a trainer's output folder with checkpoints.
         out: the folder or file to write, which must not exist.
-        rank: one rank for all modules; a rank above the current one pads. Give exactly one of `rank`, `energy` and `data`.
-        energy: use for each module the fewest singular values that hold this fraction of its energy.
+        rank: one rank for all modules; a rank above the current one pads. Give either `rank` or `data`.
         data: held-out rows; use the smallest rank whose loss on them is not worse by the margin.
         margin: with data: the accepted loss of quality, a share of the gain over the base such as "2%" or a number in the metric's
             unit; None for 1% of the gain.
         train: with data: the training data of the adapter. These rows are not scored.
         ranks: with data: the ranks to measure; None for the powers of two.
         base: with data: the base model; None for the one that the adapter names.
-        uniform: with energy: one rank for all modules, the largest needed.
         settings: with data: settings for loading models and reading rows; see `SelectSettings`.
         on_event: receives the progress of each evaluation, and each line for a person.
 
     Raises:
         InputError: the adapter, the rule, the data or `out` can't be used; nothing was written.
     """
-    rules = {"--rank": rank, "--energy": energy, "--data": data}
-    names = [name for name, value in rules.items() if value is not None]
     folder, choice = find_adapter(Path(adapter))
     require_adapter_folder(folder)
     if choice:
         on_event(Notice(text=choice))
-    if len(names) != 1:
-        raise SettingsError(f"{' and '.join(names) or 'no rule'} given; give exactly one of --rank and --data")
-
+    if (rank is None) == (data is None):
+        given = "no rule" if rank is None else "--rank and --data"
+        raise SettingsError(f"{given} given; give exactly one of --rank and --data")
     require_absent(Path(out))
     opened = open_adapter(folder)
     require_plain_update(opened)
-    if data is not None:
+    if rank is not None:
+        resized = resize_adapter(opened, Path(out), choose_uniform_rank(opened, rank), rule=f"rank {rank}")
+    else:
         from rightrank.runs.resize_by_data import ResizeRequest, resize_by_data  # imports torch and transformers
 
+        assert data is not None
         read = SelectSettings(**get_explicit_values(settings) | ({} if margin is None else {"margin": margin}))
         trained = None if train is None else Path(train)
         rule = ResizeRequest(Path(data), trained, base, read, ranks, on_event)
         resized = resize_by_data(opened, Path(out), rule)
-    else:
-        chosen_ranks = (
-            choose_uniform_rank(opened, rank)
-            if rank is not None
-            else choose_ranks_by_energy(opened, energy or 0.0, uniform)
-        )
-        chosen_by = f"rank {rank}" if rank is not None else f"energy {energy:g}"
-        resized = resize_adapter(opened, Path(out), chosen_ranks, rule=chosen_by)
     notes = [choice, *resized.notes] if choice else resized.notes
     return resized.model_copy(update={"notes": notes, "content": _read_content(Path(out))})
 
