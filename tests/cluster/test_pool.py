@@ -15,8 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rightrank.cluster import pool as pools
-from rightrank.cluster.pool import MAX_LOSSES, Backend, RemoteWorker, WorkerPool
-from rightrank.cluster.worker import STOP_FILE, MessageFile, Task, WorkerMessage
+from rightrank.cluster.pool import (
+    MAX_LOSSES,
+    STOP_FILE,
+    Backend,
+    MessageFile,
+    RemoteWorker,
+    Task,
+    WorkerMessage,
+    WorkerPool,
+)
 from rightrank.schema.errors import InputError, InterruptedRun, RightrankError
 from rightrank.schema.events import Listener, Notice, StepDone
 from rightrank.schema.trials import Trial, TrialFailed, TrialFinished

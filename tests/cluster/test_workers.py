@@ -20,7 +20,8 @@ import pytest
 from rightrank import select_rank
 from rightrank.cluster import backends
 from rightrank.cluster.backends import RayBackend
-from rightrank.cluster.worker import Task, Worker, WorkerSetup, collect_versions
+from rightrank.cluster.pool import Task
+from rightrank.cluster.worker import Worker, WorkerSetup, collect_versions
 from rightrank.runs.selection import SelectionRequest
 from rightrank.schema.errors import InputError, InterruptedRun, MissingExtraError, RunError, SettingsError
 from rightrank.schema.events import Event, StepDone
@@ -104,7 +105,7 @@ def test_without_the_package_the_extra_is_named(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("rightrank.runs.selection.find_spec", lambda _: None)
+    monkeypatch.setattr("rightrank.api.selecting.find_spec", lambda _: None)
     with pytest.raises(MissingExtraError, match=rf"pip install 'rightrank\[{extra}\]'"):
         select_rank(str(model_folder), completion_file, tmp_path / "run", settings=build_small_settings(**setting))
 

@@ -6,25 +6,29 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from rightrank.cluster import open_pool
+from rightrank.bases.model_sources import require_model
+from rightrank.cluster.backends import open_pool
+from rightrank.data.rows import require_data_source
 from rightrank.runs.hook import Hook, Hooks
+from rightrank.runs.selection import Rows, SelectionRequest
 from rightrank.runs.values import Selected
 from rightrank.schema.configs import read_configs
-from rightrank.schema.errors import InterruptedRun
+from rightrank.schema.errors import InterruptedRun, MissingExtraError, SettingsError
 from rightrank.schema.events import Notice
 from rightrank.schema.keywords import SelectKeywords
 from rightrank.schema.results import Preflight
-from rightrank.schema.setting_table import get_explicit_values
+from rightrank.schema.setting_table import get_explicit_values, require_no_secret
 from rightrank.schema.settings import SelectSettings
+from rightrank.search import make_strategy
+from rightrank.search.protocol import build_space
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-
-    from rightrank.runs.selection import Rows
 
 
 def select_rank(
@@ -64,12 +68,11 @@ def select_rank(
     """
     from rightrank.data.files import report_disk_errors
     from rightrank.runs.folder import RunFolder
-    from rightrank.runs.selection import SelectionRequest, validate_request
     from rightrank.runs.trackers import Trackers
     from rightrank.runs.watching import SignalHandler, make_view
 
     request = SelectionRequest(model, tokenizer, data, _merge_settings(settings, keywords, peft_config, args))
-    validate_request(request)
+    _validate_request(request)
     trackers, folder = Trackers(request.settings.report_to), RunFolder(Path(out))
     with folder.lock(), report_disk_errors(folder.path), ExitStack() as stack:
         views = [stack.enter_context(make_view(quiet=False))] if progress else []
@@ -113,11 +116,10 @@ def preflight(
     Raises:
         InputError: model, data or settings can't be used.
     """
-    from rightrank.runs.selection import SelectionRequest, validate_request
     from rightrank.runs.trackers import resolve_trackers
 
     request = SelectionRequest(model, tokenizer, data, _merge_settings(settings, keywords, peft_config, args))
-    validate_request(request)  # before the imports that bring torch
+    _validate_request(request)  # before the imports that bring torch
     resolve_trackers(request.settings.report_to)
 
     def announce(text: str) -> None:
@@ -132,6 +134,38 @@ def preflight(
         prepared = prepare_selection(request, Path(folder) / "cache", notes.append, announce=announce)
         estimate = run_preflight(prepared, announce)
     return estimate.model_copy(update={"notes": [*notes, *estimate.notes]})
+
+
+def _validate_request(request: SelectionRequest) -> None:
+    """Refuse a request with which a selection can't work. It needs no torch.
+
+    Raises:
+        SettingsError: an unknown strategy, one that can't work within its budget, or workers
+            that can't read a model or data in memory.
+        MissingExtraError: the package that starts workers is not installed.
+        DataError: a data file that is missing or of a type that is not supported.
+        ModelError: a model folder that is missing or holds no model, a name that the hub does not have.
+    """
+    settings = request.settings
+    try:
+        require_no_secret("model", request.model_name)
+        require_no_secret("data", request.data_name)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    make_strategy(settings.strategy, build_space(settings, settings.max_steps or 1))
+    for source in (request.data, settings.validation or None):
+        if isinstance(source, str | Path):
+            require_data_source(Path(source))
+    if isinstance(request.model, str):
+        require_model(request.model)
+    for label, value in (("model", request.model), ("data", request.data)):
+        if settings.has_workers and not isinstance(value, str | Path):
+            raise SettingsError(
+                f"workers: the {label} is in memory, which workers can't read; give a path or a name, or leave workers out"
+            )
+    extra, package = ("workers", "loky") if settings.ray is None else ("ray", "ray")
+    if settings.has_workers and find_spec(package) is None:
+        raise MissingExtraError(f"{extra} needs the package {package}: pip install 'rightrank[{extra}]'")
 
 
 def _merge_settings(

@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rightrank.cluster.pool import Backend, RemoteWorker
-from rightrank.cluster.worker import Task, Worker, WorkerSetup
+from rightrank.cluster.pool import Backend, RemoteWorker, Task, WorkerPool
+from rightrank.cluster.worker import Worker, WorkerSetup, collect_versions
 from rightrank.schema.errors import InputError, RightrankError, RunError
 
 if TYPE_CHECKING:
     from loky import ProcessPoolExecutor
 
+    from rightrank.runs.folder import RunFolder
+    from rightrank.runs.prepare import LoadedSelection
+    from rightrank.schema.events import Listener
+    from rightrank.training.runtime import Runtime
+
+MAX_TASK_TRIALS = 16  # The worker measures how many of them to train in one pass.
 # Environment variables that workers inherit from this process.
 INHERITED_VARIABLES = ("PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
 CONNECT_SECONDS = 10.0
@@ -31,6 +42,51 @@ EXIT_SECONDS = 5.0  # time for a worker to remove its files
 IDLE_SECONDS = 60.0
 
 _worker: Worker | None = None  # of this process, if it is a worker
+
+
+@contextmanager
+def open_pool(prepared: LoadedSelection, folder: RunFolder, listener: Listener) -> Iterator[WorkerPool]:
+    """Open an executor that trains in workers. They start on demand and end with the context."""
+    settings, on_cuda = prepared.request.settings, prepared.runtime.loaded.device.type == "cuda"
+    setup = WorkerSetup(
+        request=replace(prepared.request, settings=prepared.settings),
+        fingerprint=prepared.started.fingerprint,
+        folder=folder.path.absolute(),
+        working_folder=Path.cwd(),
+        versions=collect_versions(),
+    )
+    shutil.rmtree(setup.messages, ignore_errors=True)  # of an earlier process
+    setup.messages.mkdir()
+    with _offload_base(prepared.runtime):
+        if settings.ray is None:
+            backend: LocalBackend | RayBackend = LocalBackend(setup, settings.workers or 1, on_cuda)
+        else:
+            plan = prepared.planned
+            needed_bytes = None if plan is None else max(plan.needed_bytes[rank] for rank in plan.ranks)
+            backend = RayBackend(setup, settings.ray, settings.workers, on_cuda, needed_bytes)
+        task_trials = settings.adapters_per_pass or (MAX_TASK_TRIALS if on_cuda else 1)
+        pool = WorkerPool(backend, setup.messages, listener, task_trials=task_trials)
+        try:
+            yield pool
+        finally:
+            pool.close()
+
+
+@contextmanager
+def _offload_base(runtime: Runtime) -> Iterator[None]:
+    """Move the driver's base to the CPU while workers use the accelerator."""
+    import torch
+
+    device = runtime.loaded.device
+    if device.type == "cpu" or runtime.settings.weight_bits is not None:  # Quantised weights cannot be moved.
+        yield
+        return
+    runtime.model.to("cpu")
+    torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        runtime.model.to(device)
 
 
 class LocalWorker(RemoteWorker):

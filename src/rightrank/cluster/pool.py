@@ -13,8 +13,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, TypeAlias
 
-from rightrank.cluster.worker import STOP_FILE, MessageFile, Task
+from pydantic import Field, TypeAdapter
+
 from rightrank.schema.errors import InterruptedRun, RightrankError, describe_error, log_traceback
 from rightrank.schema.events import EvaluationProgress, Listener, Notice, StepDone
 from rightrank.schema.trials import Trial, TrialFailed, TrialOutcome, TrialStarted
@@ -25,6 +27,20 @@ POLL_SECONDS = 0.5
 GRACE_SECONDS = 25.0  # time for the workers to stop after a request
 # What the lines of an error begin or continue with that say why a worker was lost: those of loky and of Ray.
 LOSS_REASONS = ("The exit codes of the workers are", " because ")
+
+
+STOP_FILE = "stop"
+
+WorkerMessage: TypeAlias = Notice | StepDone | EvaluationProgress | TrialStarted | TrialOutcome
+MESSAGE_ADAPTER: TypeAdapter[WorkerMessage] = TypeAdapter(Annotated[WorkerMessage, Field(discriminator="type")])
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Trials for one worker, which trains several of them in one pass if that is faster."""
+
+    trials: list[Trial]
+    base_loss: float | None
 
 
 class RemoteWorker(ABC):
@@ -197,6 +213,26 @@ class WorkerPool:
             stop.unlink()
             self._queue.clear()
             self._losses.clear()
+
+
+class MessageFile:
+    """The messages of one worker, as the driver reads them. An incomplete last line waits for its end."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._path = folder / f"{name}.jsonl"
+        self._offset = 0
+
+    def read_new_messages(self) -> Iterator[WorkerMessage]:
+        """Yield each message once, also if the caller stops between two of them."""
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                yield MESSAGE_ADAPTER.validate_json(line)
 
 
 def _describe_loss(error: BaseException) -> str:

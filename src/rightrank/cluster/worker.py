@@ -9,19 +9,17 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING
 
-from pydantic import Field, TypeAdapter
-
+from rightrank.cluster.pool import STOP_FILE, Task, WorkerMessage
 from rightrank.schema.errors import InputError, InterruptedRun, RightrankError, RunError
 from rightrank.schema.events import EvaluationProgress, Event, Listener, Notice, StepDone
-from rightrank.schema.trials import Trial, TrialOutcome, TrialStarted
+from rightrank.schema.trials import TrialStarted
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
@@ -29,10 +27,6 @@ if TYPE_CHECKING:
 
 STEP_SECONDS = 0.5  # minimum time between two progress messages, and between two checks whether to stop
 SHARED_PACKAGES = ("torch", "transformers", "peft")
-STOP_FILE = "stop"
-
-WorkerMessage: TypeAlias = Notice | StepDone | EvaluationProgress | TrialStarted | TrialOutcome
-MESSAGE_ADAPTER: TypeAdapter[WorkerMessage] = TypeAdapter(Annotated[WorkerMessage, Field(discriminator="type")])
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +43,6 @@ class WorkerSetup:
     def messages(self) -> Path:
         """Return the folder of the workers' messages and logs."""
         return self.folder / "workers"
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """Trials for one worker, which trains several of them in one pass if that is faster."""
-
-    trials: list[Trial]
-    base_loss: float | None
 
 
 class Worker(Listener):
@@ -142,26 +128,6 @@ class Worker(Listener):
     def _send(self, message: WorkerMessage) -> None:
         with self._path.open("ab") as file:
             file.write(message.model_dump_json().encode() + b"\n")
-
-
-class MessageFile:
-    """The messages of one worker, as the driver reads them. An incomplete last line waits for its end."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._path = folder / f"{name}.jsonl"
-        self._offset = 0
-
-    def read_new_messages(self) -> Iterator[WorkerMessage]:
-        """Yield each message once, also if the caller stops between two of them."""
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                self._offset += len(line)
-                yield MESSAGE_ADAPTER.validate_json(line)
 
 
 def collect_versions() -> dict[str, str]:

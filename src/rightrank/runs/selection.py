@@ -5,20 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from rightrank.bases.model_sources import require_model
-from rightrank.data.rows import require_data_source
 from rightrank.runs.folder import RunFolder
-from rightrank.schema.errors import MissingExtraError, SettingsError
 from rightrank.schema.events import JournalRecord, Listener, Records, RunStarted, TestEvaluated
-from rightrank.schema.setting_table import require_no_secret
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Trial, TrialFinished, TrialOutcome
-from rightrank.search import make_strategy
-from rightrank.search.protocol import Strategy, build_space
+from rightrank.search.protocol import Strategy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,38 +41,6 @@ class SelectionRequest:
         return (
             str(self.data).encode("utf-8", "backslashreplace").decode()
         )  # a file name may contain bytes that JSON can't hold
-
-
-def validate_request(request: SelectionRequest) -> None:
-    """Refuse a request with which a selection can't work. It needs no torch.
-
-    Raises:
-        SettingsError: an unknown strategy, one that can't work within its budget, or workers
-            that can't read a model or data in memory.
-        MissingExtraError: the package that starts workers is not installed.
-        DataError: a data file that is missing or of a type that is not supported.
-        ModelError: a model folder that is missing or holds no model, a name that the hub does not have.
-    """
-    settings = request.settings
-    try:
-        require_no_secret("model", request.model_name)
-        require_no_secret("data", request.data_name)
-    except ValueError as error:
-        raise SettingsError(str(error)) from None
-    make_strategy(settings.strategy, build_space(settings, settings.max_steps or 1))
-    for source in (request.data, settings.validation or None):
-        if isinstance(source, str | Path):
-            require_data_source(Path(source))
-    if isinstance(request.model, str):
-        require_model(request.model)
-    for label, value in (("model", request.model), ("data", request.data)):
-        if settings.has_workers and not isinstance(value, str | Path):
-            raise SettingsError(
-                f"workers: the {label} is in memory, which workers can't read; give a path or a name, or leave workers out"
-            )
-    extra, package = ("workers", "loky") if settings.ray is None else ("ray", "ray")
-    if settings.has_workers and find_spec(package) is None:
-        raise MissingExtraError(f"{extra} needs the package {package}: pip install 'rightrank[{extra}]'")
 
 
 @dataclass(frozen=True, kw_only=True)
