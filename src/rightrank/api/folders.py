@@ -160,7 +160,7 @@ def _open_export_source(path: Path, rank: int | None) -> tuple[Path, RunFolder |
 
 def _replace_export(folder: RunFolder, target: Path, write: Callable[[], ExportResult]) -> ExportResult:
     """Write an export over an earlier one. If the earlier one holds files that the new one lacks, it stays in `earlier-N`."""
-    earlier_folder = folder.move_aside([str(target.relative_to(folder.path))])
+    earlier_folder = folder.move_aside(str(target.relative_to(folder.path)))
     try:
         exported = write()
     finally:

@@ -149,7 +149,7 @@ def _move_user_files(run: Run) -> None:
     target = run.folder.adapter
     written = {BASE_FILE, *CARD_FILES, *(path.name for path in run.folder.path.glob("trials/*/*"))}
     user_files = sorted(path.name for path in target.iterdir() if path.name not in written) if target.is_dir() else []
-    if user_files and (earlier_folder := run.folder.move_aside([target.name])) is not None:
+    if user_files and (earlier_folder := run.folder.move_aside(target.name)) is not None:
         run.send_notice(
             f"{target} contained your own files ({', '.join(user_files)}) and was moved to {earlier_folder / target.name}"
         )

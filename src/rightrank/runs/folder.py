@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -136,27 +136,18 @@ class RunFolder:
                 (self.path / ".lock").unlink()
                 self.path.rmdir()
 
-    def move_aside(self, names: Sequence[str]) -> Path | None:
-        """Move files or folders of the run into `earlier-N` in this folder.
+    def move_aside(self, name: str) -> Path | None:
+        """Move a file or a folder of the run into a new folder `earlier-N`, and return that; None if there is nothing to move.
 
-        The caller must hold the lock. A symbolic link is moved as a link to the same target.
-
-        Returns:
-            The new folder; None if there is nothing to move.
+        The caller must hold the lock.
         """
-        entries = [entry for name in names if (entry := self.path / name).exists() or entry.is_symlink()]
-        if not entries:
+        if not (self.path / name).exists():
             return None
         number = 1
-        while (target := self.path / f"earlier-{number}").exists() or target.is_symlink():
+        while (target := self.path / f"earlier-{number}").exists():
             number += 1
         target.mkdir()
-        for entry in entries:
-            if entry.is_symlink():
-                (target / entry.name).symlink_to(entry.parent.resolve() / entry.readlink())
-                entry.unlink()
-            else:
-                entry.rename(target / entry.name)
+        (self.path / name).rename(target / Path(name).name)
         return target
 
     def is_in_use(self) -> bool:
