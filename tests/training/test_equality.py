@@ -113,7 +113,7 @@ def test_what_decays_is_what_decays_in_trainer(completion_file: Path, tmp_path: 
         "weight_decay": 0.5,
         "modules_to_save": ("ln_f", "c_fc"),
         "target_modules": ("c_proj",),
-        "lora_bias": True,
+        "peft_options": {"lora_bias": True},
     }
     tokenizer = make_tokenizer()
     runtime = make_model_runtime(

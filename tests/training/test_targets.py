@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 
 from rightrank.schema.errors import ModelError
 from rightrank.schema.plan_settings import PlanSettings
-from rightrank.schema.settings import SelectSettings
+from rightrank.schema.settings import PEFT_OPTIONS, SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.training.targets import (
     find_targets,
@@ -73,7 +73,8 @@ def by_peft(model: Any, **options: Any) -> set[str]:
 
 def find_our_modules(model: Any, **options: Any) -> set[str]:
     """Return the modules that a training adapts, which are those in its `Targets`."""
-    settings = build_small_settings(ranks=(1, 2), **options)
+    peft_options = {name: options.pop(name) for name in PEFT_OPTIONS if name in options}
+    settings = build_small_settings(ranks=(1, 2), **options, peft_options=peft_options)
     targets = find_targets(model, settings, is_classifier(model))
     config = make_lora_config(settings, ARM, is_classifier(model), targets.names, targets.parameters)
     with suppress_peft_warnings():

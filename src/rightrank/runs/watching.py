@@ -126,12 +126,15 @@ class JsonLog(Hook):
     def on_event(self, event: Event) -> None:
         match event:
             case SelectionPlanned():
-                data = event.started.data.model_dump(mode="json")
-                self._write("plan", expected_trials=event.expected_trials, steps=event.steps, data=data)
-                self._write("cost", expected_trainings=event.expected_trainings)
-                self._write("cost_limit", trainings_at_most=event.trainings_at_most)
-                if event.outcomes:
-                    self._write("resumed", trials_ended=len(event.outcomes))
+                self._write(
+                    "plan",
+                    expected_trials=event.expected_trials,
+                    expected_trainings=event.expected_trainings,
+                    trainings_at_most=event.trainings_at_most,
+                    steps=event.steps,
+                    trials_ended=len(event.outcomes),
+                    data=event.started.data.model_dump(mode="json"),
+                )
             case DurationEstimated():
                 self._write("time", expected_seconds=event.expected_seconds)
             case StepDone() | EvaluationProgress():
