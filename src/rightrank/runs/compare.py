@@ -119,23 +119,19 @@ def _evaluate_sides(
     else:
         splits, settings = run_splits, settings.model_copy(update={"ranks": (1,)})
     compared_sides: list[_ComparedSide] = []
-    base: Runtime | None = None
+    runtimes: dict[tuple[str, str | None], Runtime] = {}  # by base and its quantization
     for index, side_name in enumerate(sides):
+        bits = base_b if index and base_b in BITS else None
+        other_base = base_b if index and base_b not in BITS else None
         is_adapter = (Path(side_name) / CONFIG_FILE).is_file()
-        uses_base = is_adapter or side_name == BASE_SIDE
-        source, side_settings = model if uses_base else side_name, settings
-        if index and base_b in BITS:
-            side_settings = settings.model_copy(update={BITS[base_b]: True})
-        elif index and base_b is not None and uses_base:
-            source = base_b
-        if not uses_base or base is None or (index and base_b is not None):
+        source = (other_base or model) if is_adapter or side_name == BASE_SIDE else side_name
+        if (source, bits) not in runtimes:
+            side_settings = settings if bits is None else settings.model_copy(update={BITS[bits]: True})
             loaded = load_base(source, side_settings, splits.summary.classes)
-            data_of_side = encode_splits(splits, loaded, side_settings)
-            runtime = Runtime(loaded, data_of_side, side_settings, 1, None)
-            base = runtime if uses_base and base is None else base
-        else:
-            runtime = base
-        if is_adapter and not (index and base_b is not None and base_b not in BITS):
+            encoded = encode_splits(splits, loaded, side_settings)
+            runtimes[source, bits] = Runtime(loaded, encoded, side_settings, 1, None)
+        runtime = runtimes[source, bits]
+        if is_adapter and other_base is None:
             require_matching_base(Path(side_name), runtime.loaded)
         if is_adapter and not (Path(side_name) / MLX_FILE).is_file():
             open_tensors(
