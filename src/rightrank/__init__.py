@@ -15,10 +15,10 @@ from rightrank.version import __version__
 
 if TYPE_CHECKING:
     from rightrank.api.adapters import compare, inspect, resize
-    from rightrank.api.custom_trainer import select_rank_with
     from rightrank.api.folders import export, write_report
     from rightrank.api.runs import decide, to_pandas
     from rightrank.api.selecting import preflight, select_rank
+    from rightrank.api.training_function import select_rank_with
     from rightrank.atlas import expect
     from rightrank.planning import plan
     from rightrank.runs.values import Selected
@@ -34,7 +34,7 @@ _MODULES = {
     "api.folders": ("export", "write_report"),
     "api.runs": ("decide", "to_pandas"),
     "api.selecting": ("preflight", "select_rank"),
-    "api.custom_trainer": ("select_rank_with",),
+    "api.training_function": ("select_rank_with",),
     "trainers.smallest": ("SmallestAdapter",),
     "trainers.custom_trainer": ("TrialResult", "TrialTask"),
     "atlas": ("expect",),
