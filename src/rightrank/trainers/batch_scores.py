@@ -59,7 +59,6 @@ class TrainerBatch:
     numbers: torch.Tensor  # [rows, n]
     rows: torch.Tensor  # [s]: of each sequence
     is_pairs: bool
-    groups: Sequence[int]  # of the batch's rows, or of its examples; empty where it says none
     reference: torch.Tensor | None = None  # [s], of pairs
 
     @property
@@ -74,11 +73,11 @@ class TrainerBatch:
         chosen, rejected = values.chunk(2)
         return chosen, rejected
 
-    def get_example_groups(self, example_numbers: torch.Tensor) -> list[int]:
-        """Return the groups of the examples with these numbers, or an empty list if the batch has no groups for exactly these rows."""
-        if len(self.groups) != len(self.numbers):
-            return list(self.groups) if len(self.groups) == len(example_numbers) else []
-        return [self.groups[row] for row in self.rows[example_numbers.to(self.rows.device)].tolist()]
+    def get_example_groups(self, groups: list[int], example_numbers: torch.Tensor) -> list[int]:
+        """Return the groups of the examples with these numbers from the groups of rows or of examples; empty if they are of neither."""
+        if len(groups) == len(self.numbers):
+            return [groups[row] for row in self.rows[example_numbers.to(self.rows.device)].tolist()]
+        return groups if len(groups) == len(example_numbers) else []
 
     def compute_loss(self, model: Any, beta: float) -> BatchLoss:
         """Compute the loss that belongs to the form of the batch."""
@@ -116,10 +115,9 @@ def read_batch(model: Any, batch: Batch) -> TrainerBatch:
             f"{type(base).__name__}: only causal language models with one label per token and classifiers with one class per row are scored "
             f"here, and no regression, reranker, contrastive or custom loss: {CUSTOM_EVALUATION_HINT}"
         )
-    groups = batch[GROUP_KEY].tolist() if GROUP_KEY in batch else ()
     if has_classes:
         rows = torch.arange(len(labels), device=device)
-        return TrainerBatch(inputs, labels.flatten(), rows[:, None], rows, False, groups)
+        return TrainerBatch(inputs, labels.flatten(), rows[:, None], rows, False)
     # Examples that are packed into one row begin where `position_ids` is 0. Of left-padded rows the padding has position 0 too, or 1: it
     # holds no label and makes no example.
     starts = torch.zeros_like(labels, dtype=torch.bool)
@@ -129,7 +127,7 @@ def read_batch(model: Any, batch: Batch) -> TrainerBatch:
     labels = labels.masked_fill(starts, IGNORED)  # no example predicts the first token of the next one
     numbers = (starts.flatten().cumsum(0) - 1).view(labels.shape)
     reference = torch.cat([batch[name] for name in REFERENCE_KEYS]) if REFERENCE_KEYS[0] in batch else None
-    return TrainerBatch(inputs, labels, numbers, starts.nonzero()[:, 0], is_pairs, groups, reference)
+    return TrainerBatch(inputs, labels, numbers, starts.nonzero()[:, 0], is_pairs, reference)
 
 
 def _predicts_labels(base: Any, has_classes: bool) -> bool:

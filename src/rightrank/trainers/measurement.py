@@ -103,15 +103,11 @@ class InMemoryAdapter:
             for number in numbers:
                 # The log-probabilities of pairs under the reference do not change, so they are computed once.
                 batch = self.held_out[number] = add_reference(self.model, self.held_out[number])
-                if self.trainer_loss is None:
-                    labelled = read_batch(self.model, batch)
-                    loss = labelled.compute_loss(self.model, self.beta)
-                    examples = loss.example_tokens.nonzero()[:, 0]
-                    groups = labelled.get_example_groups(examples)
-                else:
-                    loss = self.trainer_loss(batch)
-                    examples = loss.example_tokens.nonzero()[:, 0]
-                    groups = batch.get(GROUP_KEY, torch.zeros(0)).tolist()
+                loss = self.compute_loss(batch)
+                examples = loss.example_tokens.nonzero()[:, 0]
+                groups = batch.get(GROUP_KEY, torch.zeros(0)).tolist()
+                if groups and self.trainer_loss is None:  # a row may hold several examples or none
+                    groups = read_batch(self.model, batch).get_example_groups(groups, examples)
                 accuracy = loss.example_metrics.get("accuracy", torch.zeros(0)).tolist()
                 losses, tokens = (values[examples].tolist() for values in (loss.example_losses, loss.example_tokens))
                 for column, values in zip(columns, (losses, tokens, accuracy, groups), strict=True):
