@@ -34,10 +34,10 @@ from rightrank.schema.events import EvaluationProgress, RunStarted
 from rightrank.schema.metrics import LossKind, get_margin_share
 from rightrank.schema.results import AdapterComparison, ComparisonVerdict, MetricComparison
 from rightrank.schema.settings import SPLIT_SETTINGS, SelectSettings
-from rightrank.schema.trials import TrialFinished
+from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.training.adapter_runtime import attach_adapter, report_evaluation_progress, require_matching_base
 from rightrank.training.answers import measure_metrics, require_metric_functions
-from rightrank.training.evaluation import build_trial_record
+from rightrank.training.evaluation import Progress, build_finished_trial
 from rightrank.training.runtime import Runtime
 from rightrank.training.tokens import encode_splits
 
@@ -218,8 +218,8 @@ def evaluate_adapter(runtime: Runtime, name: str, adapter: Path | None, *, is_ze
     with attach_adapter(runtime, adapter, is_zero=is_zero):
         scores, measured = runtime.evaluate("validation"), measure_metrics(runtime, "validation")
     measured.require_values(list(measured.failures))
-    trial = build_trial_record(name, 1, scores, "loss")
-    return trial.model_copy(update=scores.to_record_fields(measured) | {"metrics": scores.metrics | measured.values})
+    arm = Arm(rank=1, learning_rate=0.0, lora_alpha=1.0, seed=0, steps=0)
+    return build_finished_trial(Trial(trial_id=name, arm=arm), "loss", scores, measured, Progress())
 
 
 def compare_trials(

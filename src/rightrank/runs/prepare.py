@@ -170,12 +170,6 @@ def prepare_selection(
     announce("checking the base model on a few examples")
     runtime = Runtime(sources.loaded, sources.encoded, settings, steps, cache, targets)
     started = _build_start_record(request, sources, settings, steps)
-    targets = runtime.targets
-    tied = targets.tied_weights_note(sources.loaded.model, settings.modules_to_save)
-    notes = [tied] if tied else []
-    for line in notes:
-        notice(line)
-    started = started.model_copy(update={"notes": notes})
     return LoadedSelection(
         request=request,
         runtime=runtime,

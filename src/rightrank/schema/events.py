@@ -149,7 +149,6 @@ class RunStarted(Record):
     higher_is_better: bool
     points_metric: str | None = None  # the metric of evaluations during training, if it is not the deciding one
     started_at: str
-    notes: list[str] = Field(default_factory=list)  # notes on the adapters for the model card
 
     @field_validator("settings")
     @classmethod

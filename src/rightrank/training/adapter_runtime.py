@@ -217,7 +217,6 @@ def gather_moments(
     if not linear_names:
         return GatheredMoments({}, 0, notices)
     batches = list(_make_micro_batches(runtime, examples, tokens))
-    runtime.expect_examples("train", [index for indices in batches for index in indices])
 
     def run_passes() -> Iterator[tuple[int, int]]:
         for indices in batches:

@@ -119,22 +119,16 @@ class CacheBatches:
     A resumed run computes the same batches and therefore reads the same bits.
     """
 
-    def __init__(self, examples: TokenStore, expected: Iterable[int], size: int) -> None:
+    def __init__(self, examples: TokenStore, expected: set[int], size: int) -> None:
         """Batch the examples whose indices are in `expected`. Any other example gets a batch of its own when it is used."""
         self.examples = examples
         self.batches: list[list[int]] = []
-        self._lengths = examples.lengths
-        self._size = size
         self._batch_numbers: dict[int, int] = {}
         self._computed: set[int] = set()  # numbers of batches
-        self.add_examples(expected)
-
-    def add_examples(self, indices: Iterable[int]) -> None:
-        """Batch the examples among `indices` that have no batch yet."""
-        new_indices = np.asarray(sorted(set(indices) - self._batch_numbers.keys()), np.int64)
-        sorted_indices: list[int] = new_indices[np.argsort(self._lengths[new_indices], kind="stable")].tolist()
-        for start in range(0, len(sorted_indices), self._size):
-            group = sorted_indices[start : start + self._size]
+        indices = np.asarray(sorted(expected), np.int64)
+        sorted_indices: list[int] = indices[np.argsort(examples.lengths[indices], kind="stable")].tolist()
+        for start in range(0, len(sorted_indices), size):
+            group = sorted_indices[start : start + size]
             self._batch_numbers.update(dict.fromkeys(group, len(self.batches)))
             self.batches.append(group)
 

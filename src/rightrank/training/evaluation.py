@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from rightrank.decision.adapter import Criterion, ScoredAdapter
 from rightrank.schema.decision import AdapterMethod
 from rightrank.schema.errors import MetricError
-from rightrank.schema.trials import Arm, EvalPoint, Trial, TrialFinished
+from rightrank.schema.trials import EvalPoint, Trial, TrialFinished
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +123,3 @@ def build_finished_trial(
         pass_ranks=[0],
         **progress.model_dump(exclude={"step"}),
     )
-
-
-def build_trial_record(
-    name: str, rank: int, scores: Scores, metric: str, *, truncate_from: str | None = None
-) -> TrialFinished:
-    """Build the record of an adapter that was scored and not trained."""
-    arm = Arm(rank=rank, learning_rate=0.0, lora_alpha=1.0, seed=0, steps=0, truncate_from=truncate_from)
-    return build_finished_trial(Trial(trial_id=name, arm=arm), metric, scores, MetricResults(), Progress())

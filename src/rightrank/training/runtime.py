@@ -22,7 +22,7 @@ from rightrank.schema.trials import Arm, SplitName
 from rightrank.training.batches import Batch, CacheBatches, batch_by_length, collate, plan_batches
 from rightrank.training.device import enable_gradient_checkpointing, set_training_mode
 from rightrank.training.evaluation import Scores
-from rightrank.training.fast_paths import FastPaths, find_fast_paths
+from rightrank.training.fast_paths import FastPaths, FrozenPrefix, find_fast_paths, find_frozen_blocks
 from rightrank.training.loss import (
     BatchLoss,
     Likelihood,
@@ -35,7 +35,6 @@ from rightrank.training.loss import (
     use_adapter,
 )
 from rightrank.training.multi_lora import ADAPTER, ArmBatch, MultiLora
-from rightrank.training.prefix import FrozenPrefix, find_frozen_blocks
 from rightrank.training.routing import Routing
 from rightrank.training.targets import Targets, find_targets, make_lora_config
 from rightrank.training.tokens import EXAMPLE_METRICS, EncodedData
@@ -303,12 +302,6 @@ class Runtime:
             *map(self.plan_batches, self.settings.seeds[1:]),
         ]
         return {index for plan in plans for indices in plan for index in indices}
-
-    def expect_examples(self, split: SplitName, indices: Sequence[int]) -> None:
-        """Announce examples that will be used, so that their frozen layers are computed in batches and not one by one."""
-        for computed in (self.fast_paths.prefix, self._reference):
-            if computed is not None:
-                computed.batches[split].add_examples(indices)
 
 
 def build_causality_error(name: str) -> ModelError:

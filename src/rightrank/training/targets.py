@@ -61,25 +61,6 @@ class Targets:
             return None
         return f"{kind.label} runs through PEFT's own forward pass, one adapter at a time ({kind.unshared_reason})"
 
-    def tied_weights_note(self, model: Any, modules_to_save: Sequence[str]) -> str:
-        """Return a note if the adapters train one of two modules of the base that share a weight; otherwise an empty string."""
-        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-        if head is None or getattr(head, "weight", None) is not getattr(embeddings, "weight", head):
-            return ""
-        target_names = [module.name for module in self.modules]
-        shared_names = [
-            name for name, module in model.named_modules(remove_duplicate=False) if module in (embeddings, head)
-        ]
-        tied_name = next(
-            (name for name in shared_names if name in target_names or name.split(".")[-1] in modules_to_save), None
-        )
-        if tied_name is None:
-            return ""
-        return (
-            f"{tied_name} is trained, and the base uses one weight for its embeddings and its head: merging the adapter would change both. "
-            "Load it unmerged, or load the base with tie_word_embeddings=False before merging"
-        )
-
     @property
     def untruncatable_reason(self) -> str | None:
         """Return the reason why adapters of this kind cannot be truncated; None if they can."""
