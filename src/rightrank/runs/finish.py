@@ -17,7 +17,7 @@ from rightrank.decision.run import (
     prefer_direct_training,
 )
 from rightrank.report.answer import build_answers
-from rightrank.runs.hook import Run, SelectionEnd, wrap_hook_errors
+from rightrank.runs.hook import Run, wrap_hook_errors
 from rightrank.runs.values import Selected, SelectedRank
 from rightrank.schema.command import build_next_commands
 from rightrank.schema.decision import AdapterAnswer, Decision, ExportedAdapter
@@ -96,7 +96,7 @@ def finish_run(run: Run, decision: Decision | None) -> Selected:
             ),
             compare_run_adapters(records),
         )
-    run.hooks.on_end(SelectionEnd(selected, folder, records.copy()))
+    run.hooks.on_end(selected)
     for working in (folder.cache, folder.path / "checkpoints") if run.selection.owns_working_folders else ():
         shutil.rmtree(working, ignore_errors=True)
     return selected
