@@ -81,7 +81,7 @@ class Hooks(Hook):
             if hook in self._faults:
                 continue
             try:
-                with wrap_hook_errors(type(hook).__name__):
+                with _HookErrorWrapper(type(hook).__name__):
                     call(hook)
             except HookError as fault:
                 if hook.is_required:
@@ -112,19 +112,12 @@ class Run(Listener):
 
 
 class HookError(RunError):
-    """A hook failed, or another step without which a run is complete."""
-
-
-def wrap_hook_errors(name: str) -> AbstractContextManager[None]:
-    """Report an error of the block in one line that names it. Errors that already have such a line pass unchanged.
-
-    Raises:
-        HookError: the block raised another exception.
-    """
-    return _HookErrorWrapper(name)
+    """A hook failed."""
 
 
 class _HookErrorWrapper(AbstractContextManager[None]):
+    """Reports an error of a hook in one line that names it. Errors that already have such a line pass unchanged."""
+
     # Not a `contextmanager` function, which would not let a RunError be raised from a StopIteration.
 
     def __init__(self, name: str) -> None:

@@ -16,7 +16,7 @@ from rightrank.decision.run import decide_run
 from rightrank.report.format import format_bytes
 from rightrank.runs.finish import export_provisional, finish_run
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.hook import Hook, Hooks, Run, wrap_hook_errors
+from rightrank.runs.hook import Hook, Hooks, Run
 from rightrank.runs.selection import Executor, Prepare
 from rightrank.runs.values import Selected
 from rightrank.schema.decision import Decision
@@ -171,8 +171,7 @@ def require_result(run: Run) -> str:
 def decide_training_rank(run: Run, first_reason: str) -> Decision:
     """Decide on every full training in the folder, including those from before the run was continued."""
     try:
-        with wrap_hook_errors("the decision"):
-            return decide_run(run.records)
+        return decide_run(run.records)
     except ResultsError:
         raise AllTrialsFailedError(
             f"fewer than two ranks have a full training, so there is nothing to compare{first_reason}; "
