@@ -77,7 +77,7 @@ class LoadedSelection(PreparedSelection):
             yield executor
 
     def predict_peak_bytes(self, ranks: Sequence[int]) -> int | None:
-        return None if self.planned is None else self.planned.predict_peak_bytes(ranks)
+        return self.planned.peak_bytes.get(ranks[0]) if self.planned is not None and len(ranks) == 1 else None
 
     def evaluate_test_split(self, trial: TrialFinished, adapter: Path | None) -> TestEvaluated | None:
         if not self.runtime.data.splits["test"]:
