@@ -144,13 +144,6 @@ def test_ranks_within_keep_the_budget_and_the_cap(
         assert ranks == [min(rank, len(s)) for s in spectra]
 
 
-def test_ranks_within_go_where_the_worth_is() -> None:
-    spectra = [np.array([8.0, 7.0, 6.0, 5.0]), np.array([1.0, 0.1, 0.1, 0.1])]
-    assert allocate_ranks(spectra, [10, 10], 40, 4) == [3, 1]
-    assert allocate_ranks(spectra, [10, 10], 40, 2) == [2, 2]
-    assert allocate_ranks(spectra, [100, 1], 202, 4)[1] == 4  # parameters count, not ranks
-
-
 def test_a_budget_buys_the_most_energy_a_parameter() -> None:
     strong, weak = np.array([10.0, 9.0, 8.0, 7.0]) ** 2, np.array([1.0, 0.1]) ** 2
     assert allocate_ranks([strong, weak], [10, 10], 50, 4) == [4, 1]

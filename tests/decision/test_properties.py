@@ -7,19 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rightrank.decision.rule import decide_table
+from rightrank.decision.seeds import compute_detectable_difference, compute_needed_seeds
 from rightrank.decision.table import ScoreTable, build_table
-from tests.decision.tables import make_trial
+from tests.decision.tables import build_example_table, make_trial
 
 MARGINS = (0.005, 0.02, 0.08)
 TABLES = st.tuples(st.integers(0, 2**32 - 1), st.integers(1, 3), st.sampled_from((1, 60)))
 
 
 def draw_trials(number: int, seeds: int, examples: int) -> list[Any]:
-    """Draw trainings of four ranks and the base, with losses of examples or one number each."""
+    """Draw trainings of four ranks and the base, with losses of examples in pairs or one number each."""
     generator = np.random.default_rng(number)
     easy, gain = generator.normal(2, 0.4, examples), generator.choice([0.001, 0.05, 0.3])
     trials = []
@@ -29,7 +30,8 @@ def draw_trials(number: int, seeds: int, examples: int) -> list[Any]:
             scores = (
                 easy + gain / max(rank, 0.5) + taste + generator.normal(0, 0.01) + generator.normal(0, 0.02, examples)
             )
-            more = {"example_scores": scores.tolist()} if examples > 1 else {}
+            groups = [example // 2 for example in range(examples)] if number % 2 else None
+            more = {"example_scores": scores.tolist(), "example_groups": groups} if examples > 1 else {}
             rate = 1e-3 if rank else 0.0
             trials.append(
                 make_trial(f"{rank}-{seed}", rank, float(scores.mean()), learning_rate=rate, seed=seed, **more)
@@ -54,27 +56,36 @@ def test_a_wider_margin_never_needs_a_larger_rank(drawn: tuple[int, int, int]) -
 
 
 @settings(max_examples=40)
-@given(TABLES, st.randoms(use_true_random=False))
-def test_the_order_of_examples_seeds_and_ranks_changes_nothing(drawn: tuple[int, int, int], random: Any) -> None:
-    trials = draw_trials(*drawn)
+@given(TABLES, st.randoms(use_true_random=False), st.sampled_from([1.0, 2.0**-12, 2.0**8]))
+def test_neither_the_order_of_examples_seeds_and_ranks_nor_the_unit_changes_anything(
+    drawn: tuple[int, int, int], random: Any, unit: float
+) -> None:
+    trials, unit = draw_trials(*drawn), unit if drawn[2] > 1 else 1.0
     order = random.sample(range(drawn[2]), drawn[2])
-    shuffled = [
-        trial.model_copy(update={"example_scores": [trial.example_scores[index] for index in order]})
-        if drawn[2] > 1
-        else trial
-        for trial in random.sample(trials, len(trials))
-    ]
-    ours, theirs = decide_table(build(trials), 0.02), decide_table(build(shuffled), 0.02)
-    assert (ours.rank, ours.verdict, ours.flags, ours.sentence) == (
-        theirs.rank,
-        theirs.verdict,
-        theirs.flags,
-        theirs.sentence,
-    )
+    shuffled = []
+    for trial in random.sample(trials, len(trials)):
+        changed: dict[str, Any] = {"value": unit * trial.value}
+        for name, factor in (("example_scores", unit), ("example_groups", 1)):
+            if (numbers := getattr(trial, name)) is not None:
+                changed[name] = [factor * numbers[index] for index in order]
+        shuffled.append(trial.model_copy(update=changed))
+    ours, theirs = decide_table(build(trials), 0.02), decide_table(build(shuffled), 0.02 * unit)
+    assert (ours.rank, ours.verdict, ours.flags) == (theirs.rank, theirs.verdict, theirs.flags)
+    assert unit != 1 or ours.sentence == theirs.sentence
     for evidence, expected in zip(ours.ranks, theirs.ranks, strict=True):
-        assert evidence.difference == pytest.approx(expected.difference, abs=1e-9)
-        assert evidence.difference_high == pytest.approx(expected.difference_high, abs=1e-9)
+        assert unit * evidence.difference == pytest.approx(expected.difference, abs=1e-9 * unit)
+        assert unit * (evidence.difference_high or 0.0) == pytest.approx(
+            expected.difference_high or 0.0, abs=1e-9 * unit
+        )
         assert evidence.probability == pytest.approx(expected.probability, abs=1e-6)
+
+
+@given(st.floats(1e-6, 10), st.floats(1e-6, 10))
+def test_the_detectable_difference_of_the_needed_seeds_is_the_difference(deviation: float, difference: float) -> None:
+    assume(deviation / difference < 1e4)
+    seeds = compute_needed_seeds(deviation, difference)
+    assert compute_detectable_difference(deviation, seeds) <= difference * (1 + 1e-9)
+    assert seeds == 1 or compute_detectable_difference(deviation, seeds - 1) > difference
 
 
 @settings(max_examples=300, deadline=None)
@@ -127,3 +138,13 @@ def test_one_number_for_each_rank_is_decided_by_the_values(
     reached = list(accumulate(reversed(worse[: best + 1]), max))
     steps = {step * unit: ranks[best - lower] for lower, step in enumerate(reached)}
     assert {step.margin: step.rank for step in decided.staircase} == steps
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 99), st.floats(0.1, 2.0), st.integers(1, 3))
+def test_there_is_no_gain_exactly_where_the_base_is_within_the_margin(number: int, share: float, seeds: int) -> None:
+    """Also where the base is shown to be worse than the best rank, by less than the margin."""
+    assume(abs(share - 1) > 0.15)
+    losses = {0: 2 + share * 0.05, 1: 2.0, 4: 2.0005}
+    table = build_example_table(losses, noise=0.003, seeds=range(seeds), seed=number)
+    assert (decide_table(table, 0.05).verdict == "no_gain") == (share < 1)

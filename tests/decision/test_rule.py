@@ -48,11 +48,6 @@ def test_the_verdict_is_rising_if_the_top_beats_all_others() -> None:
         assert (run.action, run.ranks) == ("rank", [16])
 
 
-def test_a_flat_curve_gives_the_smallest_rank() -> None:
-    decision = decide_table(build_example_table({1: 2.0, 4: 2.0005, 16: 2.0}), 0.01)
-    assert (decision.rank, decision.verdict) == (1, "flat")
-
-
 def test_noise_as_wide_as_the_margin_is_undecided_and_names_a_run_that_would_settle_it() -> None:
     table = build_example_table({1: 2.3, 4: 2.006, 16: 2.001, 64: 2.0}, num_examples=60, noise=0.1)
     decision = decide_table(replace(table, kind="accuracy"), 0.01, confidence=0.99)
@@ -68,12 +63,6 @@ def test_a_low_rank_that_came_out_best_by_luck_is_not_taken() -> None:
         build_example_table({1: 2.0, 4: 2.002, 16: 2.001}, num_examples=30, noise=0.1, seeds=(0, 1)), 0.005
     )
     assert (decision.rank, decision.verdict) == (None, "undecided")
-
-
-def test_no_gain_where_the_base_is_within_the_margin() -> None:
-    decision = decide_table(build_example_table({0: 2.001, 1: 2.0, 4: 2.0}), 0.01)
-    assert (decision.rank, decision.verdict) == (None, "no_gain")
-    assert decide_table(build_value_table({0: 2.001, 1: 2.0, 4: 2.0}), 0.01).verdict == "no_gain"
 
 
 def test_overfitting_needs_both_conditions() -> None:
@@ -163,22 +152,6 @@ def test_a_suggested_learning_rate_is_one_that_another_rank_has() -> None:
     }
     run = next(run for run in decide_table(ScoreTable("loss", False, cells), 1e-3).next_runs if run.action == "rates")
     assert (run.ranks, run.learning_rates) == ([4], [3.1e-2])
-
-
-def test_a_diverged_training_is_a_missing_cell() -> None:
-    table = build_value_table(SATURATED)
-    decision = decide_table(ScoreTable(table.metric, False, table.cells, {64: 1}, table.kind), 0.005)
-    assert "unstable" in decision.flags
-    assert decision.rank == 16
-
-
-def test_trainings_of_unequal_length_are_flagged() -> None:
-    table = build_value_table(SATURATED)
-    for steps, unequal in ({"short": 100, "long": 200}, True), ({"short": 200, "long": 200}, False):
-        cells = {
-            key: replace(cell, steps=steps["short" if key[0] < 64 else "long"]) for key, cell in table.cells.items()
-        }
-        assert ("unequal_length" in decide_table(replace(table, cells=cells), 0.005).flags) is unequal
 
 
 def test_one_rank_or_a_margin_of_zero_is_refused() -> None:

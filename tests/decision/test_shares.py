@@ -25,13 +25,24 @@ EXAMPLES = 80
 
 
 def compare(
-    losses: dict[int, np.ndarray], margin: Margin | None = None, *, metric: str = "loss", has_base: bool = True
+    losses: dict[int, np.ndarray],
+    margin: Margin | None = None,
+    *,
+    metric: str = "loss",
+    has_base: bool = True,
+    copies: int = 1,
 ) -> ReferenceComparison:
-    """Compare adapters by rank; rank 0 is the base and the highest rank the reference."""
+    """Compare adapters by rank; rank 0 is the base and the highest rank the reference. Copies of an example form a group."""
+    groups = [number // copies for number in range(copies * EXAMPLES)] if copies > 1 else None
     criterion = Criterion(metric, metric == "accuracy", margin)
     scored = {
         rank: ScoredAdapter.from_scores(
-            str(rank), rank, float(values.mean()), (values.tolist(), [1.0] * len(values)), criterion
+            str(rank),
+            rank,
+            float(values.mean()),
+            (np.repeat(values, copies).tolist(), [1.0] * copies * len(values)),
+            criterion,
+            groups=groups,
         )
         for rank, values in losses.items()
     }
@@ -76,6 +87,30 @@ def test_the_bound_of_the_share_and_the_contrast_agree(seed: int, gain: float, d
     )
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(["loss", "accuracy"]))
+def test_the_contrast_at_a_share_of_zero_is_the_difference(seed: int, metric: str) -> None:
+    losses = draw_losses(seed, 0.5, [0.05], noise=0.3)
+    if metric == "accuracy":
+        losses = {rank: (values > 2).astype(float) for rank, values in losses.items()}
+    comparison = compare(losses, "2%", metric=metric)
+    cell = comparison.adapters["1"].cell
+    contrast, difference = comparison.compute_contrast(cell, 0.0), comparison.compute_bounds(cell)
+    for name in ("mean", "low", "high"):
+        assert getattr(contrast, name) == pytest.approx(getattr(difference, name))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.2, 3), st.integers(2, 4))
+def test_copies_in_a_group_add_nothing(seed: int, gain: float, copies: int) -> None:
+    """The bounds of the share are over groups, so that they are those of one example of each group."""
+    losses = draw_losses(seed, gain, [0.01])
+    alone, grouped = (build(compare(losses, "2%", copies=number), 1) for number in (1, copies))
+    for name in ("share_kept", "share_kept_low", "share_kept_high", "difference_high"):
+        assert getattr(grouped, name) == pytest.approx(getattr(alone, name), abs=1e-4)
+    assert grouped.is_within_margin == alone.is_within_margin
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.05, 2), st.lists(st.floats(0, 0.1), min_size=3, max_size=3))
 def test_a_wider_margin_is_met_by_the_same_ranks_or_more(seed: int, gain: float, differences: list[float]) -> None:
@@ -86,8 +121,8 @@ def test_a_wider_margin_is_met_by_the_same_ranks_or_more(seed: int, gain: float,
         assert passed <= present
         passed = present
     steps = build_share_steps(build(comparison, rank) for rank in (4, 2, 1))
-    assert [step.share for step in steps] == sorted((step.share for step in steps), reverse=True)
-    assert [step.rank for step in steps] == sorted((step.rank for step in steps), reverse=True)
+    assert [step.share for step in steps] == sorted({step.share for step in steps}, reverse=True)
+    assert [step.rank for step in steps] == sorted({step.rank for step in steps}, reverse=True)
 
 
 def test_shares_are_not_cut_at_their_limits() -> None:

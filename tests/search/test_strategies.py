@@ -22,23 +22,6 @@ def make_named_strategy(**values: Any) -> Strategy:
     return make_strategy(settings.strategy, build_space(settings, 100))
 
 
-def whole_grid_pick(world: World, ranks: tuple[int, ...], margin: float) -> int:
-    losses = {rank: 1.0 + world.gain * rank**-0.57 for rank in ranks}
-    return next(rank for rank in ranks if losses[rank] <= min(losses.values()) + margin)
-
-
-def test_finds_the_whole_grids_pick() -> None:
-    for ranks in [(1, 4, 16, 64), (1, 2, 4, 8, 16, 32, 64)]:
-        for name in ["grid", "bracket"]:
-            for gain in [0.003, 0.02, 0.05, 0.1, 1.0]:
-                space, world = make_space(ranks=ranks), World(gain=gain)
-                strategy = STRATEGIES[name](space)
-                answer = recommend(strategy, run_all(strategy, world))
-                expected = whole_grid_pick(world, ranks, 0.01)
-                assert answer.rank == expected
-                assert answer.learning_rate == world.best_learning_rate
-
-
 def find_stages(outcomes: list[Any], rank: int, learning_rate: float) -> set[int]:
     """Return the steps at which trainings of the rank at the learning rate stopped or ended."""
     return {

@@ -95,7 +95,8 @@ def test_every_source_gives_the_same_answer(tmp_path: Path, kind: str) -> None:
     elif kind == "parquet":
         frame.to_parquet(source)
     elif kind == "folder":
-        source.mkdir()
+        (source / "plots").mkdir(parents=True)
+        (source / "notes.txt").write_text("not a table")
         for rank, rows_of_rank in frame.groupby("rank"):
             rows_of_rank.to_csv(source / f"{rank}.csv", index=False)
     else:
@@ -309,6 +310,8 @@ CELLS = st.recursive(
 def test_cells_of_any_type_are_compared(first: Any, second: Any) -> None:
     """Lists of settings may hold objects of other libraries."""
     assert decide(add_column("targets", [first] * 3)).decision == decide(ROWS).decision
+    mappings = [[{"a": 1, "b": first}], [{"b": first, "a": 1}]]  # the order of names means nothing
+    assert decide(add_column("targets", [*mappings, mappings[0]])).decision == decide(ROWS).decision
     if json.dumps(first, default=str) != json.dumps(second, default=str):
         with pytest.raises(ResultsError, match="the trainings differ in targets"):
             decide(add_column("targets", [first, second, second]))
@@ -330,7 +333,48 @@ def test_the_command_has_both_declarations(tmp_path: Path, capsys: pytest.Captur
 def test_numbers_that_differ_are_named() -> None:
     rows = add_column("batch_size", [8, 8, 16], add_column("max_length", [512] * 3))
     assert "different between the trainings, and not taken into account: batch_size" in decide(rows).input_notes
+    rows = add_column("config.accuracy", [0.1, 0.2, 0.3], rows)  # a threshold, for example
+    assert any(note.endswith(": batch_size, config.accuracy") for note in decide(rows).input_notes)
     assert [evidence.rank for evidence in decide(rows, where={"batch_size": 8.0}).decision.ranks] == [4, 16]
+
+
+@given(st.lists(st.sampled_from("abc"), min_size=6, max_size=6), st.integers(0, 17), st.sampled_from("abcd"))
+@settings(max_examples=50)
+def test_a_text_may_depend_on_the_example_and_the_step_but_not_on_the_training(
+    texts: list[str], changed: int, other: str
+) -> None:
+    """A training without a result, and the base, are not compared."""
+    rows = [
+        {
+            "rank": rank,
+            "step": step,
+            "item": f"e{item}",
+            "eval_loss": 2 + item / 10 + 1 / rank,
+            "subject": texts[3 * place + item],
+        }
+        for rank in LOSSES
+        for place, step in enumerate((10, 20))
+        for item in range(3)
+    ]
+    failed = {"rank": 128, "step": 20, "item": "e0", "eval_loss": None, "subject": "another"}
+    plain = [{name: cell for name, cell in row.items() if name != "subject"} for row in rows]
+    assert decide([*rows, failed]).decision.ranks == decide(plain).decision.ranks
+    if rows[changed]["subject"] != other:
+        rows[changed] |= {"subject": other}
+        with pytest.raises(ResultsError, match="differ in subject"):
+            decide(rows)
+
+
+@given(st.lists(st.integers(2, 100), min_size=3, max_size=3, unique=True))
+def test_accuracies_are_fractions_or_percentages(values: list[int]) -> None:
+    percentages = [{"rank": rank, "accuracy": value} for rank, value in zip(LOSSES, values, strict=True)]
+    by_value = [
+        decide([row | {"accuracy": row["accuracy"] / unit} for row in percentages], margin=0.02 / unit)
+        for unit in (1, 100)
+    ]
+    assert by_value[0].decision.rank == by_value[1].decision.rank
+    with pytest.raises(ResultsError, match="write all as fractions from 0 to 1, or all as percentages"):
+        decide([*percentages, {"rank": 2, "accuracy": 0.5}, {"rank": 8, "accuracy": 100.5}])
 
 
 def test_what_belongs_to_examples_and_labels_may_differ() -> None:
@@ -529,7 +573,7 @@ def write_trainings(root: Path, name: str = "run-{rank}", configs: dict[int, dic
             config = CONFIG | {"r": rank, "target_modules": modules} | (configs or {}).get(rank, {})
             (folder / "adapter_config.json").write_text(json.dumps(config))
             history = [{"step": at, "eval_loss": loss + (100 - at) / 100, "epoch": 1} for at in (50, 100) if at <= step]
-            history.append({"step": step, "loss": 1.0, "learning_rate": 1e-4})
+            history += [{"step": step, "loss": 1.0, "learning_rate": rate} for rate in (5e-5, 1e-4, 2e-5)]
             state = {"global_step": step, "log_history": history, "max_steps": 100}
             (folder / "trainer_state.json").write_text(json.dumps(state))
 
