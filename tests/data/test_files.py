@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.data.example_store import ExampleStore
 from rightrank.data.files import replace_file, replace_folder, report_disk_errors, sweep_leftovers, write_text
 from rightrank.data.forms import Example
-from rightrank.data.splits import load_data
+from rightrank.data.splits import ExampleStore, load_data
 from rightrank.schema.errors import RunError
 from tests.tiny import build_small_settings
 

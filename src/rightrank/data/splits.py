@@ -7,7 +7,11 @@ examples stay in their split when the data set grows.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import re
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,14 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow
 
-from rightrank.data.example_store import (
-    ExampleStore,
-    HashSample,
-    compute_fingerprint,
-    find_members,
-    hash_normalized_text,
-)
 from rightrank.data.files import is_encodable
 from rightrank.data.forms import (
     TEMPLATE_COLUMNS,
@@ -33,18 +32,101 @@ from rightrank.data.forms import (
     build_example,
     detect_form,
     has_empty_prompt,
+    to_json_value,
 )
 from rightrank.data.groups import Grouping, detect_prompt_groups, number_groups
 from rightrank.data.rows import RowsBySplit, read_held_out_rows, read_rows
+from rightrank.data.token_store import Store
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import DataSummary
 from rightrank.schema.settings import DEFAULT_MAX_EVAL_EXAMPLES, NO_SPLIT_OVERRIDES, SelectSettings
 from rightrank.schema.trials import SplitName
 
 MAX_SHOWN_CLASSES = 8
+_ESCAPED_SPACE = re.compile(r"\\(?:[nrtf]|u00(?:0b|1[c-f]))")  # white space as JSON writes it
 _NUMBER = re.compile(r"-?\d+", re.ASCII)
 HELD_OUT: tuple[SplitName, ...] = ("validation", "test")
 SPLITS: tuple[SplitName, ...] = ("train", *HELD_OUT)
+
+
+class ExampleStore(Store[Example]):
+    """Examples in the order in which they were read."""
+
+    schema = pyarrow.schema(
+        {
+            "number": pyarrow.uint64(),
+            "group": pyarrow.uint64(),
+            "near_hash": pyarrow.uint64(),
+            "content": pyarrow.large_string(),
+            "origin": pyarrow.large_binary(),
+        }
+    )
+
+    def row(self, entry: Example) -> Mapping[str, Any]:
+        origin = os.fsencode(entry.origin)
+        numbers = {
+            "number": int(entry.example_id, 16),
+            "group": entry.group,
+            "near_hash": _hash_normalized_text(entry),
+        }
+        return {**numbers, "content": _serialize_content(entry), "origin": origin}
+
+    def entry(self, row: Mapping[str, Any]) -> Example:
+        content = json.loads(row["content"])
+        return Example(f"{row['number']:016x}", content, os.fsdecode(row["origin"]), row["group"])
+
+    def numbers(self, column: str = "number") -> Iterator[npt.NDArray[np.uint64]]:
+        """Yield a numeric column in batches: identities (`number`), groups (`group`) or hashes of the normalized text (`near_hash`)."""
+        return (batch[column].to_numpy() for batch in self.batches())
+
+
+class _HashSample:
+    """The `limit` distinct examples with the smallest hashes, so that few examples change when the data set grows."""
+
+    def __init__(self, limit: int) -> None:
+        self.ids = array("Q")  # of all examples that were added
+        self._limit = limit
+        self._examples_by_id: dict[str, Example] = {}
+
+    def add(self, example: Example) -> None:
+        self.ids.append(int(example.example_id, 16))
+        self._examples_by_id[example.example_id] = example
+        if len(self._examples_by_id) > 2 * self._limit + 1000:
+            self._examples_by_id = {example.example_id: example for example in self.select_examples()}
+
+    def select_examples(self) -> list[Example]:
+        return [self._examples_by_id[example_id] for example_id in sorted(self._examples_by_id)[: self._limit]]
+
+
+def _find_members(numbers: npt.NDArray[np.uint64], chunks: Iterable[npt.NDArray[np.uint64]]) -> npt.NDArray[np.bool_]:
+    """Return for each of `numbers`, which are sorted, whether any chunk contains it. The chunks are never joined in memory."""
+    is_member = np.zeros(len(numbers), np.bool_)
+    for chunk in chunks if len(numbers) else ():
+        positions = np.searchsorted(numbers[:-1], chunk)
+        is_member[positions[numbers[positions] == chunk]] = True
+    return is_member
+
+
+def _compute_fingerprint(train: ExampleStore, held_out: Mapping[str, Sequence[Example]]) -> str:
+    """Return a hash of the examples of every split, in their order."""
+    digest = hashlib.sha256(b"train:")
+    for numbers in train.numbers():
+        digest.update("".join(f"{number:016x}" for number in numbers.tolist()).encode())
+    for split, examples in held_out.items():
+        digest.update(f"{split}:".encode())
+        for example in examples:
+            digest.update(example.example_id.encode())
+    return digest.hexdigest()
+
+
+def _serialize_content(example: Example) -> str:
+    return json.dumps(dict(example.content), ensure_ascii=False, default=to_json_value)
+
+
+def _hash_normalized_text(example: Example) -> int:
+    """Return a hash that is equal for examples that differ only in white space and case."""
+    text = "".join(_ESCAPED_SPACE.sub(" ", _serialize_content(example)).casefold().split())
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +149,8 @@ class DataSplits:
         Raises:
             DataError: Fewer than two examples are left.
         """
-        trained_hashes, held_out = set(map(hash_normalized_text, trained)), self.examples["validation"]
-        unseen = [example for example in held_out if hash_normalized_text(example) not in trained_hashes]
+        trained_hashes, held_out = set(map(_hash_normalized_text, trained)), self.examples["validation"]
+        unseen = [example for example in held_out if _hash_normalized_text(example) not in trained_hashes]
         if len(unseen) < 2:
             raise DataError(
                 f"{source}: {len(held_out) - len(unseen)} of {len(held_out)} distinct rows are among the training examples of the "
@@ -115,10 +197,10 @@ def load_data(
     groups = np.unique(np.array([example.group for example in evaluated], np.uint64))
     distinct = len(validation) + len(test)
     held_out_ids = np.union1d(validation, test)
-    leaked = held_out_ids[find_members(held_out_ids, train_examples.numbers())]  # that are also in train
+    leaked = held_out_ids[_find_members(held_out_ids, train_examples.numbers())]  # that are also in train
     leaked_ids = set(leaked.tolist())
     near_hashes = [
-        hash_normalized_text(example) for example in evaluated if int(example.example_id, 16) not in leaked_ids
+        _hash_normalized_text(example) for example in evaluated if int(example.example_id, 16) not in leaked_ids
     ]
     distinct_hashes = np.unique(np.array(near_hashes, np.uint64))
     summary = DataSummary(
@@ -129,7 +211,7 @@ def load_data(
         duplicates_across_splits=int(
             np.isin(validation, leaked).sum() + np.isin(test, np.union1d(validation, leaked)).sum()
         ),
-        near_duplicates_across_splits=int(find_members(distinct_hashes, train_examples.numbers("near_hash")).sum()),
+        near_duplicates_across_splits=int(_find_members(distinct_hashes, train_examples.numbers("near_hash")).sum()),
         classes=_list_classes(reader.labels, examples, name, classes) if form == "classification" else None,
         unreadable=reader.unreadable,
         rows=count,
@@ -141,12 +223,12 @@ def load_data(
         empty_prompts=reader.empty_prompts,
         equal_pairs=reader.equal_pairs,
         grouped_by=reader.grouping.grouped_by if any(grouped.values()) else None,
-        groups_across_splits=int(find_members(groups, train_examples.numbers("group")).sum())
+        groups_across_splits=int(_find_members(groups, train_examples.numbers("group")).sum())
         if any(grouped.values())
         else 0,
     )
     return DataSplits(
-        summary, examples, compute_fingerprint(train_examples, {split: examples[split] for split in HELD_OUT})
+        summary, examples, _compute_fingerprint(train_examples, {split: examples[split] for split in HELD_OUT})
     )
 
 
@@ -173,8 +255,8 @@ class _ExampleReader:
     """A single pass over the rows. It yields training examples, and samples and counts the held-out ones."""
 
     def __init__(self, layout: Layout, settings: SelectSettings, by_prompt: bool) -> None:
-        self.held_out: dict[SplitName, HashSample] = {
-            split: HashSample(settings.max_eval_examples or DEFAULT_MAX_EVAL_EXAMPLES) for split in HELD_OUT
+        self.held_out: dict[SplitName, _HashSample] = {
+            split: _HashSample(settings.max_eval_examples or DEFAULT_MAX_EVAL_EXAMPLES) for split in HELD_OUT
         }
         self.labels: Counter[str] = Counter()  # classification: counts of the training examples' labels
         self.unreadable = 0
