@@ -193,9 +193,6 @@ def plan_for_cuda(folder: Path) -> list[dict[str, Any]]:
     config = read_config(request.model, False)
     large_settings = request.settings.model_copy(update={"memory_bytes": 2**30, "adapters_per_pass": 8})
     planned_selection = plan_selection(config, large_settings, 32, "cuda")
-    pair_peak = planned_selection.predict_peak_bytes([2, 4])
-    assert pair_peak is not None
-    assert pair_peak > planned_selection.peak_bytes[4]
     fits, count = max(planned_selection.ranks), planned_selection.max_adapters_per_pass
     plans.append({"plan": "a selection", "fits": fits, "together": count})
     with contextlib.suppress(SettingsError):

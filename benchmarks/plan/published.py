@@ -27,7 +27,7 @@ PUBLISHED: list[dict[str, Any]] = [
     {"rank": 64, "target_modules": ("q_proj", "v_proj"), "reserved": 22_550_000_000},
     {"rank": 10, "target_modules": ("gate_proj", "up_proj", "down_proj"), "reserved": 24_700_000_000},
 ]
-LENGTHS = (640, 656, 672, 768)
+LENGTHS = (704, 720, 736, 768)
 
 
 def main() -> None:

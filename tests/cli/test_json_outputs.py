@@ -154,7 +154,7 @@ def test_a_failure_is_one_line_on_stderr(
     assert status == expected
     assert out == ""
     *progress, complaint = err.splitlines(keepends=True)
-    assert expected == 1 or all(line.startswith("reading ") for line in progress)
+    assert expected == 1 or all(line.startswith(("run folder ", "reading ")) for line in progress)
     assert complaint.startswith("rightrank: ")
     assert complaint.count("\n") == 1
     assert "Traceback" not in err

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rightrank import Selected, TrialTask, select_rank_with
-from rightrank.runs.hook import Hook, SelectionEnd, SelectionStart
+from rightrank.runs.hook import Hook, Run
 from rightrank.runs.journal import Journal
 from rightrank.schema.errors import InterruptedRun, RunError
 from rightrank.schema.events import Event, SelectionPlanned
@@ -33,16 +33,16 @@ class RecordingHook(Hook):
         self.calls: list[str] = []
         self.events: list[Event] = []
 
-    def on_start(self, started: SelectionStart) -> None:
-        assert not started.folder.journal.path.exists()
+    def on_start(self, run: Run) -> None:
+        assert not run.folder.journal.path.exists()
         self.calls.append("start")
 
     def on_event(self, event: Event) -> None:
         self.calls.append(type(event).__name__)
         self.events.append(event)
 
-    def on_end(self, end: SelectionEnd) -> None:
-        assert (end.folder.adapter / "weights.txt").exists()
+    def on_end(self, selected: Selected) -> None:
+        assert (selected.run / "adapter" / "weights.txt").exists()
         self.calls.append("end")
 
 

@@ -14,12 +14,13 @@ from rightrank.api.runs import decide
 from rightrank.decision.run import decide_run
 from rightrank.runs import trackers as registry
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.hook import SelectionStart
+from rightrank.runs.hook import Hooks, Run
 from rightrank.runs.journal import Journal
 from rightrank.runs.trackers import Trackers
 from rightrank.schema.events import DecisionRecorded, Records, read_records
 from rightrank.schema.trials import TrialFinished
 from tests.report.runs import write_journal
+from tests.watch import Watch
 
 pytestmark = pytest.mark.trains
 
@@ -37,9 +38,7 @@ def log_all(records: Records, name: str, steps: int = 0) -> list[str]:
     notices: list[str] = []
     trackers = Trackers([name])
     plan: Any = SimpleNamespace(started=records.started, steps=steps)
-    trackers.on_start(
-        SelectionStart(plan, RunFolder(Path("run")), records.copy, lambda event: notices.append(event.text))
-    )  # type: ignore[union-attr]
+    trackers.on_start(Run(plan, RunFolder(Path("run")), Hooks([Watch(notice=notices.append)]), records, None))
     for outcome in records.outcomes:
         trackers.on_event(outcome)
     trackers.on_event(DecisionRecorded(decision=decide_run(records), adapter_trial_id=None))

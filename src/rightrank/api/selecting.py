@@ -129,11 +129,10 @@ def preflight(
     from rightrank.runs.preflight import run_preflight
     from rightrank.runs.prepare import prepare_selection
 
-    notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
-        prepared = prepare_selection(request, Path(folder) / "cache", notes.append, announce=announce)
+        prepared = prepare_selection(request, Path(folder) / "cache", announce)
         estimate = run_preflight(prepared, announce)
-    return estimate.model_copy(update={"notes": [*notes, *estimate.notes]})
+    return estimate.model_copy(update={"notes": [*prepared.notes, *estimate.notes]})
 
 
 def _validate_request(request: SelectionRequest) -> None:

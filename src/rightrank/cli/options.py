@@ -73,7 +73,7 @@ def _build_option(name: str, row: Row, hint: Any) -> Callable[[Command], Command
         arguments |= {"is_flag": True, "default": None}
         flag += f"/{flag.replace('--', '--no-', 1)}" if NoneType in kinds else ""
     elif is_list_type(hint):
-        arguments |= {"callback": split_commas} if row.split else {"multiple": True}
+        arguments |= {"callback": split_commas}
     elif name == "budget_hours":  # the value has a unit
         arguments |= {"callback": parse_hours}
     elif kinds & {int, float}:

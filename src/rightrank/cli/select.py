@@ -89,17 +89,13 @@ def _name_run_folder(model: str, data: Path) -> Path:
 
 
 def _print_selected(selected: Selected, as_json: bool) -> None:
-    """Print the result. An error in its text becomes one line, since the run is complete."""
-    from rightrank.runs.hook import wrap_hook_errors
-
-    with wrap_hook_errors("the text of the result"):
-        assert selected.adapter is not None
-        if not as_json:
-            click.echo(str(selected))
-            return
-        paths = {"run": selected.run, "adapter": selected.adapter.path, "report": selected.report}
-        extra_fields = {"next_command": selected.next_command} | {name: str(path) for name, path in paths.items()}
-        click.echo(format_json(selected.answers.build_document() | extra_fields))
+    assert selected.adapter is not None
+    if not as_json:
+        click.echo(str(selected))
+        return
+    paths = {"run": selected.run, "adapter": selected.adapter.path, "report": selected.report}
+    extra_fields = {"next_command": selected.next_command} | {name: str(path) for name, path in paths.items()}
+    click.echo(format_json(selected.answers.build_document() | extra_fields))
 
 
 def _dry_run(model: str, data: Path, values: dict[str, Any], quiet: bool, as_json: bool) -> None:

@@ -1,6 +1,6 @@
 """Predict the memory of every rank before any weight is loaded.
 
-skeleton (the model without weights) → trace (the allocations of a training step) → peak (the largest total at one time) → estimate (every
+skeleton (the model without weights) → trace (the allocations of a training step) → estimate (the peak of every
 rank from two traces) → planner (the plan, and the ranks of a `select` that fit).
 """
 

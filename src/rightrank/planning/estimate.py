@@ -11,19 +11,20 @@ import copy
 import json
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from peft.utils import get_peft_model_state_dict
 
-from rightrank.planning.peak import Peak, estimate_optimizer_memory, simulate_peak
 from rightrank.planning.skeleton import SAFETENSORS_CODES, Skeleton, build_skeleton
-from rightrank.planning.trace import StepTrace, trace_step
+from rightrank.planning.trace import DeviceKind, Origin, StepTrace, trace_step
 from rightrank.schema.errors import ModelError, MultiLoraError, SettingsError, get_first_line
-from rightrank.schema.plan_settings import PlanSettings
-from rightrank.schema.results import RankPlan
+from rightrank.schema.plan_settings import OptimizerName, PlanSettings
+from rightrank.schema.results import Components, RankPlan
 
 SAFETENSORS_ALIGNMENT = 8  # the header is padded with spaces to a multiple of this
 
@@ -36,6 +37,8 @@ CUBLAS_BYTES = 8_519_680  # cuBLAS workspace from torch's allocator (`:4096:2:16
 CUDA_CONTEXT_BYTES = 512 * 2**20  # driver, kernels and libraries: 300 to 600 MiB by card and driver
 CPU_PROCESS_BYTES = 700 * 2**20  # the interpreter with torch, transformers and peft loaded
 HEADROOM = 0.03  # fraction of the reserved bytes that must stay free
+# Bytes that torch's allocator reserves on CUDA for each allocated one: PEFT's three published peaks are 3.4% to 5.9% above the allocated bytes.
+RESERVED_SHARE = 1.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,15 +120,15 @@ class Estimator:
         settings, inventory = self.settings, self.get_inventory(rank)
         steps = [self.get_step_trace(rank, False)] if settings.eval_batch_size is not None else []
         steps.append(self.get_step_trace(rank))
-        peaks = [self._simulate_peak(inventory, step) for step in reversed(steps)]
-        peak = max(peaks, key=lambda peak: peak.peak_bytes)
-        needed = peak.reserved_bytes + estimate_context_bytes(settings) + round(HEADROOM * peak.reserved_bytes)
+        peak = max((self._find_peak(inventory, step) for step in reversed(steps)), key=lambda peak: peak.peak_bytes)
+        reserved = round(RESERVED_SHARE * peak.peak_bytes) if settings.device == "cuda" else peak.peak_bytes
+        needed = reserved + estimate_context_bytes(settings) + round(HEADROOM * reserved)
         return RankPlan(
             rank=rank,
             trainable_parameters=inventory.trainable_parameters,
             adapter_bytes=inventory.adapter_bytes,
             peak_bytes=peak.peak_bytes,
-            peak_reserved_bytes=peak.reserved_bytes,
+            peak_reserved_bytes=reserved,
             needed_bytes=needed,
             components=peak.components,
             peak_at=peak.at,
@@ -158,19 +161,16 @@ class Estimator:
         slope, remainder = divmod(high - low, self._traced_ranks[1] - self._traced_ranks[0])
         return None if remainder else low + slope * (rank - self._traced_ranks[0])
 
-    def _simulate_peak(self, inventory: _Inventory, step: StepTrace) -> Peak:
+    def _find_peak(self, inventory: _Inventory, step: StepTrace) -> Peak:
         settings = self.settings
         trained = [tensor for tensor in inventory.stored if tensor.requires_grad] * settings.adapters_per_pass
-        residents = [
-            ("adapter" if tensor.requires_grad else "weights", tensor.nbytes)
-            for tensor in inventory.stored
-            for _ in range(settings.adapters_per_pass if tensor.requires_grad else 1)
-        ]
+        residents = [("weights", tensor.nbytes) for tensor in inventory.stored if not tensor.requires_grad]
+        residents += [("adapter", tensor.nbytes) for tensor in trained]
         residents += [("means", tensor.nbytes) for tensor in trained for _ in range(self.num_means)]
-        if settings.device == "cuda":
-            residents.append(("workspace", CUBLAS_BYTES))
-        optimizer = estimate_optimizer_memory(trained, settings.optim, settings.device)
-        return simulate_peak(residents, step, optimizer, settings.device)
+        # A product with a quantised matrix decompresses it, in both passes.
+        workspace = max((weight.nbytes for weight in self.skeleton.quantised_bytes), default=0)
+        residents.append(("workspace", workspace + CUBLAS_BYTES * (settings.device == "cuda")))
+        return find_peak(residents, step, estimate_optimizer_memory(trained, settings.optim, settings.device))
 
     def get_step_trace(self, rank: int, training: bool = True) -> StepTrace:
         """Return the trace of a training step at `rank`, or of an evaluation batch if `training` is false."""
@@ -213,7 +213,12 @@ class Estimator:
 def _build_inventory(skeleton: Skeleton) -> _Inventory:
     with warnings.catch_warnings(action="ignore"):  # PEFT warns that it saves an embedding with the adapter.
         saved: dict[str, torch.Tensor] = get_peft_model_state_dict(skeleton.model)
-    return _Inventory((*skeleton.model.parameters(), *skeleton.model.buffers()), saved)
+    quantised = skeleton.quantised_bytes
+    stored = (
+        torch.empty(quantised[tensor], dtype=torch.uint8, device="meta") if tensor in quantised else tensor
+        for tensor in (*skeleton.model.parameters(), *skeleton.model.buffers())
+    )
+    return _Inventory(tuple(stored), saved)
 
 
 def compute_safetensors_bytes(
@@ -232,3 +237,119 @@ def compute_safetensors_bytes(
         position += size
     length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + -(-length // SAFETENSORS_ALIGNMENT) * SAFETENSORS_ALIGNMENT + position
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The peak memory of a step."""
+
+    peak_bytes: int
+    components: Components  # bytes by component; they add up to peak_bytes
+    at: str  # where in the step
+
+
+def find_peak(residents: Sequence[tuple[str, int]], trace: StepTrace, optimizer: OptimizerMemory) -> Peak:
+    """Find the largest total of a step after the first, which creates the optimizer's states.
+
+    Time goes to the right, a bar is the lifetime of an allocation (+n its birth in the trace, −n its death), and the peak is the column with
+    the most bytes::
+
+                     |------- forward -------|------- backward -------|- optimizer -|
+        weights      ################################################################  residents: before, during and
+        adapter      ################################################################  after every step
+        optimizer    ################################################################  states
+        activations    +n #####################################-n                      kept for the backward pass
+                              ##########################
+        logits                            ################
+        gradients                                +n ##############################-n  freed when the step ends
+        temporary      #  #  #  #  #  #  #   #  #  #  #  #  #  #         #######       workspace of one operation
+                                                ^ peak
+
+    Args:
+        residents: component and bytes of each tensor that exists before and after the step.
+    """
+    components: Components = Counter()
+    for component, size in [*residents, ("optimizer", sum(optimizer.states))]:
+        components[component] += size
+    totals = list(
+        accumulate(trace.sizes[event - 1] if event > 0 else -trace.sizes[-event - 1] for event in trace.events)
+    )
+    peak_index = max(range(len(totals)), key=totals.__getitem__)
+    work = max(map(sum, optimizer.work), default=0)
+    if totals[-1] + work > totals[peak_index]:
+        peak_index = len(totals)
+        components["temporary"] += work
+    births = ((index, trace.origins[event - 1].phase) for index, event in enumerate(trace.events) if event > 0)
+    backward = next((index for index, phase in births if phase == "backward"), len(trace.events))
+    saved_activations = _find_alive_allocations(trace, backward - 1)
+    for number in _find_alive_allocations(trace, peak_index):
+        component = _classify_allocation(
+            trace.origins[number - 1], number - 1 in trace.gradients, number in saved_activations
+        )
+        components[component] += trace.sizes[number - 1]
+    return Peak(sum(components.values()), components, _describe_location(trace, peak_index))
+
+
+def _find_alive_allocations(trace: StepTrace, event_index: int) -> set[int]:
+    alive: set[int] = set()
+    for event in trace.events[: event_index + 1]:
+        if event > 0:
+            alive.add(event)
+        else:
+            alive.discard(-event)
+    return alive
+
+
+def _classify_allocation(origin: Origin, is_gradient: bool, is_saved: bool) -> str:
+    if is_gradient:
+        return "gradients"
+    if origin.has_vocabulary:
+        return "logits_and_loss"
+    # A module that runs in the backward pass recomputes activations.
+    if is_saved or (origin.phase == "backward" and origin.module):
+        return "activations"
+    return "temporary"
+
+
+def _describe_location(trace: StepTrace, event_index: int) -> str:
+    if event_index == len(trace.events):
+        return "optimizer step"
+    origin = trace.origins[trace.events[event_index] - 1]
+    # The same name for every block: `layers.mlp.up_proj` for `model.layers.3.mlp.up_proj`.
+    names = [name for name in origin.module.split(".") if not name.isdigit()]
+    module = ".".join(name for name in names if name not in ("base_model", "model", "default")) or "model"
+    module = module if origin.module else ""
+    module_text = f", {module}" if module else ", loss" if origin.has_vocabulary else ""
+    return f"{origin.phase} pass{module_text} ({origin.op.split('.')[0]})"
+
+
+MIN_8BIT_ELEMENTS = 4096  # smaller tensors keep 32-bit states
+BLOCK_8BIT = 256
+CODE_BYTES = 2 * 256 * 4  # two tables that decode 8-bit states
+STEP_BYTES = 4  # of each parameter's step count, which the fused form keeps on the device
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerMemory:
+    """Bytes of an optimizer's persistent states, and of its workspace by stage. The entries of one stage exist at the same time."""
+
+    states: tuple[int, ...]
+    work: tuple[tuple[int, ...], ...]
+
+
+def estimate_optimizer_memory(
+    parameters: Sequence[torch.Tensor], name: OptimizerName, device: DeviceKind
+) -> OptimizerMemory:
+    """Estimate the memory of optimizer `name` for these parameters, in bytes."""
+    sizes = [parameter.numel() * parameter.element_size() for parameter in parameters]
+    if name == "adamw_fused":
+        return OptimizerMemory(tuple(state_size for size in sizes for state_size in (STEP_BYTES, size, size)), ())
+    if name == "adamw":
+        states = tuple(state_size for size in sizes for state_size in (size, size))
+        work = (tuple(sizes),) if device == "cuda" else tuple((size, size) for size in sizes)
+        return OptimizerMemory(states, work)
+    entries = [CODE_BYTES // 2, CODE_BYTES // 2]
+    for elements in (parameter.numel() for parameter in parameters):
+        blocks = math.ceil(elements / BLOCK_8BIT) * 4
+        entries += [elements * 4] * 2 if elements < MIN_8BIT_ELEMENTS else [elements, elements, blocks, blocks]
+    return OptimizerMemory(tuple(entries), ())

@@ -1,16 +1,6 @@
 """Build the model without weights: on the meta device, from its configuration, with adapters that PEFT itself attaches.
 
 Only `config.json` (or a GGUF header) is downloaded or read, and a model's own code runs only with `trust_remote_code`.
-
-Weights in 4 or 8 bits have the shapes and types in which bitsandbytes stores them.
-
-With 4 bits, a byte stores two weights, and every 64 weights share a float32 constant. With 8 bits, a byte stores one weight, and every row has a
-float32 constant. A 4-bit product decompresses the full matrix into the compute type, forward and backward, and drops it. An 8-bit product
-also quantises the input rows, keeps the original rows for the backward pass, and decompresses there; on a CPU in training
-mode it also decompresses forward. Embeddings, norms and the output head are not quantised.
-
-Source: bitsandbytes 0.50, `autograd/_functions.py`, `functional.py`, `backends/default/ops.py`. A test compares the bytes
-with those of its modules. Its fused 4-bit kernel on CUDA needs no workspace and runs only for a few rows; it is not modelled.
 """
 
 from __future__ import annotations
@@ -62,7 +52,8 @@ class Skeleton:
     model: Any  # PeftModel
     targets: tuple[TargetModule, ...]
     arms: tuple[str, ...]  # adapter names
-    base_parameters: int  # of the model without adapters; a quantised weight counts its unquantised elements
+    base_parameters: int  # of the model without adapters
+    quantised_bytes: Mapping[torch.Tensor, int]  # of the weights in 4 or 8 bits, which the model itself has in full
 
     @property
     def base(self) -> Any:
@@ -114,9 +105,8 @@ def build_skeleton(config: Any, settings: PlanSettings, rank: int, arms: int = 1
         ModelError: transformers cannot build the model, a target matches no module, or PEFT cannot adapt a target.
     """
     model = _build_base(config, settings)
-    quantised = [module for module in model.modules() if isinstance(module, _QuantisedLinear)]
-    packed = sum(module.in_features * module.out_features - module.weight.numel() for module in quantised)
-    parameters = sum(parameter.numel() for parameter in model.parameters()) + packed
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    quantised = _quantise(model, settings)
     require_targets(model, settings, settings.num_labels is not None)
     names = ("default", *(f"arm_{number}" for number in range(1, arms)))
     try:
@@ -131,16 +121,16 @@ def build_skeleton(config: Any, settings: PlanSettings, rank: int, arms: int = 1
     for name, parameter in adapted.named_parameters():
         if not set(names[1:]).isdisjoint(name.split(".")):
             parameter.requires_grad_(True)  # PEFT trains only the active adapter
-    return Skeleton(adapted, tuple(find_adapted_matrices(adapted.get_base_model())), names, parameters)
+    return Skeleton(adapted, tuple(find_adapted_matrices(adapted.get_base_model())), names, parameters, quantised)
 
 
 def _build_base(config: Any, settings: PlanSettings) -> Any:
-    """Build the base model on the meta device, frozen, and quantised if the settings request it."""
+    """Build the base model on the meta device, frozen."""
     # With None, transformers chooses: torch's fused attention for the models that support it.
     attention = "eager" if settings.attn_implementation == "eager" else None
     unquantised_config = copy.deepcopy(config)
     if hasattr(unquantised_config, "quantization_config"):
-        del unquantised_config.quantization_config  # `_quantise` replaces the modules instead.
+        del unquantised_config.quantization_config  # the bytes follow from `_quantise`
     text = unquantised_config.get_text_config()
     if settings.num_labels is not None and getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = text.vocab_size - 1  # as on loading: batches of several rows need a padding token
@@ -149,7 +139,6 @@ def _build_base(config: Any, settings: PlanSettings) -> Any:
         unquantised_config, trust_remote_code, settings.num_labels, dtype=dtype, attn_implementation=attention
     )
     model.requires_grad_(False)
-    _quantise(model, settings)
     return model
 
 
@@ -170,87 +159,41 @@ def _build_lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraCon
     )
 
 
-BLOCK = 64  # weights that share a 4-bit constant
+BLOCK, CODE_BYTES = 64, 64  # weights that share a 4-bit constant, and the table of 16 values
 CLASSIFICATION_HEADS = ("score", "classifier")  # fully trained, which is PEFT's default for classification
 
 
 class _QuantisedLinear(torch.nn.Linear):
-    """A linear module on the meta device with a weight in 4 or 8 bits."""
+    """A linear layer whose weight is stored in 4 or 8 bits. With 8, bitsandbytes keeps the input rows, even where blocks are recomputed."""
 
-    def __init__(self, features: tuple[int, int], bias: Any, bits: int, dtype: torch.dtype, on_cpu: bool) -> None:
-        torch.nn.Module.__init__(self)
-        self.in_features, self.out_features = features
-        self.bits, self.compute_dtype, self.on_cpu = bits, dtype, on_cpu
-        self.copies_output = False  # PEFT clones the output of an adapted 4-bit module
-        weights = self.in_features * self.out_features
-        packed = (math.ceil(weights / 2), 1) if bits == 4 else (self.out_features, self.in_features)
-        code = torch.uint8 if bits == 4 else torch.int8
-        self.weight = torch.nn.Parameter(torch.empty(packed, dtype=code, device="meta"), requires_grad=False)
-        self.bias = bias
-        # The quantisation constants are stored in float32.
-        for number, size in enumerate([self.out_features] if bits == 8 else [math.ceil(weights / BLOCK), 16]):
-            self.register_buffer(f"constants_{number}", torch.empty(size, dtype=torch.float32, device="meta"))
+    keeps_rows = False
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        product: Any = _QuantisedProduct.apply  # untyped in torch
-        out: torch.Tensor = product(input.to(self.compute_dtype), self)
-        if self.bias is not None:
-            out = out + self.bias.to(out.dtype)
-        return out.clone() if self.copies_output else out
-
-    @property
-    def W_q(self) -> torch.Tensor:  # noqa: N802 - PEFT's DoRA calls `dequantize` on modules with this attribute.
-        return self.weight
-
-    def dequantize(self) -> torch.Tensor:
-        return torch.empty((self.out_features, self.in_features), dtype=self.compute_dtype, device="meta")
+        self.rows = input.detach() if self.keeps_rows and torch.is_grad_enabled() else None
+        return super().forward(input)
 
 
-class _QuantisedProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: torch.Tensor, module: _QuantisedLinear) -> torch.Tensor:
-        ctx.module = module
-        if module.bits == 4:
-            return input @ module.dequantize().t()
-        ctx.rows = input  # kept for the backward pass
-        if module.on_cpu and module.training:
-            return input @ module.dequantize().t()
-        rows = input.numel() // module.in_features
-        _halves = input.to(torch.float16)
-        _codes = torch.empty((rows, module.in_features), dtype=torch.int8, device="meta")
-        _sums = torch.empty((rows, module.out_features), dtype=torch.int32, device="meta")
-        return torch.empty((*input.shape[:-1], module.out_features), dtype=input.dtype, device="meta")
+def _quantise(model: Any, settings: PlanSettings) -> dict[torch.Tensor, int]:
+    """Replace the model's linear modules, except the output head, if the settings request 4 or 8 bits.
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradients[0] @ ctx.module.dequantize(), None
-
-
-def _quantise(model: Any, settings: PlanSettings) -> None:
-    """Replace the model's linear modules, except the output head, with 4-bit or 8-bit ones."""
-    bits = settings.weight_bits
-    if bits is None:
-        return
-    dtype, on_cpu = DTYPES[settings.dtype], settings.device == "cpu"
-    head = model.get_output_embeddings()
-    unquantised_modules = (
-        *settings.modules_to_save,
-        *(CLASSIFICATION_HEADS if settings.num_labels is not None else ()),
-    )
-    for name, module in list(model.named_modules()):
-        is_linear = isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
-        if not is_linear or module is head or any(component in unquantised_modules for component in name.split(".")):
+    Returns:
+        The bytes in which bitsandbytes 0.50 stores each of their weights. With 4 bits, a byte stores two weights, and every 64 weights share a
+        float32 constant. With 8 bits, a byte stores one weight, and every row has a float32 constant.
+    """
+    bits, head = settings.weight_bits, model.get_output_embeddings()
+    whole_modules = {*settings.modules_to_save, *(CLASSIFICATION_HEADS if settings.num_labels is not None else ())}
+    stored_bytes: dict[torch.Tensor, int] = {}
+    for name, module in list(model.named_modules()) if bits is not None else ():
+        is_transposed = type(module).__name__ == "Conv1D"
+        if not (is_transposed or isinstance(module, torch.nn.Linear)) or module is head:
             continue
-        rows, columns = module.weight.shape
-        features = (columns, rows) if isinstance(module, torch.nn.Linear) else (rows, columns)
-        replacement = _QuantisedLinear(features, module.bias, bits, dtype, on_cpu)
+        if not whole_modules.isdisjoint(name.split(".")):
+            continue
+        rows, columns = reversed(module.weight.shape) if is_transposed else module.weight.shape
+        layer = _QuantisedLinear(columns, rows, bias=False, device="meta", dtype=module.weight.dtype)
+        layer.bias, layer.keeps_rows = module.bias, bits == 8
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, replacement)
-
-
-def set_output_cloning(model: Any, by_peft: bool) -> None:
-    """Set whether adapted 4-bit modules clone their output. PEFT's forward pass does, the multi-LoRA one does not."""
-    for module in model.modules():
-        base = getattr(module, "base_layer", None)
-        if isinstance(base, _QuantisedLinear) and base.bits == 4:
-            base.copies_output = by_peft
+        setattr(model.get_submodule(parent), leaf, layer.requires_grad_(False))
+        packed_bytes = math.ceil(rows * columns / 2) + 4 * math.ceil(rows * columns / BLOCK) + CODE_BYTES
+        stored_bytes[layer.weight] = packed_bytes if bits == 4 else rows * columns + 4 * rows
+    return stored_bytes

@@ -16,7 +16,6 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -27,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from rightrank.planning.skeleton import Skeleton, set_output_cloning
+from rightrank.planning.skeleton import Skeleton
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.training.device import enable_gradient_checkpointing
 from rightrank.training.loss import OutputHead, chunked_cross_entropy
@@ -90,14 +89,14 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __
             return 0  # Meta tensors have no values; `_DeviceKernels` decides branches on values.
         # In the backward pass, function modes would intercept every tensor access in this block.
         with torch._C.DisableTorchFunction():
-            out, flops = _run_operation(func, args, kwargs or {})
+            out = func(*args, **(kwargs or {}))
             scratch = _compute_scratch_bytes(func, args, self._device)
             numbers = [self.trace.add(size, self._build_origin(func, False)) for size in scratch]
             for tensor in out if isinstance(out, tuple | list) else (out,):
                 if isinstance(tensor, torch.Tensor):
                     self._record_tensor(tensor, func)
+            self.trace.flops += _count_flops(func, args, kwargs or {}, out)
         self.trace.events += [-number for number in reversed(numbers)]
-        self.trace.flops += flops
         return out
 
     @contextmanager
@@ -137,57 +136,10 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __
         return Origin(func.__name__, module, self.phase, has_vocabulary)
 
 
-# Maps an operation and the forms of its arguments to the size, stride and type of its result, and its FLOPs.
-_RESULT_CACHE: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype, int]] = {}
-MAX_CACHED_RESULTS = 4096
-
-
-@cache
-def _inspect_operation(func: Any) -> tuple[bool, Any]:
-    """Return whether the operation's results are new tensors, and the function that counts its FLOPs if it is a product."""
-    schema, packet = func._schema, func._overloadpacket
-    makes_new = not schema.is_mutable and all(result.alias_info is None for result in schema.returns)
-    return makes_new, flop_registry.get(_IN_PLACE.get(packet, packet))
-
-
-def _run_operation(func: Any, args: Any, keywords: Any) -> tuple[Any, int]:
-    """Run an operation and return its result and FLOPs.
-
-    An operation that creates a new tensor runs only once for each form of its arguments, since the model's blocks are equal.
-    """
-    makes_new, formula = _inspect_operation(func)
-    key = (func, _build_form_key(args), _build_form_key(tuple(keywords.items()))) if makes_new else None
-    try:
-        if key in _RESULT_CACHE:
-            size, stride, dtype, flops = _RESULT_CACHE[key]
-            return torch.empty_strided(size, stride, dtype=dtype, device="meta"), flops
-    except TypeError:  # An argument is not hashable.
-        key = None
-    out = func(*args, **keywords)
-    flops = int(formula(*args, **keywords, out_val=out)) if formula is not None else 0
-    if (
-        key is not None
-        and isinstance(out, torch.Tensor)
-        and out.device.type == "meta"
-        and len(_RESULT_CACHE) < MAX_CACHED_RESULTS
-    ):
-        storage = out.untyped_storage()
-        tensors = (argument for argument in args if isinstance(argument, torch.Tensor))
-        # Views are not cached. `_unsafe_view` returns one although its schema does not say so.
-        if all(storage._cdata != tensor.untyped_storage()._cdata for tensor in tensors):
-            fresh = torch.empty_strided(out.size(), out.stride(), dtype=out.dtype, device="meta")
-            if storage.nbytes() == fresh.untyped_storage().nbytes():
-                _RESULT_CACHE[key] = out.size(), out.stride(), out.dtype, flops
-    return out, flops
-
-
-def _build_form_key(value: Any) -> Any:
-    """Return the value with each tensor replaced by its shape, stride, type and device."""
-    if isinstance(value, torch.Tensor):
-        return value.size(), value.stride(), value.dtype, value.device
-    if isinstance(value, list | tuple):
-        return tuple(map(_build_form_key, value))
-    return type(value), value
+def _count_flops(func: Any, args: Any, keywords: Any, out: Any) -> int:
+    """Count the operations of a matrix product by torch's table; 0 for any other operation."""
+    formula = flop_registry.get(_IN_PLACE.get(func._overloadpacket, func._overloadpacket))
+    return 0 if formula is None else int(formula(*args, **keywords, out_val=out))
 
 
 def trace_step(skeleton: Skeleton, settings: PlanSettings, training: bool = True) -> StepTrace:
@@ -251,8 +203,6 @@ def _install_multi_lora(skeleton: Skeleton, settings: PlanSettings, rows: int) -
     Args:
         rows: number of rows of each arm.
     """
-    by_peft = not settings.is_packed or any(target.kind.unshared_reason for target in skeleton.targets)
-    set_output_cloning(skeleton.model, by_peft=by_peft)
     if not settings.is_packed:
         yield
         return

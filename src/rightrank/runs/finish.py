@@ -17,7 +17,7 @@ from rightrank.decision.run import (
     prefer_direct_training,
 )
 from rightrank.report.answer import build_answers
-from rightrank.runs.hook import Run, SelectionEnd, wrap_hook_errors
+from rightrank.runs.hook import Run
 from rightrank.runs.values import Selected, SelectedRank
 from rightrank.schema.command import build_next_commands
 from rightrank.schema.decision import AdapterAnswer, Decision, ExportedAdapter
@@ -83,20 +83,19 @@ def finish_run(run: Run, decision: Decision | None) -> Selected:
     if decision is not None:
         decision = decision.model_copy(update={"adapter_sentence": answer.sentence if saved else None})
         run.on_event(DecisionRecorded(decision=decision, adapter_trial_id=answer.trial_id))
-    with wrap_hook_errors("the result"):
-        final_answers = build_answers(records, decision, run.selection.settings.goal)
-        selected = Selected(
-            folder.path,
-            SelectedRank(records.adapters[-1].handed_over.rank, answer.sentence, folder.adapter) if saved else None,
-            _select_training_rank(run, decision),
-            folder.report,
-            final_answers,
-            build_next_commands(
-                records.started, final_answers.next_runs, str(folder.path), tried_rates=records.list_tried_rates()
-            ),
-            compare_run_adapters(records),
-        )
-    run.hooks.on_end(SelectionEnd(selected, folder, records.copy()))
+    final_answers = build_answers(records, decision, run.selection.settings.goal)
+    selected = Selected(
+        folder.path,
+        SelectedRank(records.adapters[-1].handed_over.rank, answer.sentence, folder.adapter) if saved else None,
+        _select_training_rank(run, decision),
+        folder.report,
+        final_answers,
+        build_next_commands(
+            records.started, final_answers.next_runs, str(folder.path), tried_rates=records.list_tried_rates()
+        ),
+        compare_run_adapters(records),
+    )
+    run.hooks.on_end(selected)
     for working in (folder.cache, folder.path / "checkpoints") if run.selection.owns_working_folders else ():
         shutil.rmtree(working, ignore_errors=True)
     return selected

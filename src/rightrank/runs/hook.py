@@ -18,26 +18,6 @@ if TYPE_CHECKING:
     from rightrank.schema.events import Records
 
 
-@dataclass(frozen=True, slots=True)
-class SelectionStart:
-    """The start of a selection: data and base are loaded, and nothing is written yet."""
-
-    selection: PreparedSelection
-    folder: RunFolder
-    records: Callable[[], Records]  # returns a copy of the records so far
-    # Passes an event of the hook to the other hooks, and to the journal if it is a record.
-    emit: Callable[[Event], None]
-
-
-@dataclass(frozen=True, slots=True)
-class SelectionEnd:
-    """The end of a selection: the adapter is exported, and the decision is in the journal."""
-
-    selected: Selected
-    folder: RunFolder
-    records: Records  # a copy
-
-
 class Hook(Listener):
     """A base class for objects that watch a selection and can stop it. Every method does nothing by default.
 
@@ -57,11 +37,15 @@ class Hook(Listener):
     """Whether an error of the hook ends the selection at once. Otherwise the selection continues without the hook, and reports
     the error at the end."""
 
-    def on_start(self, start: SelectionStart) -> None:
-        """Handle the start; it is called first. An `InputError` refuses the selection."""
+    def on_start(self, run: Run) -> None:
+        """Handle the start, when data and base are loaded and nothing is written yet. An `InputError` refuses the selection.
 
-    def on_end(self, end: SelectionEnd) -> None:
-        """Handle the end; it is called last."""
+        `run.selection`, `run.folder` and `run.records` describe the run; hooks read them. `run.on_event` passes an event to all hooks, and to
+        the journal if it is a record.
+        """
+
+    def on_end(self, selected: Selected) -> None:
+        """Handle the end, when the adapter is exported and the decision is in the journal."""
 
 
 class Hooks(Hook):
@@ -71,8 +55,8 @@ class Hooks(Hook):
         self._hooks = list(hooks)
         self._faults: dict[Hook, HookError] = {}
 
-    def on_start(self, start: SelectionStart) -> None:
-        self._call_each(lambda hook: hook.on_start(start))
+    def on_start(self, run: Run) -> None:
+        self._call_each(lambda hook: hook.on_start(run))
 
     def on_event(self, event: Event) -> None:
         self._call_each(lambda hook: hook.on_event(event))
@@ -82,13 +66,13 @@ class Hooks(Hook):
         self._call_each(lambda hook: requests.append(hook.should_stop()))
         return any(requests)
 
-    def on_end(self, end: SelectionEnd) -> None:
+    def on_end(self, selected: Selected) -> None:
         """Notify every hook.
 
         Raises:
             HookError: a hook that is not required had failed earlier.
         """
-        self._call_each(lambda hook: hook.on_end(end))
+        self._call_each(lambda hook: hook.on_end(selected))
         for fault in self._faults.values():
             raise fault
 
@@ -97,7 +81,7 @@ class Hooks(Hook):
             if hook in self._faults:
                 continue
             try:
-                with wrap_hook_errors(type(hook).__name__):
+                with _HookErrorWrapper(type(hook).__name__):
                     call(hook)
             except HookError as fault:
                 if hook.is_required:
@@ -128,19 +112,12 @@ class Run(Listener):
 
 
 class HookError(RunError):
-    """A hook failed, or another step without which a run is complete."""
-
-
-def wrap_hook_errors(name: str) -> AbstractContextManager[None]:
-    """Report an error of the block in one line that names it. Errors that already have such a line pass unchanged.
-
-    Raises:
-        HookError: the block raised another exception.
-    """
-    return _HookErrorWrapper(name)
+    """A hook failed."""
 
 
 class _HookErrorWrapper(AbstractContextManager[None]):
+    """Reports an error of a hook in one line that names it. Errors that already have such a line pass unchanged."""
+
     # Not a `contextmanager` function, which would not let a RunError be raised from a StopIteration.
 
     def __init__(self, name: str) -> None:

@@ -10,7 +10,7 @@ from rightrank.decision.adapter import Criterion
 from rightrank.decision.comparison import CONFIDENCE, NORMAL
 from rightrank.report.format import format_quantity
 from rightrank.report.terminal import describe_data_issues, format_cost, format_memory, format_time_estimate
-from rightrank.runs.hook import Hook, SelectionStart
+from rightrank.runs.hook import Hook, Run
 from rightrank.runs.prepare import LoadedSelection
 from rightrank.schema.events import DurationEstimated, Event, Notice, SelectionPlanned
 from rightrank.schema.metrics import MetricKind, get_margin_share, infer_metric_kind
@@ -172,18 +172,18 @@ class PreflightHook(Hook):
     """Reports the expected cost of the selection. If trainings are long, it measures a few steps."""
 
     is_required = False
-    _start: SelectionStart
+    _run: Run
     _base: TrialFinished | None = None  # until the gain of a training is known
 
-    def on_start(self, start: SelectionStart) -> None:
-        self._start = start
+    def on_start(self, run: Run) -> None:
+        self._run = run
 
     def on_event(self, event: Event) -> None:
         if isinstance(event, TrialFinished):
             self._report_share(event)
         if not isinstance(event, SelectionPlanned):
             return
-        prepared, tell = self._start.selection, self._start.emit
+        prepared, tell = self._run.selection, self._run.on_event
         assert isinstance(prepared, LoadedSelection)
         # A finished trial has a measured time.
         has_result = any(isinstance(outcome, TrialFinished) and outcome.rank > 0 for outcome in event.outcomes)
@@ -208,7 +208,7 @@ class PreflightHook(Hook):
 
     def _report_share(self, finished: TrialFinished) -> None:
         """Report what the validation examples can tell of the gain, as soon as the first training after the base shows one."""
-        base, prepared = self._base, self._start.selection
+        base, prepared = self._base, self._run.selection
         assert isinstance(prepared, LoadedSelection)
         share, space = get_margin_share(prepared.settings.margin), prepared.strategy.space
         if finished.rank == 0:
@@ -217,4 +217,4 @@ class PreflightHook(Hook):
             gain, self._base = orient_value(base, space) - orient_value(finished, space), None
             text = _format_share_resolution(prepared, gain, share) if gain > 0 else None
             if text is not None:
-                self._start.emit(Notice(text=text))
+                self._run.on_event(Notice(text=text))

@@ -77,7 +77,7 @@ class LoadedSelection(PreparedSelection):
             yield executor
 
     def predict_peak_bytes(self, ranks: Sequence[int]) -> int | None:
-        return None if self.planned is None else self.planned.predict_peak_bytes(ranks)
+        return self.planned.peak_bytes.get(ranks[0]) if self.planned is not None and len(ranks) == 1 else None
 
     def evaluate_test_split(self, trial: TrialFinished, adapter: Path | None) -> TestEvaluated | None:
         if not self.runtime.data.splits["test"]:
@@ -143,14 +143,17 @@ class _Sources:
 
 
 def prepare_selection(
-    request: SelectionRequest, cache: Path, notice: Notice = lambda _: None, announce: Notice = lambda _: None
+    request: SelectionRequest,
+    cache: Path,
+    announce: Notice = lambda _: None,
+    open_workers: OpenWorkers | None = None,
 ) -> LoadedSelection:
     """Load the base, encode the data, and plan the memory.
 
     Args:
         cache: the folder for files on disk that all arms share.
-        notice: receives each line for a person.
         announce: receives what is being done, before each step that takes long.
+        open_workers: opens the executor of other processes; None trains in this one.
 
     Raises:
         InputError: model, data or settings can't be used.
@@ -160,7 +163,8 @@ def prepare_selection(
     held_out = request.settings.compute_max_eval_examples(len(sources.splits.examples["train"]))
     requested = request.settings.model_copy(update={"max_eval_examples": held_out})
     classes = len(sources.splits.summary.classes or ()) if sources.encoded.is_classification else None
-    planned = plan_loaded(sources.loaded, sources.encoded, classes, requested, notice)
+    notes: list[str] = []
+    planned = plan_loaded(sources.loaded, sources.encoded, classes, requested, notes.append)
     settings = (
         requested if planned is None else requested.model_copy(update={"ranks": planned.ranks})
     )  # the ranks that fit
@@ -177,6 +181,8 @@ def prepare_selection(
         steps=steps,
         started=started,
         planned=planned,
+        notes=tuple(notes),
+        open_workers=open_workers,
         strategy=_build_strategy(runtime, settings, steps, started),
     )
 
@@ -206,9 +212,7 @@ def prepare_run(
         open_workers: opens the executor of other processes; None trains in this one.
         announce: receives what is being done, before each step that takes long.
     """
-    notes: list[str] = []
-    prepared = prepare_selection(_restore_settings(request, journal), folder.cache, notes.append, announce)
-    return replace(prepared, notes=tuple(notes), open_workers=open_workers)
+    return prepare_selection(_restore_settings(request, journal), folder.cache, announce, open_workers)
 
 
 def _restore_settings(request: SelectionRequest, journal: Sequence[JournalRecord]) -> SelectionRequest:

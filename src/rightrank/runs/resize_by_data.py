@@ -6,13 +6,12 @@ and measured on the same examples.
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
-
-from peft import LoraConfig
 
 from rightrank.adapters.adapter_folders import BASE_FILE
 from rightrank.adapters.adapter_reader import AdapterFolder
@@ -32,13 +31,10 @@ from rightrank.data.rows import read_rows
 from rightrank.data.splits import DataSplits, load_data, load_held_out
 from rightrank.decision.adapter import SEARCH_OPTION, Criterion, ScoredAdapter, format_margin
 from rightrank.runs.compare import load_run_splits, read_labels
-from rightrank.schema.command import build_reproduce_command
-from rightrank.schema.configs import read_configs
 from rightrank.schema.decision import AdapterMethod
-from rightrank.schema.errors import DataError, SettingsError
+from rightrank.schema.errors import DataError
 from rightrank.schema.events import EvaluationProgress, Notice
 from rightrank.schema.results import HeldOutValue, Resized
-from rightrank.schema.setting_table import get_explicit_values
 from rightrank.schema.settings import NO_SPLIT_OVERRIDES, SelectSettings
 from rightrank.training.adapter_runtime import (
     attach_adapter,
@@ -182,31 +178,16 @@ def resize_by_data(adapter: AdapterFolder, out: Path, request: ResizeRequest) ->
         assert resized is not None
         tensors = {key: chosen.load_tensor(key) for key in chosen.keys}
         write_same_format(adapter, out, chosen.config, tensors, {BASE_FILE: runtime.loaded.identity.to_json()})
-        command = _build_search_command(chosen, runtime, request, ranks)
-        updates = _describe_result(measured, chosen, resized, command)
+        search = shlex.join(["rightrank", "select", runtime.loaded.name, "TRAINING_DATA", "--goal", "training-rank"])
+        updates = _describe_result(measured, chosen, resized, search)
         notes = [*updates.pop("notes"), evaluation_data.note]
     return resized.model_copy(update=updates | {"out": str(out), "notes": notes, "scored_examples": count})
 
 
-def _build_search_command(
-    chosen: AdapterFolder, runtime: Runtime, request: ResizeRequest, ranks: Sequence[int]
-) -> str | None:
-    """Return the command that searches the training rank with the adapter's settings; None if a selection does not support them."""
-    config = LoraConfig(
-        **{name: value for name, value in chosen.config.items() if name in vars(LoraConfig()) and value is not None}
-    )
-    config.rank_pattern, config.alpha_pattern = {}, {}
-    try:
-        values = read_configs(config) | get_explicit_values(request.settings) | {"ranks": ranks}
-        return build_reproduce_command(runtime.loaded.name, "TRAINING_DATA", SelectSettings(**values))
-    except SettingsError:
-        return None
-
-
 def _describe_result(
-    measured: MeasuredTruncations, chosen: AdapterFolder, resized: Resized, command: str | None
+    measured: MeasuredTruncations, chosen: AdapterFolder, resized: Resized, search: str
 ) -> dict[str, Any]:
-    """Return the fields of the result that the measurement determines."""
+    """Return the fields of the result that the measurement determines. `search` is the command that searches the training rank."""
     answer, gathered = measured.smallest.answer, measured.gathered
     notes = [*resized.notes, *gathered.notices]
     if gathered.moments:
@@ -216,8 +197,7 @@ def _describe_result(
             f"rank {chosen.rank_text}: the parameters of rank {answer.rank} are shared out over the modules (rank_pattern), all at the scale "
             "of lora_alpha and r (alpha_pattern)"
         )
-    search = SEARCH_OPTION if command is None else f"({command})"
-    answer_notes = [note.replace(SEARCH_OPTION, search) for note in answer.notes]
+    answer_notes = [note.replace(SEARCH_OPTION, f"({search})") for note in answer.notes]
     scored = [*filter(None, [measured.smallest.base]), *measured.smallest.scored]
     return {
         "rank": answer.rank,

@@ -16,7 +16,7 @@ from rightrank.decision.run import decide_run
 from rightrank.report.format import format_bytes
 from rightrank.runs.finish import export_provisional, finish_run
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.hook import Hook, Hooks, Run, SelectionStart, wrap_hook_errors
+from rightrank.runs.hook import Hook, Hooks, Run
 from rightrank.runs.selection import Executor, Prepare
 from rightrank.runs.values import Selected
 from rightrank.schema.decision import Decision
@@ -102,7 +102,7 @@ def open_run(prepare: Prepare, folder: RunFolder, hooks: Hooks) -> Run:
 def start_run(run: Run) -> None:
     """Notify the hooks and journal the start, or the settings with which the run continues."""
     selection = run.selection
-    run.hooks.on_start(SelectionStart(selection, run.folder, run.records.copy, run.on_event))
+    run.hooks.on_start(run)
     for line in selection.notes:
         run.send_notice(line)
     if run.start_record is not None:
@@ -171,8 +171,7 @@ def require_result(run: Run) -> str:
 def decide_training_rank(run: Run, first_reason: str) -> Decision:
     """Decide on every full training in the folder, including those from before the run was continued."""
     try:
-        with wrap_hook_errors("the decision"):
-            return decide_run(run.records)
+        return decide_run(run.records)
     except ResultsError:
         raise AllTrialsFailedError(
             f"fewer than two ranks have a full training, so there is nothing to compare{first_reason}; "

@@ -18,7 +18,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, TypeAlias
 
-from rightrank.runs.hook import Hook, SelectionStart
+from rightrank.runs.hook import Hook, Run
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import MissingExtraError, SettingsError, format_one_line, suggest_name
 from rightrank.schema.events import DecisionRecorded, Event, Notice, RunStarted
@@ -67,16 +67,16 @@ class Trackers(Hook):
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = list(resolve_trackers(names))
-        self._start: SelectionStart
+        self._run: Run
 
-    def on_start(self, start: SelectionStart) -> None:
-        self._start = start
+    def on_start(self, run: Run) -> None:
+        self._run = run
 
     def on_event(self, event: Event) -> None:
         if not self._names or not isinstance(event, (*OUTCOMES, DecisionRecorded)):
             return
-        selection = self._start.selection
-        group = f"{self._start.folder.path.resolve().name}-{selection.started.fingerprint[:6]}"
+        selection = self._run.selection
+        group = f"{self._run.folder.path.resolve().name}-{selection.started.fingerprint[:6]}"
         if isinstance(event, DecisionRecorded):
             run = _convert_decision(selection.started, event.decision, group)
         else:
@@ -87,7 +87,7 @@ class Trackers(Hook):
                     _write_mlflow(run) if name == "mlflow" else _write_run(name, run)
             except _list_client_errors(name) as error:  # an unreachable tracker must not end the selection
                 reason = format_one_line(str(error))[:200]
-                self._start.emit(Notice(text=f"{name}: logging stopped ({type(error).__name__}: {reason})"))
+                self._run.on_event(Notice(text=f"{name}: logging stopped ({type(error).__name__}: {reason})"))
                 self._names.remove(name)
 
 

@@ -16,7 +16,8 @@ from rightrank.report.figure import Figure, write_figures
 from rightrank.report.figures import build_figures, build_spectrum_figure
 from rightrank.report.html import render_model_card, render_report
 from rightrank.runs.folder import RunFolder
-from rightrank.runs.hook import Hook, SelectionEnd, SelectionStart
+from rightrank.runs.hook import Hook, Run
+from rightrank.runs.values import Selected
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import InputError
 from rightrank.schema.events import AdapterRecorded, Event, Records, RunStopped
@@ -29,32 +30,32 @@ class Report(Hook):
     """Keeps the report, the figures, decision.json and the adapter's card up to date."""
 
     is_required = False
-    _start: SelectionStart
+    _run: Run
     _next_write = 0.0  # the earliest time of the next report, by the monotonic clock
 
-    def on_start(self, start: SelectionStart) -> None:
-        self._start = start
+    def on_start(self, run: Run) -> None:
+        self._run = run
 
     def on_event(self, event: Event) -> None:
         if isinstance(event, AdapterRecorded):
-            records = self._start.records()
+            records = self._run.records
             self._write_views(records, None)
-            _write_card(self._start.folder, records, None)
+            _write_card(self._run.folder, records, None)
         if isinstance(event, RunStopped) or (isinstance(event, OUTCOMES) and time.monotonic() >= self._next_write):
-            start, records = time.monotonic(), self._start.records()
-            decides_training_rank = self._start.selection.settings.goal == "training-rank"
+            start, records = time.monotonic(), self._run.records
+            decides_training_rank = self._run.selection.settings.goal == "training-rank"
             self._write_views(records, decide_if_possible(records) if decides_training_rank else None)
             end = time.monotonic()  # a report of many trials takes longer, so the next one waits in proportion
             self._next_write = end + (end - start) / MAX_SHARE
 
-    def on_end(self, end: SelectionEnd) -> None:
-        self._write_views(end.records, end.selected.decision_or_none)
-        if end.selected.adapter is not None:
-            _write_card(end.folder, end.records, end.selected.decision_or_none)
+    def on_end(self, selected: Selected) -> None:
+        self._write_views(self._run.records, selected.decision_or_none)
+        if selected.adapter is not None:
+            _write_card(self._run.folder, self._run.records, selected.decision_or_none)
 
     def _write_views(self, records: Records, decision: Decision | None) -> None:
         """Write the report and, once a deployment rank or a training rank is known, decision.json."""
-        folder, answers = self._start.folder, build_answers(records, decision, self._start.selection.settings.goal)
+        folder, answers = self._run.folder, build_answers(records, decision, self._run.selection.settings.goal)
         if decision is not None or records.adapters:
             write_text(
                 folder.decision,

@@ -37,36 +37,24 @@ def build_resume_command(run: str) -> str:
 
 def build_arguments(name: str, row: Row, value: Any) -> list[str]:
     """Return the command-line arguments of a setting: its option, or `--set`."""
-    if isinstance(value, dict) or (isinstance(value, tuple) and not _can_be_joined(value, row)):
+    texts = [_format_value(entry) for entry in value] if isinstance(value, tuple) else [_format_value(value)]
+    text = ",".join(texts)
+    if isinstance(value, dict) or (isinstance(value, tuple) and not _can_be_joined(texts)):
         return ["--set", f"{name}={json.dumps(value)}"]
     if not row.option:
-        return [
-            "--set",
-            f"{name}={','.join(map(_format_value, value)) if isinstance(value, tuple) else _format_value(value)}",
-        ]
+        return ["--set", f"{name}={text}"]
     if isinstance(value, bool):
         return [row.option if value else row.option.replace("--", "--no-", 1)]
-    if isinstance(value, tuple) and not row.split:
-        return [argument for entry in value for argument in _format_option(row.option, entry)]
     if name == "budget_hours":
-        return _format_option(row.option, f"{Decimal(repr(value)).normalize():f}h")
+        text = f"{Decimal(repr(value)).normalize():f}h"
     if name == "memory_bytes":
-        return _format_option(row.option, f"{value // 2**30}GiB" if value % 2**30 == 0 else f"{value}B")
-    return _format_option(
-        row.option, ",".join(map(_format_value, value)) if isinstance(value, tuple) else _format_value(value)
-    )
+        text = f"{value // 2**30}GiB" if value % 2**30 == 0 else f"{value}B"
+    return [f"{row.option}={text}"] if text.startswith("-") else [row.option, text]
 
 
-def _can_be_joined(values: tuple[Any, ...], row: Row) -> bool:
-    """Return whether a list can be written with commas between its values, or by a repeated option."""
-    texts = list(map(_format_value, values))
-    if not row.split:
-        return bool(texts and row.option)
+def _can_be_joined(texts: list[str]) -> bool:
+    """Return whether a list can be written with commas between its values."""
     return bool(texts) and not any(not text or text != text.strip() or "," in text or text[0] == "[" for text in texts)
-
-
-def _format_option(option: str, text: str) -> list[str]:
-    return [f"{option}={text}"] if text.startswith("-") else [option, text]
 
 
 def _format_value(value: Any) -> str:

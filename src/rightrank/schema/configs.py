@@ -18,42 +18,13 @@ from rightrank.schema.settings import PEFT_OPTIONS, SelectSettings
 DERIVED_FIELDS = {"r", "task_type", "base_model_name_or_path", "peft_type", "peft_version", "auto_mapping", "revision"}
 DERIVED_FIELDS |= {"runtime_config", "megatron_core"}
 SPECIAL_ARGUMENTS = {
-    "warmup_steps",
-    "bf16",
-    "fp16",
-    "use_cpu",
-    "dataset_text_field",
-    "max_steps",
-    "num_train_epochs",
-    "optim",
-}
-IGNORED_PREFIXES = (  # prefixes of ignored arguments
-    *(
-        "output_dir",
-        "logging_",
-        "log_",
-        "save_",
-        "eval_",
-        "hub_",
-        "push_to_hub",
-        "run_name",
-        "project",
-        "trackio_",
-        "per_device_eval_",
-    ),
-    *("do_", "disable_tqdm", "dataloader_", "load_best_model", "metric_for_best", "greater_is_better", "skip_memory"),
-    *(
-        "remove_unused",
-        "dataset_num_proc",
-        "resume_from",
-        "local_rank",
-        "ddp_",
-        "fsdp",
-        "deepspeed",
-        "include_",
-        "prediction_loss",
-    ),
-)
+    "warmup_steps", "bf16", "fp16", "use_cpu", "dataset_text_field", "max_steps", "num_train_epochs", "optim",
+}  # fmt: skip
+IGNORED_PREFIXES = (
+    "output_dir", "logging_", "log_", "save_", "eval_", "hub_", "push_to_hub", "run_name", "project", "trackio_", "per_device_eval_",
+    "do_", "disable_tqdm", "dataloader_", "load_best_model", "metric_for_best", "greater_is_better", "skip_memory", "remove_unused",
+    "dataset_num_proc", "resume_from", "local_rank", "ddp_", "fsdp", "deepspeed", "include_", "prediction_loss",
+)  # fmt: skip
 
 
 def read_configs(peft_config: Any = None, args: Any = None) -> dict[str, Any]:

@@ -263,11 +263,6 @@ class Records:
     def settings(self) -> SelectSettings:
         return self.started.select_settings
 
-    def copy(self) -> Records:
-        """Return a copy that can be changed independently."""
-        outcomes, tests, adapters = [*self.outcomes], [*self.tests], [*self.adapters]
-        return Records(self.started, outcomes, tests, adapters, {**self.evaluations}, {**self._indices})
-
     def list_finished(self) -> list[TrialFinished]:
         return [outcome for outcome in self.outcomes if isinstance(outcome, TrialFinished)]
 

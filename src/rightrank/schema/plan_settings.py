@@ -31,7 +31,6 @@ class PlanSettings(StepSettings):
         COMPARE,
         "ranks, such as 8,16; by default powers of two, 1 to 512",
         foreign_names=("rank", "r", "lora_r", "lora_rank"),
-        split=True,
     )
 
     # the step

@@ -20,7 +20,7 @@ class RankPlan(Record):
     trainable_parameters: int
     adapter_bytes: int  # of adapter_model.safetensors
     peak_bytes: int  # allocated, at the peak of the step
-    peak_reserved_bytes: int  # with the CUDA allocator's segments; on the CPU the same as peak_bytes
+    peak_reserved_bytes: int  # by the CUDA allocator; on the CPU the same as peak_bytes
     needed_bytes: int  # reserved, with the process and headroom; compared with the available memory
     components: Components  # they add up to peak_bytes
     peak_at: str  # where in the step the peak is

@@ -43,7 +43,7 @@ class Row:
     `help` is Markdown; the command line shows it without the marks. `option` is the name at the command line, empty for a
     setting that only `--set` accepts. A different value of an `identity` setting makes another run; a `continuable` setting may
     change when a run is continued. `foreign_names` are its names in other tools, for which errors suggest its own name.
-    `split` accepts a text with commas as several values, and `aliases` are other tools' names of values.
+    `aliases` are other tools' names of values. A text with commas is a list, for a setting that takes several values.
     """
 
     default: Any
@@ -53,7 +53,6 @@ class Row:
     identity: bool = True
     continuable: bool = False
     foreign_names: tuple[str, ...] = ()
-    split: bool = False
     aliases: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -171,7 +170,7 @@ def _convert_value(kind: type[Settings], name: str, value: Any) -> Any:
         parsed = parse_json_value(value) if value.startswith("[") else None
         if isinstance(parsed, list):
             return parsed
-        return [entry.strip() for entry in value.split(",") if entry.strip()] if row.split else [value]
+        return [entry.strip() for entry in value.split(",") if entry.strip()]
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 

@@ -158,14 +158,13 @@ class PeftFields(Settings):
         ADAPTER,
         "module names as PEFT matches them, or `all-linear`",
         foreign_names=("targets", "lora_target_modules"),
-        split=True,
     )
     layers_to_transform: tuple[int, ...] | None = setting(
-        None, ADAPTER, "layer numbers, such as 26,27; by default all", foreign_names=("layers",), split=True
+        None, ADAPTER, "layer numbers, such as 26,27; by default all", foreign_names=("layers",)
     )
-    exclude_modules: tuple[str, ...] = setting((), ADAPTER, "module names to leave out", split=True)
+    exclude_modules: tuple[str, ...] = setting((), ADAPTER, "module names to leave out")
     modules_to_save: tuple[str, ...] = setting(
-        (), ADAPTER, "modules that are trained in full and saved with the adapter", split=True
+        (), ADAPTER, "modules that are trained in full and saved with the adapter"
     )
     use_dora: bool = setting(
         False,
@@ -173,7 +172,7 @@ class PeftFields(Settings):
         "DoRA, a trained magnitude for each row of a weight ([kinds of adapters](../how-to/adapter-kinds.md))",
     )
     target_parameters: tuple[str, ...] = setting(
-        (), ADAPTER, "names of bare parameters as PEFT matches them, such as `mlp.experts.down_proj`", split=True
+        (), ADAPTER, "names of bare parameters as PEFT matches them, such as `mlp.experts.down_proj`"
     )
     init_lora_weights: Literal["default", "gaussian"] = setting(
         "default",
@@ -283,7 +282,6 @@ class SelectSettings(StepSettings, _TrainerFields):
         "ranks to compare, in addition to the base model (rank 0); the largest is trained first",
         continuable=True,
         foreign_names=("rank", "r", "lora_r", "lora_rank"),
-        split=True,
     )
     learning_rates: LearningRates = option(
         (3e-4, 1e-3, 3e-3, 1e-2),
@@ -291,7 +289,6 @@ class SelectSettings(StepSettings, _TrainerFields):
         "learning rates to train to a quarter; the best one is finished",
         continuable=True,
         foreign_names=("lr", "learning_rate"),
-        split=True,
     )
     seeds: Seeds = option(
         (0,),
@@ -299,7 +296,6 @@ class SelectSettings(StepSettings, _TrainerFields):
         "seeds of batch order, initial A and dropout",
         continuable=True,
         foreign_names=("seed",),
-        split=True,
     )
     metric: str = option(
         "loss",
@@ -319,9 +315,7 @@ class SelectSettings(StepSettings, _TrainerFields):
         "which evaluation of a training counts and is kept: `last`, or `best` of the factors and of their mean since the warm-up",
         foreign_names=("load_best_model_at_end",),
     )
-    metrics: tuple[str, ...] = setting(
-        (), DECIDE, "additional metrics to measure, such as exact_match,rougeL", split=True
-    )
+    metrics: tuple[str, ...] = setting((), DECIDE, "additional metrics to measure, such as exact_match,rougeL")
     max_new_tokens: int = setting(64, DECIDE, "maximum length of an answer, in tokens", gt=0)
 
     budget_trainings: float | None = setting(
@@ -380,7 +374,6 @@ class SelectSettings(StepSettings, _TrainerFields):
         DATA,
         "columns with other names, such as prompt=question; `ignore=source` ignores a column; `group=document` names the column of "
         "[groups](file-formats.md#rows-that-belong-together)",
-        split=True,
     )
     validation: str = option(
         "", DATA, "file or folder for the validation split; by default a tenth of the data"
@@ -434,7 +427,6 @@ class SelectSettings(StepSettings, _TrainerFields):
         MACHINE,
         "trackers of every trial: trackio, wandb, mlflow ([guide](../how-to/tracking.md))",
         identity=False,
-        split=True,
     )
 
     def _require_consistent(self) -> None:
