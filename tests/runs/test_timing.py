@@ -65,7 +65,7 @@ def test_measured_steps_change_no_result(
         str(model_folder), completion_file, tmp_path / "with", settings=settings, callbacks=[log.hook]
     )
     assert log.position("cost: ") < log.entries.index(0) < log.entries.index(4)  # before the base and before rank 4
-    assert log.position("12 validation examples can tell about ") > log.entries.index(
+    assert log.position("Your 12 held-out rows can tell about ") > log.entries.index(
         4
     )  # the gain of the first training
     assert any(isinstance(entry, float) and entry > 0 for entry in log.entries[: log.entries.index(0)])  # on_time

@@ -483,9 +483,9 @@ def test_a_metric_without_a_known_direction_is_refused(name: str) -> None:
     rows = [{"rank": rank, name: loss} for rank, loss in LOSSES.items()]
     with pytest.raises(ResultsError, match="give --higher-is-better or --lower-is-better"):
         decide(rows, metric=name)
-    decided = decide(rows, metric=name, higher_is_better=False)
-    assert decided.decision.reference_rank == 64
-    assert any("no row has rank 0" in note for note in decided.input_notes)
+    with pytest.raises(ResultsError, match="give --margin in the unit of"):
+        decide(rows, metric=name, higher_is_better=False)
+    assert decide(rows, metric=name, higher_is_better=False, margin=0.01).decision.reference_rank == 64
     assert decide(rows, metric=name, higher_is_better=True, margin=0.01).decision.rank == 4
 
 

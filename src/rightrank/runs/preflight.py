@@ -128,12 +128,13 @@ def _format_resolution(preflight: Preflight) -> Iterator[str]:
     examples = preflight.splits["validation"].examples
     if resolution is None:
         return
-    advice = ""
-    if needed is not None and needed > examples:
+    text = f"Your {examples:,} held-out rows can tell a difference of about {resolution:.2g}"
+    if needed is None or needed <= examples:
+        yield f"{text}."
+    else:
         available = examples + preflight.not_evaluated
-        ways = f"--max-eval-examples {needed}" if needed <= available else f"the data have {available:,}"
-        advice = f"; for the margin of {margin:g}, about {needed:,} are needed ({ways})"
-    yield f"{examples:,} validation examples can tell a difference of about {resolution:.2g} from none{advice}"
+        ways = f"--max-eval-examples {needed}" if needed <= available else f"have {available:,}"
+        yield f"{text}; the margin of {margin:g} needs about {needed:,} ({ways})."
 
 
 def _format_share_resolution(prepared: LoadedSelection, gain: float, share: float) -> str | None:
@@ -143,12 +144,10 @@ def _format_share_resolution(prepared: LoadedSelection, gain: float, share: floa
     resolution, needed = estimate_resolution(prepared.strategy.space.criterion, examples, share * gain)
     if resolution is None or needed is None:
         return None
-    text = f"{examples:,} validation examples can tell about {resolution / gain:.1%} of the gain so far ({gain:.2g}) from none"
+    text = f"Your {examples:,} held-out rows can tell about {resolution / gain:.1%} of the gain"
     if needed <= examples:
-        return text
-    return (
-        f"{text}; for {100 * share:.2g}% about {needed:,} are needed (the data have {examples + data.not_evaluated:,})"
-    )
+        return f"{text}."
+    return f"{text}; {100 * share:.2g}% needs about {needed:,} (have {examples + data.not_evaluated:,})."
 
 
 def _format_exceptions(prepared: LoadedSelection) -> Iterator[str]:

@@ -79,9 +79,10 @@ def read_result_table(
         raise ResultsError(f"{table.name}: a perplexity of {lowest:g} is not possible; perplexities are above 0")
     if kind == "accuracy":
         _require_one_unit(finished, roles.metric, table.name)
-    if margin is None and all(outcome.rank for outcome in finished):
-        notes.append(
-            "margin: no row has rank 0, so there is no gain over the base to take 1% of; --margin sets another one"
+    if kind == "other" and margin is None and all(outcome.rank for outcome in finished):
+        raise ResultsError(
+            f"{table.name}: no row has rank 0, so there is no gain over the base to take 1% of, and only losses and shares have a default "
+            f"margin; add rank 0, or give --margin in the unit of {roles.metric}"
         )
     readings = [
         f"{role} from column {name}"
