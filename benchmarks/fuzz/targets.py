@@ -22,7 +22,7 @@ from rightrank.data.rows import FILE_TYPES
 from rightrank.data.splits import load_data
 from rightrank.report.answer import build_answers
 from rightrank.report.html import render_report
-from rightrank.report.terminal import format_decision
+from rightrank.report.screen import format_decision
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.journal import seal
 from rightrank.schema.errors import InputError
@@ -143,7 +143,7 @@ def read_journal(data: bytes, folder: Path) -> None:
 
     from rightrank.decision.run import decide_if_possible
     from rightrank.report.figures import build_figures
-    from rightrank.report.status import find_last_decision
+    from rightrank.report.screen import find_last_decision
     from rightrank.schema.events import read_records
 
     (folder / "journal.jsonl").write_bytes(_seal_journal(data))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rightrank.data.forms import COMPLETION_COLUMNS, MEDIA_COLUMNS, build_example
 from rightrank.data.rows import Row
 from rightrank.data.splits import DataSplits, load_data
-from rightrank.report.terminal import describe_data_issues
+from rightrank.report.progress import describe_data_issues
 from rightrank.schema.errors import DataError
 from tests.tiny import build_small_settings, generate_sentences, write_jsonl
 

@@ -15,7 +15,7 @@ import pytest
 from rightrank.data.splits import load_data
 from rightrank.report.answer import build_answers
 from rightrank.report.html import render_report
-from rightrank.report.terminal import format_plan
+from rightrank.report.progress import format_plan
 from rightrank.training.tokens import EncodedData, encode_splits
 from tests.commands import run
 from tests.report.runs import make_run

@@ -18,15 +18,12 @@ from rightrank.decision.rule import decide_table
 from rightrank.decision.run import (
     build_criterion,
     build_trained_answer,
-    compare_run_adapters,
     decide_if_possible,
     decide_run,
 )
 from rightrank.report.answer import Answers, build_answers
-from rightrank.report.screen import MAX_LINES, RunScreen, describe_result, format_screen
-from rightrank.report.terminal import format_decision
+from rightrank.report.screen import MAX_LINES, describe_result, format_decision, format_screen
 from rightrank.runs.values import SelectedRank
-from rightrank.schema.command import build_next_commands
 from rightrank.schema.decision import Decision
 from rightrank.schema.events import Records, RunKind
 from rightrank.schema.settings import Goal
@@ -113,13 +110,12 @@ CASES: list[Case] = [
 ]
 
 
-def finish(case: Case, run: Path) -> RunScreen:
+def finish(case: Case, run: Path) -> tuple[Answers, Path, Path | None, Path]:
+    """Return what the screen of a run shows: its answers, its folder, the adapter's folder and the report."""
     records, goal = case()
     decision: Decision | None = decide_if_possible(records) if goal == "training-rank" else None
-    answers = build_answers(records, decision, goal)
-    commands = build_next_commands(records.started, answers.next_runs, str(run))
     adapter = run / "adapter" if records.adapters else None
-    return RunScreen(answers, compare_run_adapters(records), commands, run, adapter, run / "report.html")
+    return build_answers(records, decision, goal, str(run)), run, adapter, run / "report.html"
 
 
 def list_screen_commands(screen: str) -> list[list[str]]:
@@ -130,7 +126,7 @@ def test_the_screen_has_at_most_fourteen_lines() -> None:
     """Count the lines of the terminal, in which a long line takes several."""
     for case in CASES:
         for width in [60, 80, 120]:
-            screen = format_screen(finish(case, Path("data-model")), width)
+            screen = format_screen(*finish(case, Path("data-model")), width)
             assert sum(-(-cell_len(line) // width) for line in screen.splitlines()) <= MAX_LINES
 
 
@@ -139,18 +135,18 @@ def test_commands_and_paths_stay_whole_in_any_terminal() -> None:
         for width in [20, 40, 80]:
             for run in ["data-model", "my run's folder/it", "daten-größe", "数据-模型"]:
                 finished = finish(case, Path(run))
-                screen = format_screen(finished, width)
+                adapter, screen = finished[2], format_screen(*finished, width)
                 assert len(screen.splitlines()) <= MAX_LINES
                 commands = list_screen_commands(screen)
                 assert ["status", run] in commands
                 for name, *arguments in commands:
                     with click.Context(cli) as parent:
                         COMMANDS[name].make_context(name, arguments, parent=parent)
-                if finished.adapter is not None:
-                    assert f"adapter: {finished.adapter}\n" in screen
+                if adapter is not None:
+                    assert f"adapter: {adapter}\n" in screen
                 for loading in re.findall(r"(?m)^load: +(peft.*)$", screen):
                     assert [node.value for node in ast.walk(ast.parse(loading)) if isinstance(node, ast.Constant)] == [
-                        str(finished.adapter)
+                        str(adapter)
                     ]
 
 
@@ -174,13 +170,13 @@ def test_commands_and_paths_stay_whole_in_any_terminal() -> None:
     ids=lambda value: getattr(value, "__name__", ""),
 )  # fmt: skip
 def test_the_screen_has_the_answer_and_the_next_step(case: Case, texts: list[str]) -> None:
-    screen = format_screen(finish(case, Path("data-model")), 200)
+    screen = format_screen(*finish(case, Path("data-model")), 200)
     assert [text for text in texts if text not in screen] == []
 
 
 @pytest.mark.parametrize("case", [make_adapter_run, make_best_adapter_run, make_training_rank_run])
 def test_each_goal_shows_its_curve_and_its_adapter_in_eighty_columns(case: Case) -> None:
-    lines = format_screen(finish(case, Path("data-model")), 80).splitlines()
+    lines = format_screen(*finish(case, Path("data-model")), 80).splitlines()
     assert sum("┤" in line for line in lines) == 2
     assert any(line.startswith("held-out loss, nats (lower is better); ● trained, ○ truncated") for line in lines)
     assert "load:    peft.AutoPeftModelForCausalLM.from_pretrained('data-model/adapter')" in lines
@@ -199,28 +195,20 @@ def test_every_verdict_has_a_short_sentence(name: str) -> None:
 def test_the_next_command_of_a_run_with_a_budget_raises_it() -> None:
     records, goal = make_edge_run()
     set_settings(records, budget_trainings=2.0, budget_hours=0.5)
-    finished = finish(lambda: (records, goal), Path("data-model"))
-    (command,) = [command for command in finished.next_commands if command is not None]
+    answers, *_ = finish(lambda: (records, goal), Path("data-model"))
+    (command,) = [command for command in answers.next_commands if command is not None]
     assert command.endswith("--set budget_trainings=3 --time 1h")
     records, goal = make_adapter_run()
     set_settings(records, budget_hours=2.0)
-    screen = format_screen(finish(lambda: (records, goal), Path("data-model")), 200)
+    screen = format_screen(*finish(lambda: (records, goal), Path("data-model")), 200)
     assert "rightrank select --out data-model --goal best-adapter --time 4h\n" in screen
 
 
 def test_a_result_prints_its_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    finished = finish(make_adapter_run, Path("data-model"))
-    selected = Selected(
-        finished.run,
-        SelectedRank(8, "", Path("data-model/adapter")),
-        None,
-        finished.report,
-        finished.answers,
-        finished.next_commands,
-        list(finished.candidates),
-    )
-    assert str(selected) == format_screen(finished, 80)
+    answers, run, adapter, report = finish(make_adapter_run, Path("data-model"))
+    selected = Selected(run, SelectedRank(8, "", adapter), None, report, answers)
+    assert str(selected) == format_screen(answers, run, adapter, report, 80)
 
 
 def test_bounds_within_the_margin_beside_a_low_probability_are_explained() -> None:

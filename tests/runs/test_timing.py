@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rightrank.api.selecting import select_rank
-from rightrank.report.terminal import format_time_estimate
+from rightrank.report.progress import format_time_estimate
 from rightrank.runs import preflight as planned
 from rightrank.runs.values import Selected
 from rightrank.schema.events import DurationEstimated, Event

@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING
 from rightrank.adapters.adapter_folders import CONFIG_FILE
 from rightrank.api.runs import open_run
 from rightrank.data.files import UnreadableError, read_json_object, report_disk_errors, require_absent
-from rightrank.decision.run import compare_run_adapters, decide_if_possible
-from rightrank.report.answer import build_answers
-from rightrank.report.screen import RunScreen, collect_curves, format_screen
-from rightrank.report.status import RunStatus, build_run_status, find_last_decision
+from rightrank.decision.run import decide_if_possible
+from rightrank.report.answer import Answers, build_answers
+from rightrank.report.screen import RunStatus, build_run_status, find_last_decision, format_screen
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
-from rightrank.schema.command import build_next_commands
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError, RunFolderError, SettingsError
 from rightrank.schema.events import EvaluationProgress, Records
@@ -206,12 +204,12 @@ def format_status(run: str | Path, width: int) -> str:
     Raises:
         RunFolderError: there is no run.
     """
-    run_status, shown = _read_status(run)
-    return format_screen(shown, width, run_status)
+    run_status, answers, folder = _read_status(run)
+    adapter = folder.adapter if folder.adapter.is_dir() else None
+    return format_screen(answers, folder.path, adapter, folder.report, width, run_status)
 
 
-def _read_status(run: str | Path) -> tuple[RunStatus, RunScreen]:
-
+def _read_status(run: str | Path) -> tuple[RunStatus, Answers, RunFolder]:
     folder, journal, records = open_run(run, is_live=True)
     try:
         progress = read_json_object(folder.path / PROGRESS_FILE)
@@ -219,19 +217,6 @@ def _read_status(run: str | Path) -> tuple[RunStatus, RunScreen]:
         progress = {}  # no process is running, or it has just ended
     goal, decided = records.settings.goal, find_last_decision(journal)
     decision = decide_if_possible(records) if decided is None else decided.decision
-    answers = build_answers(records, decision if goal == "training-rank" else None, goal)
-    tried_rates = records.list_tried_rates()
-    commands = build_next_commands(records.started, answers.next_runs, str(run), tried_rates=tried_rates)
-    adapter = folder.adapter if folder.adapter.is_dir() else None
-    shown = RunScreen(answers, compare_run_adapters(records), commands, folder.path, adapter, folder.report)
-    run_status = build_run_status(
-        str(run),
-        journal,
-        records,
-        answers,
-        commands,
-        is_locked=folder.is_in_use(),
-        progress=progress,
-        curves=collect_curves(answers, shown.candidates),
-    )
-    return run_status, shown
+    answers = build_answers(records, decision if goal == "training-rank" else None, goal, str(run))
+    status = build_run_status(str(run), journal, records, answers, is_locked=folder.is_in_use(), progress=progress)
+    return status, answers, folder

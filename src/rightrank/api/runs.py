@@ -11,7 +11,7 @@ from rightrank.data.files import report_disk_errors, write_text
 from rightrank.decision import rule
 from rightrank.decision.run import decide_run, list_comparable_outcomes
 from rightrank.decision.table import build_table
-from rightrank.report.answer import Answers, build_answer_view, format_labelled_rows, render_notebook_html
+from rightrank.report.answer import Answers, build_next_rows, format_labelled_rows, render_notebook_html
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.frame import build_trials_frame
 from rightrank.schema.command import build_next_commands
@@ -111,14 +111,14 @@ class DecisionResult:
         return f"DecisionResult(rank={decision.rank}, verdict={decision.verdict!r}, margin={decision.margin:g})"
 
     def __str__(self) -> str:
-        view = build_answer_view(Answers(self.decision), self.next_commands)
-        rows = [("decision", view.training_rank), *view.build_next_rows()]
+        answers = Answers(self.decision, next_commands=self.next_commands)
+        rows = [("decision", self.decision.sentence), *build_next_rows(answers)]
         return "\n".join([*self.input_notes, *format_labelled_rows(rows, 10)])
 
     def _repr_html_(self) -> str:
         from rightrank.report.figures import build_rank_figure
 
-        return render_notebook_html(build_answer_view(Answers(self.decision)), "", build_rank_figure(self.decision).svg)
+        return render_notebook_html(Answers(self.decision), "", build_rank_figure(self.decision).svg)
 
 
 def decide(

@@ -100,7 +100,7 @@ def _print_selected(selected: Selected, as_json: bool) -> None:
 
 def _dry_run(model: str, data: Path, values: dict[str, Any], quiet: bool, as_json: bool) -> None:
     from rightrank.api.selecting import preflight
-    from rightrank.report.terminal import format_preflight
+    from rightrank.report.progress import format_preflight
     from rightrank.runs.watching import make_view
 
     with make_view(quiet) as view:

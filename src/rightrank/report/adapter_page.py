@@ -1,9 +1,13 @@
-"""The answer on the smallest adapter of one training: its table, its figure, and the page of a training by another program."""
+"""The answer on the smallest adapter of one training: its table, its figure, and the page of a training by another program; with the templates of all pages."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rightrank.decision.adapter import format_share
 from rightrank.report.figure import (
@@ -18,8 +22,7 @@ from rightrank.report.figure import (
     is_matplotlib_installed,
     set_log_ticks,
 )
-from rightrank.report.format import format_metric_label
-from rightrank.report.pages import load_templates
+from rightrank.report.format import format_metric_label, make_visible
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, LearningRateCandidate
 
 if TYPE_CHECKING:
@@ -135,3 +138,34 @@ def render_adapter_page(
             has_files=False,
         )
     )
+
+
+MAX_NUMBER_ROWS = 200  # in the report; the figure's CSV file has all rows
+
+
+@cache
+def load_templates(autoescape: bool = True) -> Environment:
+    """Load the template environment. With `autoescape`, values are escaped and control characters made visible."""
+    environment = Environment(
+        loader=PackageLoader("rightrank.report", "templates"),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: make_visible(value) if autoescape and type(value) is str else value,
+    )
+    environment.globals |= {"max_numbers": MAX_NUMBER_ROWS, "style": read_asset("report.css")}
+    environment.filters["cell"] = _format_cell
+    return environment
+
+
+def _format_cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+@cache
+def read_asset(name: str) -> str:
+    """Read a file from the templates folder."""
+    return files("rightrank.report").joinpath("templates", name).read_text(encoding="utf-8").strip("\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import zip_longest
 from typing import Any
@@ -12,12 +12,20 @@ from rightrank.adapters.rank_math import convert_scaling
 from rightrank.decision.comparison import is_within
 from rightrank.decision.next_run import plan_rate_run
 from rightrank.decision.rule import format_number, format_probability
-from rightrank.decision.run import build_criterion, build_run_table, describe_learning_rate, format_provenance
+from rightrank.decision.run import (
+    build_criterion,
+    build_run_table,
+    compare_run_adapters,
+    describe_learning_rate,
+    format_provenance,
+)
 from rightrank.report.adapter_page import ENOUGH
 from rightrank.report.figure import encode_image
 from rightrank.report.format import format_duration, format_quantity, format_training_settings, make_visible
+from rightrank.schema.command import build_next_commands
 from rightrank.schema.decision import (
     AdapterAnswer,
+    AdapterCandidate,
     Decision,
     ExportedAdapter,
     LearningRateAnswer,
@@ -56,6 +64,48 @@ class Answers:
     # at a learning rate beyond the adapter's, if that is the lowest or the highest one tried
     adapter_run: NextRun | None = None
     learning_rate: LearningRateAnswer | None = None  # of the adapter; None if only one was tried
+    candidates: Sequence[AdapterCandidate] = ()  # every adapter of the run against the reference
+    # for each next run, the command that continues this run; None if there is none
+    next_commands: Sequence[str | None] = ()
+
+    @property
+    def adapter_headline(self) -> str:
+        """Return the deployment rank in a few words; empty without an adapter."""
+        return f"Adapter: rank {self.adapter.handed_over.rank_text}" if self.adapter else ""
+
+    @property
+    def rank_headline(self) -> str:
+        """Return the training rank in a few words; empty if it was not requested, and before the first answer."""
+        if self.goal != "training-rank" or not (self.adapter or self.decision):
+            return ""
+        if self.decision is None:
+            return "Training rank: not available yet"
+        return f"Training rank: {self.decision.rank or self.decision.verdict.replace('_', ' ')}"
+
+    @property
+    def headline(self) -> str:
+        """Summarise both answers in a few words."""
+        return " · ".join(filter(None, (self.adapter_headline, self.rank_headline))) or "Running: no answer yet"
+
+    @property
+    def adapter_sentence(self) -> str:
+        return self.adapter.answer.sentence if self.adapter else ""
+
+    @property
+    def adapter_notes(self) -> list[str]:
+        """Say how the adapter was made, whether a larger one may be better, its result on the test split, and how to train again."""
+        return list(filter(None, _format_adapter_notes(self)))
+
+    @property
+    def training_rank(self) -> str:
+        """Return the training rank in a sentence; until it is available, what is missing."""
+        if self.decision is not None:
+            return self.decision.sentence
+        if self.goal == "training-rank":
+            so_far = format_quantity(self.trainings, "training")
+            return f"{so_far} so far. A comparison needs two ranks with a result."
+        to_measure = " To measure it: the same command with --goal training-rank." if is_built_in(self.started) else ""
+        return f"not measured.{to_measure}"
 
     @property
     def next_runs(self) -> list[NextRun]:
@@ -98,32 +148,33 @@ class Answers:
 
 
 def build_answers(
-    records: Records,
-    decision: Decision | None,
-    goal: Goal = "training-rank",
+    records: Records, decision: Decision | None, goal: Goal = "training-rank", run: str | None = None
 ) -> Answers:
-    adapter = records.adapters[-1] if records.adapters else None
-    chosen = records.by_id.get(adapter.answer.trial_id) if adapter else None
-    trained = chosen and records.by_id.get(chosen.truncate_from or chosen.trial_id, chosen)
-    sentence = run = None
-    adapter_rate, adapter_steps = 0.0, 0
-    if chosen is not None and trained is not None:
-        adapter_rate, adapter_steps = trained.learning_rate, trained.steps
-        sentence = format_provenance(chosen, trained)
-        run = plan_rate_run(build_run_table(records), trained.rank, trained.learning_rate, [trained.rank])
-    rate = None if trained is None else describe_learning_rate(trained, records.outcomes, build_criterion(records))
-    return Answers(
-        decision,
-        goal,
-        adapter,
-        sentence,
-        adapter_rate,
-        adapter_steps,
-        records.count_trainings(),
-        records.started,
-        run,
-        rate,
-    )
+    """Build the answers of a run.
+
+    Args:
+        decision: on the training rank; None if it was not requested, or is not known yet.
+        run: the run folder as commands name it; None: without candidates and commands.
+    """
+    answers = Answers(decision, goal, trainings=records.count_trainings(), started=records.started)
+    if records.adapters:
+        answers = replace(answers, adapter=records.adapters[-1])
+        chosen = records.by_id.get(records.adapters[-1].answer.trial_id)
+        trained = chosen and records.by_id.get(chosen.truncate_from or chosen.trial_id, chosen)
+        if chosen is not None and trained is not None:
+            rank, rate = trained.rank, trained.learning_rate
+            answers = replace(
+                answers,
+                provenance=format_provenance(chosen, trained),
+                adapter_rate=rate,
+                adapter_steps=trained.steps,
+                adapter_run=plan_rate_run(build_run_table(records), rank, rate, [rank]),
+                learning_rate=describe_learning_rate(trained, records.outcomes, build_criterion(records)),
+            )
+    if run is None:
+        return answers
+    commands = build_next_commands(records.started, answers.next_runs, run, tried_rates=records.list_tried_rates())
+    return replace(answers, candidates=compare_run_adapters(records), next_commands=commands)
 
 
 def _dump_shares(answer: AdapterAnswer | None) -> dict[str, Any]:
@@ -137,56 +188,10 @@ def _dump_record(record: Record | None) -> Any:
     return record and record.model_dump()
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerView:
-    """Both answers in words. A field is empty if its answer is not available yet or was not requested."""
-
-    adapter_headline: str  # the deployment rank in a few words
-    rank_headline: str  # the training rank in a few words
-    adapter: str  # the deployment rank in a sentence
-    # How the adapter was made, at which rank it loads, whether a larger one may be better, and its test-split result.
-    adapter_notes: tuple[str, ...]
-    learning_rate: str  # the choice of the adapter's learning rate; empty if only one was tried
-    training_rank: str  # the training rank in a sentence; until it is available, what is missing
-    verdict: str  # with the flags in brackets
-    next_runs: tuple[tuple[str, str | None], ...]  # each with a command that can be pasted, if there is one
-
-    @property
-    def headline(self) -> str:
-        """Summarise both answers in a few words."""
-        return " · ".join(filter(None, (self.adapter_headline, self.rank_headline))) or "Running: no answer yet"
-
-    def build_next_rows(self) -> list[tuple[str, str]]:
-        """Return a row for each suggested next run, followed by a row with its command."""
-        return [row for run, command in self.next_runs for row in (("next", run), ("", command or ""))]
-
-
-def build_answer_view(answers: Answers, commands: Sequence[str | None] = ()) -> AnswerView:
-    """Describe the answers in words.
-
-    Args:
-        commands: the commands of the next runs, in the same order; None for a run without a command.
-    """
-    decision, adapter, asks_for_rank = answers.decision, answers.adapter, answers.goal == "training-rank"
-    rank = "not available yet" if decision is None else decision.rank or decision.verdict.replace("_", " ")
-    rank_text = "not measured." + (
-        " To measure it: the same command with --goal training-rank." if _is_built_in(answers.started) else ""
-    )
-    if decision is None and asks_for_rank:
-        so_far = format_quantity(answers.trainings, "training")
-        rank_text = f"{so_far} so far. A comparison needs two ranks with a result."
-    return AnswerView(
-        adapter_headline=f"Adapter: rank {adapter.handed_over.rank_text}" if adapter else "",
-        rank_headline="" if not asks_for_rank or not (adapter or decision) else f"Training rank: {rank}",
-        adapter=adapter.answer.sentence if adapter else "",
-        adapter_notes=tuple(filter(None, _format_adapter_notes(answers))),
-        learning_rate=answers.learning_rate.sentence if answers.learning_rate else "",
-        training_rank=decision.sentence if decision is not None else rank_text,
-        verdict=""
-        if decision is None
-        else decision.verdict + (f" ({', '.join(decision.flags)})" if decision.flags else ""),
-        next_runs=tuple((run.sentence, command) for run, command in zip_longest(answers.next_runs, commands)),
-    )
+def build_next_rows(answers: Answers) -> list[tuple[str, str]]:
+    """Return a row for each suggested next run, followed by a row with its command."""
+    runs = zip_longest(answers.next_runs, answers.next_commands)
+    return [row for run, command in runs for row in (("next", run.sentence), ("", command or ""))]
 
 
 def format_labelled_rows(rows: Iterable[tuple[str, str | None]], width: int) -> list[str]:
@@ -229,7 +234,7 @@ def describe_training(answers: Answers) -> str:
         An empty string if another trainer trained, which has its own settings.
     """
     started, decision, adapter = answers.started, answers.decision, answers.adapter
-    if started is None or not _is_built_in(started):
+    if started is None or not is_built_in(started):
         return ""
     if decision is not None and decision.rank:
         rank, rate = decision.rank, decision.learning_rate
@@ -249,7 +254,7 @@ def describe_training(answers: Answers) -> str:
     )
 
 
-def _is_built_in(started: RunStarted | None) -> bool:
+def is_built_in(started: RunStarted | None) -> bool:
     """Return whether the trainings are those of the built-in trainer, which can train for other numbers of steps."""
     return started is not None and started.kind is RunKind.SELECTION
 
@@ -268,17 +273,15 @@ def format_brief(value: float | None) -> str:
     return "" if value is None else "0" if abs(value) < 1e-12 else format_number(value)
 
 
-def render_notebook_html(view: AnswerView, adapters: str, ranks: str) -> str:
+def render_notebook_html(answers: Answers, adapters: str, ranks: str) -> str:
     """Render each answer with its drawing (SVG) for a notebook. An answer that is not available is left out."""
-    next_run = f" Next: {view.next_runs[0][0]}" if view.next_runs else ""
+    decision, footer = answers.decision, ""
+    if decision is not None:
+        flags = f" ({', '.join(decision.flags)})" if decision.flags else ""
+        footer = f"<p>Verdict: {_escape_html(f'{decision.verdict}{flags}. Next: {answers.next_runs[0].sentence}')}</p>"
     sections = [
-        (view.adapter_headline, view.adapter, adapters, ""),
-        (
-            view.rank_headline if view.verdict else "",
-            view.training_rank,
-            ranks,
-            f"<p>Verdict: {_escape_html(view.verdict)}.{_escape_html(next_run)}</p>",
-        ),
+        (answers.adapter_headline, answers.adapter_sentence, adapters, ""),
+        (answers.rank_headline if decision is not None else "", answers.training_rank, ranks, footer),
     ]
     return "".join(
         f"<div><p><strong>{_escape_html(headline)}</strong>. {_escape_html(sentence)}</p>{_format_image(drawing)}{footer}</div>"
@@ -371,7 +374,7 @@ def build_certainty_rows(decision: Decision) -> list[tuple[str, str]]:
         "the lower bounds are lower by this."
     )
     rows = [
-        ("basis", decision.basis_note or ""),
+        ("basis", decision.basis_note),
         ("likely", explain_probabilities(decision)),
         ("optimism", optimism if decision.selection_bias else ""),
         *(("flag", f"{flag}: {FLAGS.get(flag, '')}") for flag in decision.flags),

@@ -19,10 +19,9 @@ from typing import Any
 from rightrank.adapters.adapter_folders import ADAPTERS_IMAGE, CARD_IMAGES, RANK_CURVE_IMAGE
 from rightrank.adapters.loading_code import format_base_arguments, format_loading_code
 from rightrank.decision.run import format_provenance
-from rightrank.report.adapter_page import build_candidate_table
+from rightrank.report.adapter_page import build_candidate_table, load_templates, read_asset
 from rightrank.report.answer import (
     Answers,
-    build_answer_view,
     build_certainty_rows,
     build_evidence_table,
     build_margin_steps,
@@ -33,7 +32,6 @@ from rightrank.report.answer import (
 from rightrank.report.figure import INSTALL_HINT, Figure, is_matplotlib_installed
 from rightrank.report.figures import build_rank_figure
 from rightrank.report.format import format_bytes, format_quantity
-from rightrank.report.pages import load_templates, read_asset
 from rightrank.schema.command import build_reproduce_command
 from rightrank.schema.decision import Decision
 from rightrank.schema.events import Records, RunStarted, TestEvaluated
@@ -79,7 +77,7 @@ def render_report(
                 if decision is None
                 else _list_decision_values(decision)
             ),
-            view=build_answer_view(answers),
+            answers=answers,
             adapter=adapter,
             candidates=build_candidate_table(adapter.answer, started.metric) if adapter else [],
             confidence=_format_confidence(records, decision) if decision else "",
@@ -104,9 +102,8 @@ def render_table_report(trainings: Sequence[TrialOutcome], decision: Decision, s
         command: the command that decides on the table; empty for none.
     """
     template = load_templates().get_template("table.html")
-    headline = build_answer_view(Answers(decision)).headline
     return template.render(
-        headline=headline,
+        headline=Answers(decision).headline,
         source=source,
         command=command,
         has_files=False,

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from textwrap import wrap
 
+from pydantic import Field
 from rich.cells import cell_len
 
 from rightrank.adapters.loading_code import format_loading_code
 from rightrank.adapters.rank_math import format_slot
 from rightrank.decision.comparison import CONFIDENCE
 from rightrank.decision.rule import format_probability
-from rightrank.report.answer import Answers, describe_training, format_labelled_rows
+from rightrank.report.answer import (
+    Answers,
+    build_certainty_rows,
+    build_evidence_table,
+    build_next_rows,
+    describe_training,
+    format_brief,
+    format_cost,
+    format_labelled_rows,
+    format_table,
+)
 from rightrank.report.format import format_metric_label, format_quantity, make_visible
-from rightrank.report.status import RunStatus
 from rightrank.report.terminal_curve import CURVE_LINES, Points, draw_terminal_curve
-from rightrank.schema.command import build_budget_options
-from rightrank.schema.decision import AdapterCandidate, Decision
-from rightrank.schema.events import RunKind
-from rightrank.schema.settings import LONGER_TRAININGS
+from rightrank.schema.command import build_budget_options, build_resume_command
+from rightrank.schema.decision import Decision
+from rightrank.schema.events import DecisionRecorded, JournalRecord, Records, RunKind
+from rightrank.schema.settings import LONGER_TRAININGS, Goal
+from rightrank.schema.trials import OUTCOMES, Record, TrialStarted
 
 MAX_LINES, MAX_CURVE_LINES = 14, 7
 MIN_WIDTH, LABEL_WIDTH = 40, 9  # characters
@@ -34,46 +45,37 @@ ADDITIONS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class RunScreen:
-    """The facts of a run that its screen shows."""
-
-    answers: Answers
-    candidates: Sequence[AdapterCandidate]  # every adapter of the run
-    next_commands: Sequence[str | None]  # of the next runs, in the same order
-    run: Path
-    adapter: Path | None  # None: a custom trainer saved no files, or there is no adapter yet
-    report: Path
-
-
-def format_screen(shown: RunScreen, width: int, status: RunStatus | None = None) -> str:
+def format_screen(
+    answers: Answers, run: Path, adapter: Path | None, report: Path, width: int, status: RunStatus | None = None
+) -> str:
     """Format the screen of a run for a terminal of `width` characters: the result, the curve, the adapter and the next command.
 
     The final screen of a selection has at most `MAX_LINES` lines; the curve takes those that the texts leave free. With a status, the
     state comes first and all details come last. Commands and paths are not wrapped, so that they can be pasted.
+
+    Args:
+        adapter: the folder of the adapter; None: a custom trainer saved no files, or there is no adapter yet.
     """
     width = max(width, MIN_WIDTH)
-    headline = wrap(
-        make_visible(describe_result(shown.answers, is_done=status is None or status.state == "done")), width
-    )
+    headline = wrap(make_visible(describe_result(answers, is_done=status is None or status.state == "done")), width)
     missing_adapter = "the trainer saved none" if status is None else None
     rows = [
-        ("adapter", missing_adapter if shown.adapter is None else str(shown.adapter)),
-        ("load", _format_loading(shown)),
-        ("train", describe_training(shown.answers)),
-        ("slot", _format_slot(shown.answers)),
+        ("adapter", missing_adapter if adapter is None else str(adapter)),
+        ("load", _format_loading(answers, adapter)),
+        ("train", describe_training(answers)),
+        ("slot", _format_slot(answers)),
     ]
     if status is None:
-        status_command = shlex.join(["rightrank", "status", str(shown.run)])
-        rows += [*_format_next_step(shown, width), ("details", f"{shown.report} and: {status_command}")]
+        status_command = shlex.join(["rightrank", "status", str(run)])
+        rows += [*_format_next_step(answers, run, width), ("details", f"{report} and: {status_command}")]
     else:
         headline.insert(0, make_visible(f"{status.run}: {status.state}"))
         rows += _list_details(status)
     lines = list(map(make_visible, format_labelled_rows(rows, LABEL_WIDTH)))
     free_lines = MAX_LINES - sum(-(-cell_len(line) // width) for line in (*headline, *lines))
     num_lines = min(free_lines, MAX_CURVE_LINES) if status is None else CURVE_LINES
-    trained, truncated = collect_curves(shown.answers, shown.candidates)
-    started = shown.answers.started
+    trained, truncated = collect_curves(answers)
+    started = answers.started
     label = format_metric_label(started.metric, started.higher_is_better) if started else ""
     curve = draw_terminal_curve(trained, width, truncated, label=label, num_lines=num_lines)
     return "\n".join([*headline, *curve, *lines])
@@ -100,11 +102,11 @@ def _list_details(status: RunStatus) -> list[tuple[str, str | None]]:
     ]
 
 
-def collect_curves(answers: Answers, candidates: Sequence[AdapterCandidate]) -> tuple[Points, Points]:
+def collect_curves(answers: Answers) -> tuple[Points, Points]:
     """Return the value of each rank, trained and truncated: the best one, or the mean over seeds where a decision has it."""
     by_method: dict[str, dict[int, float]] = {"trained": {}, "truncated": {}}
     better = max if answers.started is not None and answers.started.higher_is_better else min
-    for candidate in candidates:
+    for candidate in answers.candidates:
         values = by_method[candidate.method]
         values[candidate.rank] = better(candidate.value, values.get(candidate.rank, candidate.value))
     if answers.decision is not None:
@@ -157,9 +159,9 @@ def _format_amount(number: str, metric: str) -> str:
     return f"{number} nats" if metric == "loss" else number
 
 
-def _format_loading(shown: RunScreen) -> str:
+def _format_loading(answers: Answers, folder: Path | None) -> str:
     """Return one line of Python that loads the adapter, or the file that has more of them; empty for a custom trainer's files."""
-    started, folder = shown.answers.started, shown.adapter
+    started = answers.started
     if started is None or folder is None or started.kind is not RunKind.SELECTION:
         return ""
     if started.model_name is None:
@@ -168,21 +170,20 @@ def _format_loading(shown: RunScreen) -> str:
     return f"peft.{code[-1].removeprefix('model = ')}" if len(code) == 2 else f"the code in {folder / 'README.md'}"
 
 
-def _format_next_step(shown: RunScreen, width: int) -> list[tuple[str, str]]:
+def _format_next_step(answers: Answers, run: Path, width: int) -> list[tuple[str, str]]:
     """Return rows with the most useful next command or, without one, with the sentence on the next run."""
-    runs = shown.answers.next_runs
-    for next_run, command in zip(runs, shown.next_commands, strict=False):
+    runs = answers.next_runs
+    for next_run, command in zip(runs, answers.next_commands, strict=False):
         if command is not None:
             return [(f"next ({ADDITIONS[next_run.action]})", command)]
     if runs:
         lines = wrap(make_visible(runs[0].sentence), width - LABEL_WIDTH)
         return [("next" * (number == 0), line) for number, line in enumerate(lines)]
-    return _choose_next_command(shown)
+    return _choose_next_command(answers, str(run))
 
 
-def _choose_next_command(shown: RunScreen) -> list[tuple[str, str]]:
+def _choose_next_command(answers: Answers, run: str) -> list[tuple[str, str]]:
     """Return a row with the next command after an answer that asks for no further run."""
-    answers, run = shown.answers, str(shown.run)
     started, adapter = answers.started, answers.adapter
     if started is None or adapter is None or adapter.answer.has_no_gain or started.kind is RunKind.CUSTOM_TRAINER:
         return []
@@ -200,3 +201,127 @@ def _choose_next_command(shown: RunScreen) -> list[tuple[str, str]]:
         longer_budget = build_budget_options(settings, LONGER_TRAININGS)
         reason, command = "twice the steps", [*select, "--goal", "best-adapter", *longer_budget]
     return [(f"next ({reason})", shlex.join(command))]
+
+
+def format_decision(decision: Decision, table_notes: list[str], width: int, commands: Sequence[str | None] = ()) -> str:
+    """Format the complete decision.
+
+    Args:
+        commands: the commands of the decision's next runs, in the same order.
+    """
+    answers = Answers(decision, next_commands=commands)
+    table_line = [make_visible(f"read:       {'; '.join(table_notes)}")] if table_notes else []
+    trained = [(evidence.rank, evidence.value) for evidence in decision.ranks if evidence.rank > 0]
+    curve = draw_terminal_curve(trained, width, label=format_metric_label(decision.metric, decision.higher_is_better))
+    stairs = ", ".join(f"{step.rank} from {format_brief(step.margin)}" for step in decision.staircase)
+    rows = [
+        (decision.verdict.replace("_", " "), decision.sentence),
+        ("margins", f"{stairs} (requested: {decision.margin:g})"),
+        *build_certainty_rows(decision),
+        *build_next_rows(answers),
+    ]
+    evidence = map(make_visible, format_table(build_evidence_table(decision)))
+    return "\n".join([*table_line, "", *curve, *evidence, "", *map(make_visible, format_labelled_rows(rows, 12))])
+
+
+NO_ANSWER = "no answer yet"
+# An older progress file belongs to a process that has ended, or to a very long step.
+STALE_SECONDS = 600
+
+
+class RunStatus(Record):
+    """The state of a run, read from its journal and from its process if one is running."""
+
+    run: str
+    state: str  # running, stopped (unfinished without a running process) or done
+    goal: Goal
+    trainings: float  # so far; a partial training counts as a fraction
+    trials_ended: int
+    trials_without_result: int
+    running: str | None  # the trial that is running
+    resume: (
+        str | None
+    )  # the command that resumes the run; None if it is done or if a custom trainer has to be called again
+    progress: str | None  # the current step and the remaining time, as the process reports them
+    cost: str
+    answer: str
+    learning_rate: float | None  # of the adapter
+    learning_rate_sentence: str | None  # None if only one was tried
+    adapter_sentence: str | None  # the answer about the deployment rank
+    adapter_notes: list[str] = Field(
+        default_factory=list
+    )  # how the adapter was made, what it was tested on, and what to do
+    rank: int | None
+    sentence: str | None = None  # the answer about the training rank
+    verdict: str | None
+    next_runs: list[str] = Field(default_factory=list)  # suggested next runs, the most useful first
+    next_commands: list[str | None] = Field(default_factory=list)  # the command for each of them, if it can be pasted
+    metric: str  # of the values of both curves
+    higher_is_better: bool
+    curve: list[tuple[int, float]]  # of the trained ranks
+    truncated_curve: list[tuple[int, float]]  # of the truncations: the best of each rank
+
+
+def build_run_status(
+    run: str,
+    journal: Sequence[JournalRecord],
+    records: Records,
+    answers: Answers,
+    *,
+    is_locked: bool,
+    progress: Mapping[str, object],
+) -> RunStatus:
+    """Build the status of a run.
+
+    Args:
+        answers: the answers so far.
+        is_locked: whether a process holds the run folder.
+        progress: the content of the progress file; empty if there is none.
+    """
+    at, decision, goal = progress.get("at"), answers.decision, answers.goal
+    is_fresh = isinstance(at, str) and (datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds() < STALE_SECONDS
+    adapter = answers.adapter.answer if answers.adapter else None
+    is_done = find_last_decision(journal) is not None or (goal != "training-rank" and adapter is not None)
+    state = "running" if is_locked else "done" if is_done else "stopped"
+    started, (trained, truncated) = records.started, collect_curves(answers)
+    can_resume = state != "done" and not started.is_custom_trainer
+    return RunStatus(
+        run=run,
+        state=state,
+        goal=goal,
+        trainings=records.count_trainings(),
+        trials_ended=len(records.outcomes),
+        trials_without_result=len(records.outcomes) - len(records.list_finished()),
+        running=_format_active_trial(journal, records) if is_locked else None,
+        resume=build_resume_command(run) if can_resume else None,
+        progress=str(progress["progress"]) if is_locked and is_fresh and "progress" in progress else None,
+        cost=format_cost(records),
+        answer=NO_ANSWER if decision is None and adapter is None else answers.headline,
+        learning_rate=answers.adapter_rate or None,
+        learning_rate_sentence=answers.learning_rate.sentence if answers.learning_rate else None,
+        adapter_sentence=None if adapter is None else adapter.sentence,
+        adapter_notes=[] if adapter is None else [*answers.adapter_notes, *adapter.notes],
+        rank=decision.rank if decision is not None else None,
+        sentence=decision.sentence if decision is not None else None,
+        verdict=decision.verdict if decision is not None else None,
+        next_runs=[next_run.sentence for next_run in answers.next_runs],
+        next_commands=list(answers.next_commands),
+        metric=started.metric,
+        higher_is_better=started.higher_is_better,
+        curve=list(trained),
+        truncated_curve=list(truncated),
+    )
+
+
+def _format_active_trial(journal: Sequence[JournalRecord], records: Records) -> str | None:
+    """Describe the trial that started last and has not ended, with the last value that its trainer reported."""
+    ended = {record.trial_id for record in journal if isinstance(record, OUTCOMES)}
+    unfinished = [record for record in journal if isinstance(record, TrialStarted) and record.trial_id not in ended]
+    if not unfinished:
+        return None
+    evaluations, label = records.evaluations.get(unfinished[-1].trial_id), unfinished[-1].arm.format_label()
+    return f"{label}, step {evaluations[-1].step}: held-out {evaluations[-1].value:.4g}" if evaluations else label
+
+
+def find_last_decision(journal: Sequence[JournalRecord]) -> DecisionRecorded | None:
+    return next((record for record in reversed(journal) if isinstance(record, DecisionRecorded)), None)

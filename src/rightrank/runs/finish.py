@@ -11,7 +11,6 @@ from rightrank.data.files import UnreadableError, read_json_object, replace_fold
 from rightrank.decision.run import (
     build_criterion,
     build_trained_answer,
-    compare_run_adapters,
     compute_test_difference,
     find_best_trial,
     prefer_direct_training,
@@ -19,7 +18,6 @@ from rightrank.decision.run import (
 from rightrank.report.answer import build_answers
 from rightrank.runs.hook import Run
 from rightrank.runs.values import Selected, SelectedRank
-from rightrank.schema.command import build_next_commands
 from rightrank.schema.decision import AdapterAnswer, Decision, ExportedAdapter
 from rightrank.schema.events import AdapterRecorded, DecisionRecorded, Records
 from rightrank.search.protocol import choose_adapter
@@ -83,17 +81,12 @@ def finish_run(run: Run, decision: Decision | None) -> Selected:
     if decision is not None:
         decision = decision.model_copy(update={"adapter_sentence": answer.sentence if saved else None})
         run.on_event(DecisionRecorded(decision=decision, adapter_trial_id=answer.trial_id))
-    final_answers = build_answers(records, decision, run.selection.settings.goal)
     selected = Selected(
         folder.path,
         SelectedRank(records.adapters[-1].handed_over.rank, answer.sentence, folder.adapter) if saved else None,
         _select_training_rank(run, decision),
         folder.report,
-        final_answers,
-        build_next_commands(
-            records.started, final_answers.next_runs, str(folder.path), tried_rates=records.list_tried_rates()
-        ),
-        compare_run_adapters(records),
+        build_answers(records, decision, run.selection.settings.goal, str(folder.path)),
     )
     run.hooks.on_end(selected)
     for working in (folder.cache, folder.path / "checkpoints") if run.selection.owns_working_folders else ():

@@ -9,7 +9,7 @@ from statistics import fmean
 from rightrank.decision.adapter import Criterion
 from rightrank.decision.comparison import CONFIDENCE, NORMAL
 from rightrank.report.format import format_quantity
-from rightrank.report.terminal import describe_data_issues, format_cost, format_memory, format_time_estimate
+from rightrank.report.progress import describe_data_issues, format_memory, format_preflight_cost, format_time_estimate
 from rightrank.runs.hook import Hook, Run
 from rightrank.runs.prepare import LoadedSelection
 from rightrank.schema.events import DurationEstimated, Event, Notice, SelectionPlanned
@@ -193,7 +193,11 @@ class PreflightHook(Hook):
         preflight, time_text = _build_preflight(prepared, pace)
         if preflight.cost.seconds is not None:
             tell(DurationEstimated(expected_seconds=preflight.cost.seconds))
-        lines = [format_cost(preflight, time_text), *_format_resolution(preflight), *_format_exceptions(prepared)]
+        lines = [
+            format_preflight_cost(preflight, time_text),
+            *_format_resolution(preflight),
+            *_format_exceptions(prepared),
+        ]
         if any(row.fits is False for row in preflight.ranks):
             lines.append(format_memory(preflight))
         if names := [spec.name for spec in prepared.settings.metric_specs if not spec.is_eval_metric]:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rightrank.report.answer import Answers
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.frame import build_trials_frame
-from rightrank.schema.decision import AdapterCandidate, Decision, ExportedAdapter
+from rightrank.schema.decision import Decision, ExportedAdapter
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.events import read_records
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-    from rightrank.report.answer import AnswerView
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +39,11 @@ class Selected:
     training: SelectedRank | None  # None unless the goal is "training-rank"
     report: Path
     answers: Answers  # deployment rank and training rank; `document()` returns the content of decision.json
-    # For each next run, the command that continues this run; None if there is none.
-    next_commands: Sequence[str | None] = ()
-    adapters: list[AdapterCandidate] = field(default_factory=list)  # every adapter of the run against the reference
 
     @property
     def next_command(self) -> str | None:
         """Return the first command among the next runs; None if there is none."""
-        return next((command for command in self.next_commands if command is not None), None)
+        return next((command for command in self.answers.next_commands if command is not None), None)
 
     @property
     def exported_adapter(self) -> ExportedAdapter | None:
@@ -87,29 +82,15 @@ class Selected:
 
     def __str__(self) -> str:
         """Return the final screen: the result in at most fourteen lines. The fields hold the details."""
-        from rightrank.report.screen import RunScreen, format_screen
+        from rightrank.report.screen import format_screen
 
-        shown = RunScreen(
-            self.answers,
-            self.adapters,
-            self.next_commands,
-            self.run,
-            None if self.adapter is None else self.adapter.path,
-            self.report,
-        )
-        return format_screen(shown, shutil.get_terminal_size((80, 24)).columns)
+        adapter = None if self.adapter is None else self.adapter.path
+        return format_screen(self.answers, self.run, adapter, self.report, shutil.get_terminal_size((80, 24)).columns)
 
     def to_pandas(self, *, examples: bool = False) -> DataFrame:
         """Return the trials as a table, or the scores of their held-out examples; see `rightrank.to_pandas`."""
         records = read_records(RunFolder(self.run).journal.read_complete_lines(), str(self.run))
         return build_trials_frame(records, examples)
-
-    @property
-    def view(self) -> AnswerView:
-        """Return the result in words."""
-        from rightrank.report.answer import build_answer_view
-
-        return build_answer_view(self.answers, self.next_commands)
 
     def _repr_html_(self) -> str:
         """Return the result as HTML, with the figures of the run folder."""
@@ -119,4 +100,4 @@ class Selected:
         names = ["adapters", *(["rank_curve"] if self.decision_or_none is not None else [])]
         files = {name: folder / f"{name}.svg" for name in names}
         drawings = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
-        return render_notebook_html(self.view, drawings.get("adapters", ""), drawings.get("rank_curve", ""))
+        return render_notebook_html(self.answers, drawings.get("adapters", ""), drawings.get("rank_curve", ""))

@@ -20,8 +20,7 @@ from rich.text import Text
 
 from rightrank.data.files import write_text
 from rightrank.report.format import format_quantity
-from rightrank.report.progress import Progress
-from rightrank.report.terminal import format_plan
+from rightrank.report.progress import Progress, format_plan
 from rightrank.report.terminal_curve import draw_terminal_curve
 from rightrank.runs.folder import PROGRESS_FILE
 from rightrank.runs.hook import Hook
