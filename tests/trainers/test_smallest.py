@@ -151,7 +151,9 @@ def test_the_answer_is_that_of_resize_data_on_the_saved_folder(
     seed = runtime.settings.seeds[0]
     order = [index for batch in runtime.plan_batches(seed, 2 * steps)[steps:] for index in batch]
     with attach_adapter(runtime, adapter.path) as attached_model:
-        read = order[: gather_unseen_moments(runtime, attached_model, seed, steps).examples]
+        tokens = gather_unseen_moments(runtime, attached_model, seed, steps).tokens
+    totals = np.cumsum(runtime.data.splits["train"].lengths[order]).tolist()
+    read = order[: totals.index(tokens) + 1]
 
     def batches(split: SplitName, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
         examples = [runtime.data.splits[split][index] for index in indices]
