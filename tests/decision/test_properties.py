@@ -135,6 +135,8 @@ def test_one_number_for_each_rank_is_decided_by_the_values(
         verdict = "rising" if best == 3 and min(worse[:3]) > margin else "saturated"
     assert (decided.verdict, decided.recommended_rank, decided.reference_rank) == (verdict, ranks[chosen], ranks[best])
     assert decided.rank == (None if verdict in ("no_gain", "undecided") else ranks[chosen])
+    assert {evidence.non_inferior for evidence in decided.ranks} == {None, True}  # of the reference alone
+    assert "underpowered" in decided.flags
     reached = list(accumulate(reversed(worse[: best + 1]), max))
     steps = {step * unit: ranks[best - lower] for lower, step in enumerate(reached)}
     assert {step.margin: step.rank for step in decided.staircase} == steps

@@ -24,15 +24,6 @@ def test_the_smallest_rank_within_the_margin_is_named_with_its_evidence() -> Non
     assert decision.next_runs[0].action == "test"
 
 
-def test_a_single_number_a_rank_is_read_and_never_called_shown() -> None:
-    decision = decide_table(build_value_table(SATURATED), 0.005)
-    assert decision.rank == 16
-    assert "underpowered" in decision.flags
-    assert decision.basis == "values"
-    assert next(e for e in decision.ranks if e.rank == 16).non_inferior is None
-    assert "suggest" in decision.sentence
-
-
 def test_a_stated_deviation_can_settle_what_bare_numbers_cannot() -> None:
     decision = decide_table(build_value_table(SATURATED, std=0.0003), 0.005)
     assert decision.rank == 16

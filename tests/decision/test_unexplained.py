@@ -67,12 +67,6 @@ def test_a_larger_rank_that_failed_leaves_the_answer_undecided(table: ScoreTable
         assert "Without it, rank 4 looks enough" in decision.sentence
 
 
-def test_the_first_of_two_failed_ranks_is_repeated() -> None:
-    require_repeat(decide_table(build_value_table({1: 2.1, 4: 2.0, 16: 11.0, 64: 11.3}), 0.02), 16)
-    rise_over_the_base = {0: 3.0, 1: 2.1, 4: 2.0, 16: 5.0, 64: 11.3}
-    require_repeat(decide_table(build_value_table(rise_over_the_base), 0.02), 16)
-
-
 def test_a_failed_rank_is_repeated_at_a_lower_rate_or_with_another_seed() -> None:
     lower, seed = (
         decide_table(table, 0.02).next_runs[0]
