@@ -139,6 +139,7 @@ def test_several_adapters_get_one_command_with_the_rank_that_all_need(base: Path
     assert script["b-c-adapter"] == str(folders[1])
     assert script["small"] == str(tmp_path / "out" / "small")
     assert exported.files == ["small", "vllm.sh"]
+    assert "--max-lora-rank 16 is for b-c-adapter (rank 12); without it, 8 would do" in exported.notes
     sglang = read_script(export(folders[:2], "sglang", tmp_path / "sglang").folder, "sglang")
     assert (sglang["--max-lora-rank"], sglang["b-c-adapter"]) == ("12", str(folders[1]))
     edit_config(folders[1], base_model_name_or_path="org/other")

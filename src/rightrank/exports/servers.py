@@ -197,8 +197,19 @@ def _build_vllm_command(adapters: Sequence[ServedAdapter], base: str) -> tuple[l
         f"a slot takes {format_bytes(compute_slot_bytes(shapes, max_rank))} at --max-lora-rank {max_rank} (16 bits), whatever the "
         "rank of the adapter in it; the largest rank of all adapters of the server counts"
     ]
+    if len(adapters) > 1:
+        notes.append(_describe_largest_ranks(adapters, max_rank))
     arguments = ["vllm", "serve", base, "--host", LOOPBACK, "--enable-lora", "--max-lora-rank", str(max_rank)]
     return [*arguments, "--lora-modules", *map(_format_served_adapter, adapters)], notes
+
+
+def _describe_largest_ranks(adapters: Sequence[ServedAdapter], max_rank: int) -> str:
+    """Name the adapters that need the server's rank, and the rank that the others need."""
+    largest = [adapter for adapter in adapters if find_server_rank(adapter.rank) == max_rank]
+    others = [find_server_rank(adapter.rank) for adapter in adapters if adapter not in largest]
+    listed = ", ".join(f"{adapter.name} (rank {adapter.rank})" for adapter in largest)
+    smaller = f"; without {'it' if len(largest) == 1 else 'them'}, {max(others)} would do" if others else ""
+    return f"--max-lora-rank {max_rank} is for {listed}{smaller}"
 
 
 def _build_sglang_command(adapters: Sequence[ServedAdapter], base: str) -> tuple[list[str], list[str]]:
