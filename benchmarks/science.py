@@ -142,18 +142,25 @@ def format_rerankers() -> str:
     lines = []
     for line in (ROOT / "benchmarks" / "in_training" / "rerankers.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        negatives = f", {'hard' if row['hard'] else 'random'} negatives" if row["kind"] == "reranker" else ""
+        answer = row["answer"]
+        name = f"{'hard' if row['hard'] else 'random'} negatives" if row["kind"] == "reranker" else row["kind"]
         mean, low, high = row["mrr_difference"]
+        difference = "" if answer["rank"] == 64 else f": {mean:+.3f} ({low:+.3f} to {high:+.3f})"
+        share = "no gain shown"
+        if answer["share_kept"] is not None and answer["rank"] == 64:
+            share = "undecided"
+        elif answer["share_kept"] is not None:
+            share = f"{answer['share_kept']:.2%} (at least {answer['share_kept_low']:.2%})"
         lines.append(
             [
-                f"{row['kind']}{negatives}, {row['steps']} steps",
-                *(f"{row['metrics'][name]['mrr']:.3f}" for name in ("base", "trained")),
-                f"{row['metrics']['handed over']['mrr']:.3f}: {mean:+.3f} ({low:+.3f} to {high:+.3f})",
-                row["rank"],
-                f"{row['difference_high']:.4f} of {row['margin']:.4f}",
+                f"{name}, {row['seed']}",
+                *(f"{row['metrics'][model]['mrr']:.3f}" for model in ("base", "trained")),
+                f"{row['metrics']['handed over']['mrr']:.3f}{difference}",
+                answer["rank"],
+                share,
             ]
         )
-    head = ["training", "base", "rank 64", "handed over", "its rank", "bound and margin of the loss"]
+    head = ["training, seed", "base", "rank 64", "handed over", "its rank", "keeps of the loss gained"]
     return format_table(head, lines)
 
 
