@@ -76,9 +76,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         ("llama", ("target_parameters=experts.w1",), "the model's expert parameters are: none"),
         ("mixtral", ("use_dora=true", EXPERTS), "does not work with use_dora=True"),
         ("mixtral", ("lora_dropout=0.1", EXPERTS), "does not work with lora_dropout != 0"),
-        ("llama", ("use_dora=true", "lora_bias=true"), "lora_bias=True is not supported for DoRA"),
+        ("llama", ("use_dora=true", 'peft_options={"lora_bias": true}'), "lora_bias=True is not supported for DoRA"),
         ("llama", ("kasa_config=1",), "unknown setting 'kasa_config'"),
-        ("llama", ("lora_bias=true",), "goal 'adapter' needs adapters that can be truncated"),
+        ("llama", ('peft_options={"lora_bias": true}',), "goal 'adapter' needs adapters that can be truncated"),
     ],
 )  # fmt: skip
 def test_what_a_kind_refuses_is_one_line(
