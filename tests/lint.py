@@ -59,22 +59,22 @@ def find_long_pages() -> Iterator[str]:
 
 def find_language(tree: str) -> Iterator[str]:
     """Find names and docstrings that are not standard English, if there are too many of them."""
-    found: dict[str, list[str]] = {name: [] for name in MAX_SHARES}
+    findings: dict[str, list[str]] = {name: [] for name in MAX_SHARES}
     bindings = functions = docstrings = 0
     for path, node in iterate_nodes(tree):
         if isinstance(node, ast.arg) or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)):
             bindings += 1
             if (name := node.arg if isinstance(node, ast.arg) else node.id) in VAGUE:
-                found["vague names"].append(f"{path}:{node.lineno}: {name}")
+                findings["vague names"].append(f"{path}:{node.lineno}: {name}")
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             functions += 1
             if re.search(r"^(?!test).*_of(_|$)|^(of|what)_", node.name.strip("_")):
-                found["functions named …_of"].append(f"{path}:{node.lineno}: {node.name}")
+                findings["functions named …_of"].append(f"{path}:{node.lineno}: {node.name}")
             docstring = ast.get_docstring(node) or ""
             docstrings += bool(docstring)
             if re.sub(r"\W*(\w*)(.|\n)*", r"\1", docstring).lower() in OPENINGS:
-                found["docstrings without a verb"].append(f"{path}:{node.lineno}: {docstring.splitlines()[0]}")
-    for (kind, lines), total in zip(found.items(), (bindings, functions, docstrings), strict=True):
+                findings["docstrings without a verb"].append(f"{path}:{node.lineno}: {docstring.splitlines()[0]}")
+    for (kind, lines), total in zip(findings.items(), (bindings, functions, docstrings), strict=True):
         if 1000 * len(lines) > MAX_SHARES[kind] * total:
             yield from (f"{line}: {kind}" for line in lines)
 

@@ -32,7 +32,7 @@ def test_the_search_stops_at_the_first_rank_that_is_not_within_the_margin(
         values = scores[rank][examples].tolist()
         return ScoredAdapter.from_scores(str(rank), rank, float(np.mean(values)), (values, [1.0] * 40), criterion)
 
-    found = find_smallest(16, [*RANKS, 32], lambda rank: rank if rank in scores else None, evaluate, criterion)
+    smallest = find_smallest(16, [*RANKS, 32], lambda rank: rank if rank in scores else None, evaluate, criterion)
     every = {str(rank): evaluate(rank, np.arange(40)) for rank in scores}
     comparison = ReferenceComparison(every["16"], every, criterion)
     is_within = {rank: comparison.build_candidate(every[str(rank)]).is_within_margin for rank in scores}
@@ -42,7 +42,7 @@ def test_the_search_stops_at_the_first_rank_that_is_not_within_the_margin(
         if not is_within[rank]:
             break
         expected = rank
-    assert (found.adapter, found.answer.rank) == (expected, expected)
-    assert evaluated[: len(tested)] == tested == [candidate.rank for candidate in found.answer.candidates]
+    assert (smallest.adapter, smallest.answer.rank) == (expected, expected)
+    assert evaluated[: len(tested)] == tested == [candidate.rank for candidate in smallest.answer.candidates]
     assert len(evaluated) == len(tested) + len(scores)
-    assert found.answer.trained_rank == 16
+    assert smallest.answer.trained_rank == 16

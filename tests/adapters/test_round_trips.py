@@ -74,11 +74,11 @@ def test_a_resized_adapter_loads_in_peft_with_the_stated_update(
 
     old, new = (compute_deltas(load_strictly(base, path)) for path in (folder, out))
     for module, spectrum in zip(resized.modules, inspect(out).modules, strict=True):
-        before, after = old[module.name], new[module.name]
-        error = float((after - before).norm() / before.norm())
+        old_delta, new_delta = old[module.name], new[module.name]
+        error = float((new_delta - old_delta).norm() / old_delta.norm())
         assert module.relative_delta_error == pytest.approx(error, abs=2e-6)
         assert error < 1.5 if module.rank < module.from_rank else error < torch.finfo(dtype).eps
-        dense = torch.linalg.svdvals(after)[: module.rank].numpy()
+        dense = torch.linalg.svdvals(new_delta)[: module.rank].numpy()
         assert spectrum.singular_values[: len(dense)] == pytest.approx(dense, abs=1e-5 * dense[0])
     squares = [(float((new[name] - old[name]).square().sum()), float(old[name].square().sum())) for name in old]
     total = np.sqrt(sum(error for error, _ in squares) / sum(norm for _, norm in squares))

@@ -114,10 +114,10 @@ def draw_tables(draw: st.DrawFn) -> list[dict[str, Any]]:
         "steps": [{"step": 10}, {"step": 20}],
     }
     rows = [
-        {"rank": rank, "lr": 1e-3, "seed": seed, "eval_loss": draw(losses), "speed": draw(losses), **place}
+        {"rank": rank, "lr": 1e-3, "seed": seed, "eval_loss": draw(losses), "speed": draw(losses), **coordinates}
         for rank in draw(st.lists(st.integers(0, 64), min_size=3, max_size=4, unique=True))
         for seed in range(draw(st.integers(1, 2)) if kind == "values" else 1)
-        for place in places.get(kind, [{}])
+        for coordinates in places.get(kind, [{}])
     ]
     return [*rows, rows[0]]
 
@@ -350,10 +350,10 @@ def test_a_text_may_depend_on_the_example_and_the_step_but_not_on_the_training(
             "step": step,
             "item": f"e{item}",
             "eval_loss": 2 + item / 10 + 1 / rank,
-            "subject": texts[3 * place + item],
+            "subject": texts[3 * number + item],
         }
         for rank in LOSSES
-        for place, step in enumerate((10, 20))
+        for number, step in enumerate((10, 20))
         for item in range(3)
     ]
     failed = {"rank": 128, "step": 20, "item": "e0", "eval_loss": None, "subject": "another"}

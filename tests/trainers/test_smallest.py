@@ -333,13 +333,13 @@ def test_a_resumed_training_is_measured_as_the_whole_one(
     # several batches, of a training this short
     monkeypatch.setattr("rightrank.trainers.held_out.MOMENT_TOKEN_FRACTION", 0.5)
     callback = partial(SmallestAdapter, margin=0.1)
-    whole = run_training(model_folder, rows, tmp_path, callback, max_steps=8, save_strategy="steps", save_steps=4)
+    complete = run_training(model_folder, rows, tmp_path, callback, max_steps=8, save_strategy="steps", save_steps=4)
     trainer = make_trainer(model_folder, rows, tmp_path, callback, max_steps=8)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     resumed = find_callback(trainer).result
-    value = score_batches(whole.trainer.model.eval(), make_batches(rows[140:])).loss
+    value = score_batches(complete.trainer.model.eval(), make_batches(rows[140:])).loss
     assert resumed.trained_scores.loss == pytest.approx(value, rel=1e-4)
-    values = [[candidate.value for candidate in result.answer.candidates] for result in (whole.result, resumed)]
+    values = [[candidate.value for candidate in result.answer.candidates] for result in (complete.result, resumed)]
     assert values[0] == pytest.approx(values[1], rel=1e-5)  # the same examples and the same second moments
 
 

@@ -131,10 +131,10 @@ def read_single_file(path: Path) -> tuple[dict[str, Any], Shapes, ForeignFile]:
             )
         suffix = next((suffix for suffix in suffixes if key.endswith(suffix)), None)
         if suffix is not None:
-            module, side = key.removesuffix(suffix), suffixes[suffix]
-            peft_key = f"{PEFT_PREFIX}{module}.lora_{side}.weight"
+            module, factor = key.removesuffix(suffix), suffixes[suffix]
+            peft_key = f"{PEFT_PREFIX}{module}.lora_{factor}.weight"
             keys[peft_key], shapes[peft_key] = key, shape
-            if side == "A" and shape and shape[0] > 0:
+            if factor == "A" and shape and shape[0] > 0:
                 ranks[module] = shape[0]
         elif key.endswith(".alpha") and math.prod(shape) == 1:
             keys[f"{PEFT_PREFIX}{key}"] = key

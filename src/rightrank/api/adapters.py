@@ -78,8 +78,8 @@ def resize(
     if choice:
         on_event(Notice(text=choice))
     if (rank is None) == (data is None):
-        given = "no rule" if rank is None else "--rank and --data"
-        raise SettingsError(f"{given} given; give exactly one of --rank and --data")
+        targets = "neither --rank nor --data" if rank is None else "both --rank and --data"
+        raise SettingsError(f"{targets} given; give exactly one of them")
     require_absent(Path(out))
     opened = open_adapter(folder)
     require_plain_update(opened)

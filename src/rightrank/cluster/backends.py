@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rightrank.schema.events import Listener
     from rightrank.training.runtime import Runtime
 
-MAX_TASK_TRIALS = 16  # The worker measures how many of them to train in one pass.
+MAX_TASK_TRIALS = 16  # A worker trains several of them in one pass if they fit.
 # Environment variables that workers inherit from this process.
 INHERITED_VARIABLES = ("PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
 CONNECT_SECONDS = 10.0

@@ -54,7 +54,6 @@ ANSWER_FIELDS = {
     "share_kept",
     "share_kept_low",
 }
-NO_GAIN_ADVICE = "Try learning rates beyond those tried, then more steps, then more data."
 MAX_DIRECT_RANK = 4  # at these ranks a direct training can beat a truncation (docs/explanation/science.md)
 STEP_SHARES = (0.99, 0.98, 0.95, 0.9)  # shares of the gain for which an answer names the smallest rank
 MAX_STEPS = 60  # of the search for a bound of a share
@@ -168,31 +167,37 @@ class ReferenceComparison:
         return compute_file_bounds(worse_by.sums, worse_by.weights, worse_by.score_range, worse_by.groups)
 
     def compute_contrast(self, cell: Cell, share: float) -> Bounds:
-        """Compute the bounds of (s - t) - share·(b - t) for the adapter s; there must be a base.
+        """Compute the bounds of (s - t) - share·(b - t) for the adapter s; there must be a base."""
+        return self._build_contrast(cell)(share)
+
+    def _build_contrast(self, cell: Cell) -> Callable[[float], Bounds]:
+        """Build the function from a share to the bounds of the contrast; what does not depend on the share is computed once.
 
         The contrast of losses is paired by example. For bounded scores, whose bounds allow for examples that have not been drawn, the
         bounds of both differences are combined as in Zou and Donner (2008, "Construction of confidence limits about effect measures",
         Statistics in Medicine 27).
         """
-        worse, gain, base = self.compute_bounds(cell), self.gain_bounds, self.base
+        gain, base = self.gain_bounds, self.base
         assert gain is not None
         assert base is not None
-        mean = worse.mean - share * gain.mean
-        paired = compute_paired_difference(cell, self.reference.cell)
-        is_paired = base.cell.examples == cell.examples > 0
-        if is_paired and not paired.score_range:
-            return compute_file_bounds(self._compute_contrast_sums(cell, share), paired.weights, groups=paired.groups)
-        nearer, farther = (gain.low, gain.high) if share >= 0 else (gain.high, gain.low)
-        return Bounds(
-            mean,
-            mean - math.hypot(worse.mean - worse.low, share * (farther - gain.mean)),
-            mean + math.hypot(worse.high - worse.mean, share * (gain.mean - nearer)),
-        )
+        worse_by = compute_paired_difference(cell, self.reference.cell)
+        if base.cell.examples == cell.examples > 0 and not worse_by.score_range:
+            gained = compute_paired_difference(base.cell, self.reference.cell).sums
+            return lambda share: compute_file_bounds(
+                worse_by.sums - share * gained, worse_by.weights, groups=worse_by.groups
+            )
+        worse = self.compute_bounds(cell)
 
-    def _compute_contrast_sums(self, cell: Cell, share: float) -> Any:
-        assert self.base is not None
-        gain = compute_paired_difference(self.base.cell, self.reference.cell)
-        return compute_paired_difference(cell, self.reference.cell).sums - share * gain.sums
+        def combine_bounds(share: float) -> Bounds:
+            mean = worse.mean - share * gain.mean
+            nearer, farther = (gain.low, gain.high) if share >= 0 else (gain.high, gain.low)
+            return Bounds(
+                mean,
+                mean - math.hypot(worse.mean - worse.low, share * (farther - gain.mean)),
+                mean + math.hypot(worse.high - worse.mean, share * (gain.mean - nearer)),
+            )
+
+        return combine_bounds
 
     def compute_lost_share(self, cell: Cell) -> Bounds | None:
         """Compute the share of the gain that an adapter loses, with the shares at which a bound of the contrast is 0.
@@ -205,18 +210,21 @@ class ReferenceComparison:
         lost = self.compute_bounds(cell).mean / gain.mean
         if not cell.examples:
             return Bounds(lost, lost, lost)
-        low = _find_zero(lambda share: self.compute_contrast(cell, share).low, lost, gain.mean)
-        high = _find_zero(lambda share: self.compute_contrast(cell, share).high, lost, gain.mean)
+        contrast = self._build_contrast(cell)
+        low = _find_zero(lambda share: contrast(share).low, lost, gain.mean)
+        high = _find_zero(lambda share: contrast(share).high, lost, gain.mean)
         return Bounds(lost, low, high)
 
     def compute_needed_examples(self, adapter: ScoredAdapter) -> int | None:
         """Compute the number of examples that are expected to tell whether the adapter is within the margin; None: unknown, or too many."""
-        cell, share = adapter.cell, self.share
-        if not cell.examples or (share is not None and self.base and self.base.cell.examples != cell.examples):
+        cell, share, base = adapter.cell, self.share, self.base
+        if not cell.examples or (share is not None and base and base.cell.examples != cell.examples):
             return None
         paired = compute_paired_difference(cell, self.reference.cell)
-        sums = paired.sums if share is None else self._compute_contrast_sums(cell, share)
-        margin = self.unit.convert_margin(self.margin) if share is None else 0.0
+        sums, margin = paired.sums, self.unit.convert_margin(self.margin)
+        if share is not None and base is not None:
+            sums = sums - share * compute_paired_difference(base.cell, self.reference.cell).sums
+            margin = 0.0
         return compute_required_examples(
             estimate_file_difference(sums, paired.weights, paired.score_range, paired.groups), margin
         )
@@ -330,6 +338,12 @@ def build_answer(
     )
 
 
+def format_no_gain_advice(rate: float = 0.0) -> str:
+    """Say what to change after a training without a gain. `rate`: a learning rate to try; 0: unknown."""
+    example = f", such as {rate:.2g}" if rate else ""
+    return f"Try learning rates beyond those tried{example}, then more steps, then more data."
+
+
 def format_share(share: float) -> str:
     """Format a share of the gain with one digit after the point, and two near 100%."""
     digits = 2 if 0.9995 <= share < 1 else 1
@@ -382,7 +396,7 @@ def _format_answer(
     if gain is not None and comparison.has_no_gain:
         return (
             f"No gain shown: rank {top.rank} differs from the base by {gain.mean:+.2g} (95% bounds {gain.low:+.2g} and {gain.high:+.2g}), so no "
-            f"rank is called enough. {NO_GAIN_ADVICE}"
+            f"rank is called enough. {format_no_gain_advice()}"
         )
     if answer.rank < top.rank:
         return format_claim(answer, f"rank {top.rank}", comparison)

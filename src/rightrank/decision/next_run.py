@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from rightrank.decision.adapter import NO_GAIN_ADVICE
+from rightrank.decision.adapter import format_no_gain_advice
 from rightrank.decision.comparison import MAX_SEEDS, is_within
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.ranks import Comparison, find_unexplained_rank, format_rank_names
@@ -131,9 +131,14 @@ def _plan_confirmation(comparison: Comparison, is_last: bool) -> NextRun:
 
 def _plan_after_no_gain(evidence: Evidence) -> NextRun:
     rate = EDGE_FACTOR * max(contender.learning_rate for contender in evidence.contenders.values())
-    sentence = NO_GAIN_ADVICE.replace("those tried", f"those tried, such as {rate:.2g}") if rate else NO_GAIN_ADVICE
     rates = [float(f"{rate:.2g}")] if rate else []
-    return NextRun(action="rates", ranks=[min(evidence.contenders)], learning_rates=rates, trials=1, sentence=sentence)
+    return NextRun(
+        action="rates",
+        ranks=[min(evidence.contenders)],
+        learning_rates=rates,
+        trials=1,
+        sentence=format_no_gain_advice(rate),
+    )
 
 
 def _count_missing_trainings(evidence: Evidence, ranks: list[int], seeds: int) -> int:

@@ -161,7 +161,7 @@ def find_outliers(table: ScoreTable) -> list[Outlier]:
         same_rank = [values for (rank, _), values in other_losses.items() if rank == key[0]]
         far = []
         for seed, cell in cells.items():
-            others = [other.loss for number, other in cells.items() if number != seed]
+            others = [sibling.loss for number, sibling in cells.items() if number != seed]
             groups = (other_losses.values(), same_rank, [others] if len(others) > 1 else [])
             deviations = [np.median([np.std(values, ddof=1) for values in group]) for group in groups if group]
             limit = max(FAR_SHARE * abs(typical_loss), FAR_DEVIATIONS * max(deviations, default=math.inf))

@@ -38,7 +38,7 @@ class Selected:
     adapter: SelectedRank | None
     training: SelectedRank | None  # None unless the goal is "training-rank"
     report: Path
-    answers: Answers  # deployment rank and training rank; `document()` returns the content of decision.json
+    answers: Answers  # deployment rank and training rank; `build_document()` returns the content of decision.json
 
     @property
     def next_command(self) -> str | None:

@@ -57,7 +57,7 @@ class Pace:
             rank: the (mean) rank of the trainings.
             trainings: the number of full trainings, one after the other.
             arms: the number of arms, including those that stop early or are truncated.
-            eval_points: the number of evaluations during a training.
+            num_evaluations: the number of evaluations during a training.
         """
         training_cost, measured_cost = (
             2 * self.matrix_elements + 3 * self.parameters_per_rank * count for count in (rank, self.rank)
