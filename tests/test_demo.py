@@ -50,8 +50,10 @@ def test_the_demo_in_short(shortened: None, tmp_path: Path) -> None:
     selected = select_rank(model, data, tmp_path / "run", settings=demo.DEMO_SETTINGS)
     table = selected.to_pandas()
     (base_loss,) = table[table["rank"] == 0].loss
-    assert selected.adapters[0].rank == 8
-    assert all(candidate.value < base_loss - 0.05 for candidate in selected.adapters)  # it learns from the first steps
+    assert selected.answers.candidates[0].rank == 8
+    assert all(
+        candidate.value < base_loss - 0.05 for candidate in selected.answers.candidates
+    )  # it learns from the first steps
 
     from peft import AutoPeftModelForCausalLM
 
