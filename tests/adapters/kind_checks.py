@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from rightrank import inspect, resize
-from rightrank.adapters.adapter_reader import open_adapter
+from rightrank.adapters.adapter_files import open_adapter
 from rightrank.bases.base_models import prepare_model
 from rightrank.data.splits import load_data
 from rightrank.schema.errors import InterruptedRun

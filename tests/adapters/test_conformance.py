@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rightrank.adapters.kinds import find_expert_parameter
+from rightrank.adapters.adapter_files import find_expert_parameter
 from tests.adapters.kind_checks import CASES, CHECKS, Suite
 
 pytestmark = pytest.mark.trains

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rightrank import resize
-from rightrank.adapters.adapter_reader import AdapterFolder, open_adapter
+from rightrank.adapters.adapter_files import AdapterFolder, open_adapter
 from rightrank.adapters.resize import cap_ranks, resize_adapter
 from rightrank.adapters.truncation import Moments, allocate_ranks, decompose_update
 from rightrank.cli import main

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rightrank.adapters.adapter_reader import open_adapter
+from rightrank.adapters.adapter_files import open_adapter
 from rightrank.adapters.resize import resize_adapter
 from rightrank.adapters.truncation import Moments
 from rightrank.api.adapters import inspect

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from rightrank import resize
+from rightrank.adapters.adapter_files import open_adapter
 from rightrank.adapters.adapter_folders import MLX_FILE, find_adapter
-from rightrank.adapters.adapter_reader import open_adapter
 from rightrank.adapters.spectra import inspect_adapter
 from rightrank.schema.errors import ModelError
 from tests.adapters.adapters import MLX, make_adapter, make_base, write_mlx

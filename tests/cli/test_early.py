@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rightrank.adapters.adapter_reader import open_adapter
+from rightrank.adapters.adapter_files import open_adapter
 from rightrank.adapters.resize import resize_adapter
 from rightrank.bases.safetensors_files import open_tensors
 from tests.tiny import write_adapter, write_jsonl

@@ -13,9 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rightrank.data.groups import number_groups
-from rightrank.data.sampling import sample_indices
-from rightrank.data.splits import HELD_OUT, SPLITS, DataSplits, load_data, load_held_out
+from rightrank.data.rows import sample_indices
+from rightrank.data.splits import HELD_OUT, SPLITS, DataSplits, load_data, load_held_out, number_groups
 from rightrank.schema.errors import DataError
 from tests.tiny import build_small_settings, generate_sentences, write_jsonl
 

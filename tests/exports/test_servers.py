@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from rightrank import export
-from rightrank.adapters.adapter_reader import open_adapter
+from rightrank.adapters.adapter_files import open_adapter
 from rightrank.adapters.resize import resize_adapter
 from rightrank.exports.servers import SERVERS
 from rightrank.runs.folder import RunFolder

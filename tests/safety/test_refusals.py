@@ -19,7 +19,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import rightrank
-from rightrank.adapters.adapter_writer import ensure_peft_format
+from rightrank.adapters.adapter_files import ensure_peft_format
 from rightrank.api.adapters import inspect
 from rightrank.api.folders import status
 from rightrank.api.runs import decide

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rightrank.trainers.held_out import hash_inputs
+from rightrank.trainers.trainer_batches import hash_inputs
 
 IDS, LABELS = [5, 9, 7, 9], [-100, 9, 7, 9]
 

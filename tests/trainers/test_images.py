@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from rightrank import inspect, resize, select_rank_with
-from rightrank.adapters.adapter_reader import open_adapter
+from rightrank.adapters.adapter_files import open_adapter
 from tests.adapters.kind_checks import compute_peft_updates
 
 pytestmark = pytest.mark.trains

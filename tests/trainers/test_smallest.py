@@ -28,14 +28,14 @@ from transformers import (
 )
 
 from rightrank import SelectSettings, SmallestAdapter, compare
-from rightrank.adapters.adapter_reader import open_adapter
+from rightrank.adapters.adapter_files import open_adapter
 from rightrank.adapters.resize import list_candidate_ranks
 from rightrank.decision.comparison import INDEPENDENCE_NOTE
 from rightrank.runs.resize_by_data import measure_truncations
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.trials import SplitName
-from rightrank.trainers.batch_scores import compute_batch_loss
 from rightrank.trainers.measurement import InMemoryAdapter
+from rightrank.trainers.trainer_batches import compute_batch_loss
 from rightrank.training.adapter_runtime import attach_adapter, gather_unseen_moments
 from rightrank.training.evaluation import Scores
 from rightrank.training.kinds import set_update_to_zero
@@ -331,7 +331,7 @@ def test_a_resumed_training_is_measured_as_the_whole_one(
     model_folder: Path, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # several batches, of a training this short
-    monkeypatch.setattr("rightrank.trainers.held_out.MOMENT_TOKEN_FRACTION", 0.5)
+    monkeypatch.setattr("rightrank.trainers.trainer_batches.MOMENT_TOKEN_FRACTION", 0.5)
     callback = partial(SmallestAdapter, margin=0.1)
     complete = run_training(model_folder, rows, tmp_path, callback, max_steps=8, save_strategy="steps", save_steps=4)
     trainer = make_trainer(model_folder, rows, tmp_path, callback, max_steps=8)

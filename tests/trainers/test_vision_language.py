@@ -13,7 +13,7 @@ from transformers import Idefics3Config, Idefics3ForConditionalGeneration
 
 from rightrank import SmallestAdapter, resize
 from rightrank.schema.errors import InputError
-from rightrank.trainers.held_out import hash_inputs
+from rightrank.trainers.trainer_batches import hash_inputs
 from tests.tiny import SIZES, generate_sentences, make_tokenizer, write_jsonl
 
 Image = pytest.importorskip("PIL.Image")

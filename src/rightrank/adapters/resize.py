@@ -8,10 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rightrank.adapters.adapter_files import (
+    AdapterFolder,
+    AdapterModule,
+    open_adapter,
+    pack_factors,
+    unpack_factors,
+    write_same_format,
+)
 from rightrank.adapters.adapter_folders import CONFIG_FILE, require_kept_base
-from rightrank.adapters.adapter_reader import AdapterFolder, AdapterModule, open_adapter
-from rightrank.adapters.adapter_writer import write_same_format
-from rightrank.adapters.kinds import pack_factors, unpack_factors
 from rightrank.adapters.rank_math import (
     build_exact_pattern,
     compute_equal_scale_alphas,

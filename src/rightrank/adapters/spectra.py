@@ -8,8 +8,8 @@ from statistics import median
 
 import numpy as np
 
+from rightrank.adapters.adapter_files import AdapterFolder, AdapterModule, open_adapter
 from rightrank.adapters.adapter_folders import PEFT_PREFIX, find_base_changing_init
-from rightrank.adapters.adapter_reader import AdapterFolder, AdapterModule, open_adapter
 from rightrank.adapters.truncation import compute_singular_values, use_one_thread
 from rightrank.schema.results import Inspection, InspectionSummary, ModuleSpectrum
 from rightrank.schema.trials import Floats

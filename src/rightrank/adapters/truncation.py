@@ -15,13 +15,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from rightrank.adapters.kinds import Factors
 from rightrank.bases.safetensors_files import open_tensors, widen, write_tensors
 from rightrank.schema.trials import Floats
+
+Factors: TypeAlias = tuple[Floats, Floats]  # B [d, r] and A [r, k]
 
 DAMPING = 0.01  # share of the identity in each metric, which keeps some weight for directions that occur in few tokens
 # Relative to the largest eigenvalue; a direction below it is rounding, and has no effect. Moments are gathered in float32.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rightrank.adapters.adapter_files import open_adapter
 from rightrank.adapters.adapter_folders import (
     CONFIG_FILE,
     MLX_FILE,
@@ -13,7 +14,6 @@ from rightrank.adapters.adapter_folders import (
     require_adapter_folder,
     suggest_adapter_folder,
 )
-from rightrank.adapters.adapter_reader import open_adapter
 from rightrank.adapters.resize import choose_uniform_rank, require_plain_update, resize_adapter
 from rightrank.adapters.spectra import inspect_adapter
 from rightrank.bases.model_sources import BASE_SIDE

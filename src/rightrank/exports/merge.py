@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from rightrank.adapters.adapter_writer import ensure_peft_format
+from rightrank.adapters.adapter_files import ensure_peft_format
 from rightrank.bases.base_models import load_base
 from rightrank.data.files import replace_folder, write_text
 from rightrank.data.splits import DataSplits, load_data

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rightrank.adapters.adapter_files import open_adapter
 from rightrank.adapters.adapter_folders import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -21,7 +22,6 @@ from rightrank.adapters.adapter_folders import (
     require_adapter_folder,
     require_kept_base,
 )
-from rightrank.adapters.adapter_reader import open_adapter
 from rightrank.adapters.rank_math import SERVER_RANKS, SERVING_COSTS, compute_slot_bytes, find_server_rank
 from rightrank.adapters.resize import write_uniform_adapter
 from rightrank.bases.safetensors_files import open_tensors

@@ -16,8 +16,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from rightrank.adapters.adapter_folders import ADAPTERS_IMAGE, CARD_IMAGES, RANK_CURVE_IMAGE
-from rightrank.adapters.loading_code import format_base_arguments, format_loading_code
+from rightrank.adapters.adapter_folders import (
+    ADAPTERS_IMAGE,
+    CARD_IMAGES,
+    RANK_CURVE_IMAGE,
+    format_base_arguments,
+    format_loading_code,
+)
 from rightrank.decision.run import format_provenance
 from rightrank.report.adapter_page import build_candidate_table, load_templates, read_asset
 from rightrank.report.answer import (

@@ -11,7 +11,7 @@ from textwrap import wrap
 from pydantic import Field
 from rich.cells import cell_len
 
-from rightrank.adapters.loading_code import format_loading_code
+from rightrank.adapters.adapter_folders import format_loading_code
 from rightrank.adapters.rank_math import format_slot
 from rightrank.decision.comparison import CONFIDENCE
 from rightrank.decision.rule import format_probability

@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from rightrank.adapters.adapter_files import AdapterFolder, write_same_format
 from rightrank.adapters.adapter_folders import BASE_FILE
-from rightrank.adapters.adapter_reader import AdapterFolder
-from rightrank.adapters.adapter_writer import write_same_format
 from rightrank.adapters.find_smallest import SmallestAdapterAnswer, find_smallest
 from rightrank.adapters.resize import (
     RankedAdapter,

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import Field, ValidationError
 
-from rightrank.adapters.adapter_reader import open_adapter
+from rightrank.adapters.adapter_files import open_adapter
 from rightrank.adapters.resize import cap_ranks, require_plain_update, resize_adapter
 from rightrank.decision.adapter import Criterion
 from rightrank.runs.folder import RunFolder

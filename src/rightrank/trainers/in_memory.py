@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rightrank.adapters.adapter_reader import AdapterFolder, open_adapter
+from rightrank.adapters.adapter_files import AdapterFolder, open_adapter
 from rightrank.adapters.resize import list_candidate_ranks, require_plain_update
 from rightrank.bases.named_base import require_named_base
 from rightrank.schema.errors import ModelError, RunError, get_first_line, log_traceback

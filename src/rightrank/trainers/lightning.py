@@ -12,10 +12,10 @@ from peft import PeftModel
 
 from rightrank.schema.errors import ModelError
 from rightrank.schema.metrics import Margin
-from rightrank.trainers.batch_scores import Batch
 from rightrank.trainers.in_memory import log_failure
 from rightrank.trainers.measurement import SmallestAdapterResult
 from rightrank.trainers.smallest import keep_smallest, prepare_adapter
+from rightrank.trainers.trainer_batches import Batch
 
 
 class SmallestAdapter(Callback):

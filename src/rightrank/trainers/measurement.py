@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from rightrank.adapters.adapter_files import AdapterFolder
 from rightrank.adapters.adapter_folders import BASE_FILE
-from rightrank.adapters.adapter_reader import AdapterFolder
 from rightrank.adapters.find_smallest import SmallestAdapterAnswer, find_smallest
 from rightrank.adapters.resize import RankedAdapter, list_candidate_ranks, write_truncation
 from rightrank.bases.base_models import compute_base_identity
@@ -32,17 +32,6 @@ from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, NotFiniteError, RunFolderError, SettingsError
 from rightrank.schema.metrics import LossKind, Margin
 from rightrank.schema.settings import SelectSettings
-from rightrank.trainers.batch_scores import (
-    BETA,
-    GROUP_KEY,
-    Batch,
-    TrainerLoss,
-    add_reference,
-    compute_batch_loss,
-    count_positions,
-    has_class_labels,
-    read_batch,
-)
 from rightrank.trainers.in_memory import (
     copy_factors,
     gather_objects,
@@ -52,6 +41,17 @@ from rightrank.trainers.in_memory import (
     preserve_state,
     save_trained_adapter,
     sync_errors,
+)
+from rightrank.trainers.trainer_batches import (
+    BETA,
+    GROUP_KEY,
+    Batch,
+    TrainerLoss,
+    add_reference,
+    compute_batch_loss,
+    count_positions,
+    has_class_labels,
+    read_batch,
 )
 from rightrank.training.evaluation import Scores
 from rightrank.training.kinds import find_lora_modules, set_update_to_zero

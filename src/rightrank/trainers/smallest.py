@@ -23,31 +23,10 @@ import torch
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rightrank.data.sampling import sample_indices
+from rightrank.data.rows import sample_indices
 from rightrank.schema.errors import DataError, SettingsError
 from rightrank.schema.metrics import Margin
 from rightrank.schema.settings import SelectSettings
-from rightrank.trainers.batch_scores import (
-    BETA,
-    CUSTOM_EVALUATION_HINT,
-    GROUP_KEY,
-    REFERENCE_KEYS,
-    Batch,
-    TrainerLoss,
-    compute_batch_loss,
-    count_positions,
-    find_adapted_model,
-    is_sentence_transformers,
-)
-from rightrank.trainers.held_out import (
-    MAX_MOMENT_BATCHES,
-    MIN_EXAMPLES,
-    RowReader,
-    iterate_rows,
-    number_groups,
-    read_moment_batches,
-    select_held_out_rows,
-)
 from rightrank.trainers.in_memory import (
     find_trained_adapter,
     get_process_index,
@@ -64,6 +43,25 @@ from rightrank.trainers.measurement import (
     build_settings,
     find_smallest_adapter,
     require_result_folder,
+)
+from rightrank.trainers.trainer_batches import (
+    BETA,
+    CUSTOM_EVALUATION_HINT,
+    GROUP_KEY,
+    MAX_MOMENT_BATCHES,
+    MIN_EXAMPLES,
+    REFERENCE_KEYS,
+    Batch,
+    RowReader,
+    TrainerLoss,
+    compute_batch_loss,
+    count_positions,
+    find_adapted_model,
+    is_sentence_transformers,
+    iterate_rows,
+    number_groups,
+    read_moment_batches,
+    select_held_out_rows,
 )
 
 log = logging.getLogger("rightrank")

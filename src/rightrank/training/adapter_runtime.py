@@ -14,14 +14,13 @@ from typing import Any
 
 from peft import PeftModel, PeftType
 
+from rightrank.adapters.adapter_files import AdapterFolder, ensure_peft_format
 from rightrank.adapters.adapter_folders import BASE_FILE, CONFIG_FILE, require_kept_base
-from rightrank.adapters.adapter_reader import AdapterFolder
-from rightrank.adapters.adapter_writer import ensure_peft_format
 from rightrank.adapters.truncation import save_moments
 from rightrank.bases.base_models import LoadedModel, load_base, read_identity
 from rightrank.bases.model_sources import normalize_model_name, require_model
 from rightrank.data.files import UnreadableError, read_json_object, replace_file
-from rightrank.data.sampling import sample_indices
+from rightrank.data.rows import sample_indices
 from rightrank.data.splits import DataSplits
 from rightrank.schema.errors import ModelError, SettingsError, get_first_line, quote_value
 from rightrank.schema.events import EvaluationProgress

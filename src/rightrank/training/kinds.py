@@ -1,6 +1,6 @@
 """The kinds of adapted layers: linear layers, embeddings, DoRA, fused experts, and unknown ones.
 
-PEFT creates every adapter and saves it, and `adapters.kinds` describes the saved tensors. A kind is one class and one entry in `KINDS`;
+PEFT creates every adapter and saves it, and `adapters.adapter_files` describes the saved tensors. A kind is one class and one entry in `KINDS`;
 the first one that claims a module describes it. It keeps two promises. `initialize` leaves the function of the base model unchanged,
 and an adapter of rank r starts with the first r rows of the draw of a larger one. `forward` computes for the rows of an adapter what
 PEFT's forward pass computes for them.
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
 
-from rightrank.adapters.kinds import name_experts
+from rightrank.adapters.adapter_files import name_experts
 from rightrank.schema.errors import MultiLoraError
 from rightrank.training.device import set_training_mode
 from rightrank.training.routing import Routing, run_linear_layer

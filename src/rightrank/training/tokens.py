@@ -18,8 +18,7 @@ from jinja2 import TemplateError
 
 from rightrank.bases.base_models import LoadedModel
 from rightrank.data.forms import DataForm, Example, select_template_inputs
-from rightrank.data.groups import number_groups
-from rightrank.data.splits import HELD_OUT, SPLITS, DataSplits
+from rightrank.data.splits import HELD_OUT, SPLITS, DataSplits, number_groups
 from rightrank.data.token_store import IGNORED, EncodedExample, TokenStore
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import DataSummary, SplitSummary

@@ -1,14 +1,33 @@
-"""Read an adapter with safetensors alone, and check it before anything is computed.
+"""Read an adapter with safetensors alone, check it before anything is computed, and write adapters.
 
 Neither PEFT nor the base model is needed: tensor names, shapes and `adapter_config.json` define the adapter. Adapters of other programs
-(`foreign_files`) are read as the same adapter in PEFT's format.
+(`foreign_files`) are read as the same adapter in PEFT's format. The layout of the factors A and B depends on what they adapt:
+
+Embeddings: ΔW = s·B·A [width, vocabulary], of which a token takes one column.
+
+Convolutions: ΔW = s·B·A as the matrix [out, in × kernel] that PEFT's kernels imply. PEFT adapts a convolution by two: A has
+the same kernel, stride and padding and r output channels, and B has a kernel of size one. The composition has the kernel
+s·Σᵣ B[o, r]·A[r, i, …], so its norm and its best approximation of a lower rank are those of the matrix. Grouped
+convolutions are not supported: PEFT's B then sees only some of the r channels.
+
+DoRA has the layout of the layer that it adapts, and a magnitude for each row.
+
+Fused experts: a parameter [experts, …] of a mixture that PEFT adapts through `target_parameters`, with one ΔW for each expert.
+PEFT wraps the module that holds the parameter, and the wrapper of a second parameter of that module wraps the first. In a
+file, `experts.base_layer` is the parameter that the module registered first, and `experts` the last one. For E experts A is stored as
+[E·r, in], the r rows of one expert after those of another, and B as [out, r·E], in which the E columns of one direction
+are neighbours. The other kinds have this layout with E = 1.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +35,8 @@ from typing import Any
 import numpy as np
 
 from rightrank.adapters.adapter_folders import (
+    BASE_FILE,
+    CLASSIFIER_FILE,
     CONFIG_FILE,
     MLX_FILE,
     PEFT_PREFIX,
@@ -25,7 +46,6 @@ from rightrank.adapters.adapter_folders import (
     require_adapter_folder,
 )
 from rightrank.adapters.foreign_files import ForeignFile, read_mlx_folder, read_single_file
-from rightrank.adapters.kinds import MAGNITUDE_KEYS, Factors, find_expert_parameter, name_experts, unpack_factors
 from rightrank.adapters.rank_math import (
     MAX_ALPHA,
     MIN_ALPHA,
@@ -36,7 +56,9 @@ from rightrank.adapters.rank_math import (
     is_valid_alpha,
     matches_pattern,
 )
-from rightrank.bases.safetensors_files import BFLOAT16, Tensor, TensorFile, open_tensors, widen
+from rightrank.adapters.truncation import Factors
+from rightrank.bases.safetensors_files import BFLOAT16, Tensor, TensorFile, open_tensors, widen, write_tensors
+from rightrank.data.files import create_output, replace_folder
 from rightrank.schema.errors import ModelError
 from rightrank.schema.trials import Floats
 
@@ -45,6 +67,17 @@ FACTOR_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<si
 MIN_VALUE, MAX_VALUE = float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).max)
 # Options with which the adapter's update is not s·B·A.
 UNSUPPORTED_OPTIONS = ("use_qalora", "use_bdlora", "kasa_config", "arrow_config", "monteclora_config", "velora_config")
+MAGNITUDE_KEYS = (
+    "lora_magnitude_vector",
+    "lora_magnitude_vector.weight",
+)  # suffixes of the module's name in PEFT's files
+WRAPPER_SUFFIX = ".base_layer"  # PEFT's suffix for each nested wrapper
+LAST_PARAMETERS = ("down", "w2", "output")  # names of parameters that modules register last
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "tokenizer.model", "spiece.model", "chat_template.jinja", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+COPIED_FILES = (BASE_FILE, CLASSIFIER_FILE, *TOKENIZER_FILES)  # files that are copied to an adapter of another rank
 
 
 def open_adapter(path: Path) -> AdapterFolder:
@@ -297,3 +330,106 @@ def natural_sort_key(name: str) -> list[tuple[int, int, str]]:
         (0, int(component), "") if component.isdecimal() and len(component) < 10 else (1, 0, component)
         for component in components
     ]
+
+
+def find_expert_parameter(module: str, config: Mapping[str, Any]) -> str | None:
+    """Return the name of the parameter in the base that holds the experts of a pair, or None if the pair adapts a layer.
+
+    Args:
+        module: The module's name as PEFT writes it, without its prefix; its depth of wrappers tells the parameter.
+        config: The adapter's configuration.
+    """
+    holder = module.replace(WRAPPER_SUFFIX, "")
+    targets = [str(target).rpartition(".") for target in config.get("target_parameters") or ()]
+    parameters = [parameter for path, _, parameter in targets if path and f".{holder}".endswith(f".{path}")]
+    if not parameters:
+        return None
+    parameters.sort(key=lambda name: any(last_name in name for last_name in LAST_PARAMETERS))
+    return f"{holder}.{parameters[max(0, len(parameters) - 1 - module.count(WRAPPER_SUFFIX))]}"
+
+
+def name_experts(parameter: str, experts: int) -> list[str]:
+    """Return the names of the matrices of a parameter that holds this number of experts."""
+    return [parameter] if experts == 1 else [f"{parameter}.{expert}" for expert in range(experts)]
+
+
+def unpack_factors(a: Floats, b: Floats, rank: int) -> list[Factors]:
+    """Return `(B [rows, r], A [r, columns])` of each matrix of a stored pair."""
+    experts = len(a) // rank
+    by_expert, rows = b.reshape(len(b), rank, experts), a.reshape(len(a), -1)
+    return [(by_expert[:, :, expert], rows[expert * rank : (expert + 1) * rank]) for expert in range(experts)]
+
+
+def pack_factors(factors: Sequence[Factors], a: tuple[int, ...], b: tuple[int, ...]) -> tuple[Floats, Floats]:
+    """Return `(A, B)` to store for the factors of the matrices, at their rank, in the layout of a pair of shapes `a` and `b`."""
+    new_a = np.concatenate([matrix_a for _, matrix_a in factors])
+    new_b = np.stack([matrix_b for matrix_b, _ in factors], axis=2)
+    return new_a.reshape(-1, *a[1:]), new_b.reshape(b[0], -1, *b[2:])
+
+
+def write_adapter(
+    out: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    source: Path | None = None,
+    files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write a new adapter folder. An error leaves no folder behind.
+
+    Args:
+        source: The original adapter, whose tokenizer, labels and base identity (`COPIED_FILES`) are copied.
+        files: Additional files by name.
+
+    Raises:
+        RunFolderError: `out` exists or can't be written.
+    """
+
+    with create_output(out), replace_folder(out) as temporary:
+        write_tensors(temporary / WEIGHTS_FILE, tensors, {"format": "pt"})
+        text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
+        (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
+        if source is not None:
+            for file in (source / name for name in COPIED_FILES):
+                if file.is_file():
+                    shutil.copy2(file, temporary)
+        for name, content in (files or {}).items():
+            (temporary / name).write_bytes(content)
+
+
+@contextmanager
+def ensure_peft_format(folder: Path) -> Iterator[Path]:
+    """Yield the folder itself, or a temporary copy in PEFT's format if mlx-lm wrote it.
+
+    Raises:
+        ModelError: The weights are not a readable safetensors file.
+    """
+    if not (folder / MLX_FILE).is_file() or (folder / WEIGHTS_FILE).exists():
+        if (folder / WEIGHTS_FILE).exists():
+            open_tensors(folder / WEIGHTS_FILE)
+        yield folder
+        return
+    adapter = open_adapter(folder)
+    with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
+        converted = Path(name) / folder.name
+        write_adapter(converted, adapter.config, {key: adapter.load_tensor(key) for key in adapter.keys})
+        yield converted
+
+
+def write_same_format(
+    adapter: AdapterFolder,
+    out: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write a changed adapter in the format of `adapter`.
+
+    In PEFT's format, the accompanying files are copied and additional `files` are written.
+
+    Raises:
+        RunFolderError: `out` exists or can't be written.
+    """
+    if adapter.foreign is not None:
+        adapter.foreign.write(out, config, tensors)
+        return
+    write_adapter(out, config, tensors, adapter.path, files)
