@@ -16,7 +16,7 @@ import click
 import pytest
 
 from rightrank.cli import cli, main
-from rightrank.runs.journal import Journal
+from rightrank.runs.folder import Journal
 from rightrank.schema.trials import TrialFinished
 from tests.watch import GENEROUS_SECONDS, wait_until
 

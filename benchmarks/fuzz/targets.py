@@ -23,8 +23,7 @@ from rightrank.data.splits import load_data
 from rightrank.report.answer import build_answers
 from rightrank.report.html import render_report
 from rightrank.report.screen import format_decision
-from rightrank.runs.folder import RunFolder
-from rightrank.runs.journal import seal
+from rightrank.runs.folder import RunFolder, seal
 from rightrank.schema.errors import InputError
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.settings import SelectSettings

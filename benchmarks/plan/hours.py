@@ -24,8 +24,8 @@ from rightrank.planning.estimate import Estimator
 from rightrank.report.format import format_duration
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.settings import SelectSettings
-from rightrank.search import make_strategy
 from rightrank.search.protocol import build_space
+from rightrank.search.strategies import make_strategy
 from rightrank.training.pace import RUN_EVALUATIONS
 
 HERE = Path(__file__).parent

@@ -20,7 +20,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.selection.baselines import DETERMINISTIC, STOCHASTIC
 from benchmarks.selection.replay import Judged, judge, replay_all, summarize
 from benchmarks.selection.tables import GridCurve, list_seed_orders, read_grids
-from rightrank.search import STRATEGIES
+from rightrank.search.strategies import STRATEGIES
 
 HERE = Path(__file__).parent
 FAMILIES = {  # file, which of its grids, and margins in the metric's unit

@@ -21,8 +21,8 @@ from pathlib import Path
 from benchmarks.selection.tables import GridCurve, Replayed, build_space, read_grids, replay
 from rightrank.schema.errors import InputError, ResultsError, SettingsError
 from rightrank.schema.settings import Goal
-from rightrank.search import make_strategy
 from rightrank.search.protocol import Space, Strategy
+from rightrank.search.strategies import make_strategy
 
 
 @dataclass(frozen=True)

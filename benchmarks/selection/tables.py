@@ -31,7 +31,7 @@ from rightrank.schema.trials import (
     count_added_steps,
 )
 from rightrank.search.protocol import Space, Strategy, Trials
-from rightrank.search.upward import Upward
+from rightrank.search.strategies import Upward
 
 REPLAY_STEPS = 1000  # fractions of a full training, in which costs are counted
 

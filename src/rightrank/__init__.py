@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rightrank.api.training_function import select_rank_with
     from rightrank.atlas import expect
     from rightrank.planning import plan
-    from rightrank.runs.values import Selected
+    from rightrank.runs.selection import Selected
     from rightrank.schema.decision import Decision
     from rightrank.schema.plan_settings import PlanSettings
     from rightrank.schema.settings import SelectSettings
@@ -39,7 +39,7 @@ _MODULES = {
     "trainers.custom_trainer": ("TrialResult", "TrialTask"),
     "atlas": ("expect",),
     "planning": ("plan",),
-    "runs.values": ("Selected",),
+    "runs.selection": ("Selected",),
     "schema.decision": ("Decision",),
     "schema.plan_settings": ("PlanSettings",),
     "schema.settings": ("SelectSettings",),

@@ -20,7 +20,7 @@ from rightrank.api.folders import read_run
 from rightrank.api.runs import DecisionResult, decide
 from rightrank.report import figures
 from rightrank.report.figure import Figure, require_matplotlib
-from rightrank.runs.values import Selected
+from rightrank.runs.selection import Selected
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError, SettingsError
 from rightrank.schema.events import Records

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.selection.replay import judge, replay_all, summarize
 from benchmarks.selection.tables import read_grids
 
-from rightrank.search import STRATEGIES
+from rightrank.search.strategies import STRATEGIES
 
 pytestmark = pytest.mark.trains
 

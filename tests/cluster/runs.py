@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rightrank import select_rank
-from rightrank.runs.journal import Journal
+from rightrank.runs.folder import Journal
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from tests.tiny import build_small_settings
 

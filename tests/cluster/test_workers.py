@@ -18,10 +18,9 @@ import psutil
 import pytest
 
 from rightrank import select_rank
-from rightrank.cluster import backends
-from rightrank.cluster.backends import RayBackend
+from rightrank.cluster import workers
 from rightrank.cluster.pool import Task
-from rightrank.cluster.worker import Worker, WorkerSetup, collect_versions
+from rightrank.cluster.workers import RayBackend, Worker, WorkerSetup, collect_versions
 from rightrank.runs.selection import SelectionRequest
 from rightrank.schema.errors import InputError, InterruptedRun, MissingExtraError, RunError, SettingsError
 from rightrank.schema.events import Event, StepDone
@@ -214,8 +213,8 @@ def test_a_lost_head_ends_the_run_with_one_line(
     how: str, ray: MagicMock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = MagicMock()
-    monkeypatch.setattr(backends, "_require_reachable_head", answer)
-    monkeypatch.setattr(backends, "HEAD_SECONDS", 0.0)
+    monkeypatch.setattr(workers, "_require_reachable_head", answer)
+    monkeypatch.setattr(workers, "HEAD_SECONDS", 0.0)
     backend = RayBackend(make_setup(tmp_path), "head:6379", 1, False, None)
     worker = backend.start("worker-1", 0)
     backend.require_alive()
@@ -224,7 +223,7 @@ def test_a_lost_head_ends_the_run_with_one_line(
     else:
         answer.side_effect = RunError("no Ray cluster answers")
         backend.require_alive()  # it may come back
-        monkeypatch.setattr(backends, "SILENT_SECONDS", 0.0)
+        monkeypatch.setattr(workers, "SILENT_SECONDS", 0.0)
     for _ in range(2):
         with pytest.raises(RunError, match="head of the Ray cluster was lost; restart the cluster and repeat the same"):
             backend.require_alive()

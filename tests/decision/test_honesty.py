@@ -16,7 +16,7 @@ from rightrank.decision.rule import decide_table
 from rightrank.decision.table import Cell, ScoreTable, build_table
 from rightrank.schema.decision import Decision
 from rightrank.schema.trials import Arm
-from rightrank.search import STRATEGIES
+from rightrank.search.strategies import STRATEGIES
 from tests.decision.tables import build_example_table, build_value_table
 from tests.search import worlds
 from tests.search.worlds import make_space, run_all

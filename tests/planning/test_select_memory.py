@@ -10,7 +10,7 @@ import pytest
 from rightrank.cli import main
 from rightrank.planning.estimate import Estimator
 from rightrank.planning.planner import build_step_settings, plan_selection
-from rightrank.runs.journal import Journal
+from rightrank.runs.folder import Journal
 from rightrank.schema.trials import TrialFinished
 from tests.tiny import build_small_settings, build_tiny_llama_config
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.decision.run import build_criterion
-from rightrank.runs.journal import Journal
+from rightrank.runs.folder import Journal
 from rightrank.schema.decision import ExportedAdapter
 from rightrank.schema.events import (
     AdapterRecorded,

@@ -15,7 +15,7 @@ from rightrank.decision.run import decide_run
 from rightrank.report.adapter_page import build_candidate_table
 from rightrank.report.answer import build_answers
 from rightrank.report.html import render_model_card, render_report
-from rightrank.runs.journal import Journal
+from rightrank.runs.folder import Journal
 from rightrank.schema.events import Records, RunContinued
 from tests.report.elements import Elements
 from tests.report.runs import make_adapter_without_gain, make_answered_run, write_answered_run, write_records

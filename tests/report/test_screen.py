@@ -23,7 +23,7 @@ from rightrank.decision.run import (
 )
 from rightrank.report.answer import Answers, build_answers
 from rightrank.report.screen import MAX_LINES, describe_result, format_decision, format_screen
-from rightrank.runs.values import SelectedRank
+from rightrank.runs.selection import SelectedRank
 from rightrank.schema.decision import Decision
 from rightrank.schema.events import Records, RunKind
 from rightrank.schema.settings import Goal

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from rightrank.api.selecting import Selected, select_rank
-from rightrank.runs.journal import Journal
+from rightrank.runs.folder import Journal
 from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.events import StepDone, TestEvaluated
 from rightrank.schema.metrics import Checkpoint

@@ -11,7 +11,7 @@ import pytest
 from rightrank.api.runs import decide
 from rightrank.api.selecting import select_rank
 from rightrank.cli import main
-from rightrank.runs.journal import Journal
+from rightrank.runs.folder import Journal
 from rightrank.schema.decision import AdapterAnswer, AdapterCandidate
 from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import RunContinued

@@ -12,7 +12,7 @@ import pytest
 
 from rightrank import EvalPoint, TrialResult, TrialTask, select_rank_with
 from rightrank.api.folders import status
-from rightrank.runs.journal import Journal
+from rightrank.runs.folder import Journal
 from rightrank.schema.events import Records, RunStarted
 from rightrank.schema.trials import TrialDiverged, TrialFailed, TrialFinished
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rightrank import SelectSettings, select_rank
-from rightrank.runs.journal import Journal
+from rightrank.runs.folder import Journal
 from rightrank.schema.errors import InputError, ModelError, RunFolderError, SettingsError
 from rightrank.schema.events import Event, StepDone
 from rightrank.schema.trials import TrialFinished, TrialStarted

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from rightrank import Selected, TrialTask, select_rank_with
-from rightrank.runs.hook import Hook, Run
-from rightrank.runs.journal import Journal
+from rightrank.runs.folder import Journal
+from rightrank.runs.hooks import Hook, Run
 from rightrank.schema.errors import InterruptedRun, RunError
 from rightrank.schema.events import Event, SelectionPlanned
 from rightrank.schema.trials import TrialFinished

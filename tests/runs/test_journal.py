@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rightrank.data import files
-from rightrank.runs.journal import Journal, parse_line, seal
+from rightrank.runs.folder import Journal, parse_line, seal
 from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import DataSummary, JournalRecord, RunStarted
 from rightrank.schema.trials import SCHEMA_VERSION, Arm, TrialFailed, TrialStarted

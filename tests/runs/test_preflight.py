@@ -9,7 +9,7 @@ import pytest
 
 from rightrank import preflight, select_rank
 from rightrank.decision.adapter import Criterion
-from rightrank.runs.journal import Journal
+from rightrank.runs.folder import Journal
 from rightrank.runs.preflight import estimate_resolution
 from rightrank.schema.events import RunStarted, SelectionPlanned
 from rightrank.schema.trials import TrialFinished

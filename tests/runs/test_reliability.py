@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from rightrank.cli import main
-from rightrank.runs.journal import Journal
-from rightrank.runs.watching import SignalHandler
+from rightrank.runs.folder import Journal
+from rightrank.runs.hooks import SignalHandler
 from rightrank.schema.errors import TerminatedRun
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished, TrialStarted

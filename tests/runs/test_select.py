@@ -19,9 +19,8 @@ from peft import AutoPeftModelForCausalLM
 
 from rightrank.cli import main
 from rightrank.report import html
-from rightrank.runs import finish
-from rightrank.runs.folder import RunFolder
-from rightrank.runs.journal import Journal
+from rightrank.runs import run as job
+from rightrank.runs.folder import Journal, RunFolder
 from rightrank.schema.trials import TrialFinished, TrialStarted
 from rightrank.training import optimizer, saving
 from rightrank.training import trial as arm_training
@@ -136,7 +135,7 @@ def run_and_kill(arguments: list[str], owner: Any, name: str, entry: int) -> Non
 
 KILLS: list[tuple[Any, str, int]] = [
     (Journal, "append", 2), (optimizer, "take_step", 5), (optimizer, "save_checkpoint", 1), (Runtime, "evaluate_adapters", 2),
-    (saving, "save_adapter", 1), (finish, "export_adapter", 1), (html, "render_report", 1),
+    (saving, "save_adapter", 1), (job, "export_adapter", 1), (html, "render_report", 1),
 ]  # fmt: skip
 
 

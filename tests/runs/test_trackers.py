@@ -13,9 +13,8 @@ import pytest
 from rightrank.api.runs import decide
 from rightrank.decision.run import decide_run
 from rightrank.runs import trackers as registry
-from rightrank.runs.folder import RunFolder
-from rightrank.runs.hook import Hooks, Run
-from rightrank.runs.journal import Journal
+from rightrank.runs.folder import Journal, RunFolder
+from rightrank.runs.hooks import Hooks, Run
 from rightrank.runs.trackers import Trackers
 from rightrank.schema.events import DecisionRecorded, Records, read_records
 from rightrank.schema.trials import TrialFinished

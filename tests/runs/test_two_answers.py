@@ -11,7 +11,7 @@ from peft import AutoPeftModelForCausalLM
 
 from rightrank.api.folders import export, status, write_report
 from rightrank.api.selecting import select_rank
-from rightrank.runs.journal import Journal
+from rightrank.runs.folder import Journal
 from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.events import AdapterRecorded
 from rightrank.schema.settings import SelectSettings

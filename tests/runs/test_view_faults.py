@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 
-from rightrank.runs.journal import Journal
+from rightrank.runs.folder import Journal
 from rightrank.schema.events import AdapterRecorded, DecisionRecorded
 from tests.commands import run
 
 VIEWS = [
-    "rightrank.runs.views.build_figures",
-    "rightrank.runs.views.render_model_card",
-    "rightrank.runs.views._build_spectrum_figures",
-    "rightrank.runs.views.write_figures",
-    "rightrank.runs.views.build_answers",
-    "rightrank.runs.views.render_report",
+    "rightrank.runs.hooks.build_figures",
+    "rightrank.runs.hooks.render_model_card",
+    "rightrank.runs.hooks._build_spectrum_figures",
+    "rightrank.runs.hooks.write_figures",
+    "rightrank.runs.hooks.build_answers",
+    "rightrank.runs.hooks.render_report",
 ]
 FAULTS = [StopIteration(), KeyError("x"), ZeroDivisionError("division by zero"), AttributeError("no such field")]
 

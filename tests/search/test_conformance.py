@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from rightrank.decision.adapter import Criterion
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome, count_added_steps
-from rightrank.search import STRATEGIES, make_strategy
 from rightrank.search.protocol import Space, build_space
+from rightrank.search.strategies import STRATEGIES, make_strategy
 from tests.search.worlds import EXACT, STEPS, World, make_space, recommend, run_all, run_rounds
 
 WORLDS = {

@@ -12,8 +12,8 @@ from rightrank.decision.adapter import Criterion
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, TrialFinished
-from rightrank.search import STRATEGIES, make_strategy
 from rightrank.search.protocol import Strategy, build_space
+from rightrank.search.strategies import STRATEGIES, make_strategy
 from tests.search.worlds import EXACT, STEPS, World, make_space, recommend, run_all, run_rounds
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rightrank.schema.trials import TrialOutcome
 from rightrank.search.protocol import Space
-from rightrank.search.upward import Upward
+from rightrank.search.strategies import Upward
 from tests.search.worlds import World, make_space, recommend, run_all
 
 LOW, MIDDLE, HIGH = 1e-4, 3e-4, 1e-3

@@ -20,7 +20,7 @@ from rightrank.schema.trials import (
     compute_trial_id,
 )
 from rightrank.search.protocol import Space, Strategy, Trials
-from rightrank.search.upward import Upward
+from rightrank.search.strategies import Upward
 
 STEPS = 100
 EXACT = Criterion("loss", False, 0.01, "loss", trusts_values=True)

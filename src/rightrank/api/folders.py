@@ -36,7 +36,7 @@ def write_report(run: str | Path, figures: Sequence[str] = ()) -> Path:
         SettingsError: another format.
         MissingExtraError: a format is given, and matplotlib is not installed.
     """
-    from rightrank.runs.views import write_report as write_views
+    from rightrank.runs.hooks import write_report as write_views
 
     folder, records, decision = read_run(run, is_live=False)
     with report_disk_errors(folder.path):

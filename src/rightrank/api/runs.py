@@ -12,8 +12,7 @@ from rightrank.decision import rule
 from rightrank.decision.run import decide_run, list_comparable_outcomes
 from rightrank.decision.table import build_table
 from rightrank.report.answer import Answers, build_next_rows, format_labelled_rows, render_notebook_html
-from rightrank.runs.folder import RunFolder
-from rightrank.runs.frame import build_trials_frame
+from rightrank.runs.folder import RunFolder, build_trials_frame
 from rightrank.schema.command import build_next_commands
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError, RunFolderError

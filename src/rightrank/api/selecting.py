@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from rightrank.bases.model_sources import require_model
-from rightrank.cluster.backends import open_pool
+from rightrank.cluster.workers import open_pool
 from rightrank.data.rows import require_data_source
-from rightrank.runs.hook import Hook, Hooks
-from rightrank.runs.selection import Rows, SelectionRequest
-from rightrank.runs.values import Selected
+from rightrank.runs.hooks import Hook, Hooks
+from rightrank.runs.selection import Rows, Selected, SelectionRequest
 from rightrank.schema.configs import read_configs
 from rightrank.schema.errors import InterruptedRun, MissingExtraError, SettingsError
 from rightrank.schema.events import Notice
@@ -23,8 +22,8 @@ from rightrank.schema.keywords import SelectKeywords
 from rightrank.schema.results import Preflight
 from rightrank.schema.setting_table import get_explicit_values, require_no_secret
 from rightrank.schema.settings import SelectSettings
-from rightrank.search import make_strategy
 from rightrank.search.protocol import build_space
+from rightrank.search.strategies import make_strategy
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -53,7 +52,7 @@ def select_rank(
         out: the run folder. A second call with the same arguments resumes an unfinished run.
         tokenizer: the tokenizer of a model in memory.
         settings: see `SelectSettings`; None for the defaults.
-        callbacks: hooks that watch the selection and can stop it; see `rightrank.runs.hook.Hook`.
+        callbacks: hooks that watch the selection and can stop it; see `rightrank.runs.hooks.Hook`.
         progress: show the progress on stderr.
         peft_config: the configuration of your current adapter. Its values override `settings`. The ranks replace `r`; values that
             a selection can't honour are refused by name.
@@ -68,8 +67,8 @@ def select_rank(
     """
     from rightrank.data.files import report_disk_errors
     from rightrank.runs.folder import RunFolder
+    from rightrank.runs.hooks import SignalHandler, make_view
     from rightrank.runs.trackers import Trackers
-    from rightrank.runs.watching import SignalHandler, make_view
 
     request = SelectionRequest(model, tokenizer, data, _merge_settings(settings, keywords, peft_config, args))
     _validate_request(request)
@@ -80,10 +79,10 @@ def select_rank(
         stop = stack.enter_context(SignalHandler(tell))
         tell(f"run folder {out}: loading model and data")
         # These imports bring torch. They follow the lock, so that an unusable folder is refused at once.
+        from rightrank.runs.hooks import Report
         from rightrank.runs.preflight import PreflightHook
         from rightrank.runs.prepare import prepare_run
         from rightrank.runs.run import select
-        from rightrank.runs.views import Report
 
         hooks = [*views, stop, PreflightHook(), trackers, Report(), *callbacks]
         open_workers = open_pool if request.settings.has_workers else None

@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rightrank.runs.hook import Hook
-from rightrank.runs.values import Selected
+from rightrank.runs.hooks import Hook
+from rightrank.runs.selection import Selected
 from rightrank.schema.metrics import Margin
 from rightrank.schema.settings import Goal
 
@@ -65,9 +65,8 @@ def select_rank_with(
     """
     from rightrank.data.files import report_disk_errors
     from rightrank.runs.folder import RunFolder
+    from rightrank.runs.hooks import Report, make_view
     from rightrank.runs.run import select
-    from rightrank.runs.views import Report
-    from rightrank.runs.watching import make_view
     from rightrank.trainers.custom_trainer import build_custom_request
 
     values = {"ranks": ranks, "learning_rates": learning_rates, "seeds": seeds, "margin": margin, "goal": goal}

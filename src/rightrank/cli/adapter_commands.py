@@ -20,7 +20,7 @@ from rightrank.schema.metrics import Margin
 from rightrank.schema.settings import SelectSettings
 
 if TYPE_CHECKING:
-    from rightrank.runs.watching import View
+    from rightrank.runs.hooks import View
     from rightrank.schema.results import AdapterContent, Inspection, ModuleSpectrum, Resized
 
 MAX_ROWS = 20  # modules in the table; --json has all
@@ -92,7 +92,7 @@ def _resize(
 
 def open_progress_view() -> AbstractContextManager[View]:
     """Open the view of the progress of evaluations on stderr."""
-    from rightrank.runs.watching import make_view
+    from rightrank.runs.hooks import make_view
 
     return make_view(quiet=False)
 

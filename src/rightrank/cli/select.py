@@ -16,8 +16,8 @@ from rightrank.schema.errors import InterruptedRun, SettingsError, TerminatedRun
 from rightrank.schema.settings import SelectSettings
 
 if TYPE_CHECKING:
-    from rightrank.runs.hook import Hook
-    from rightrank.runs.values import Selected
+    from rightrank.runs.hooks import Hook
+    from rightrank.runs.selection import Selected
 
 
 @click.command(
@@ -101,7 +101,7 @@ def _print_selected(selected: Selected, as_json: bool) -> None:
 def _dry_run(model: str, data: Path, values: dict[str, Any], quiet: bool, as_json: bool) -> None:
     from rightrank.api.selecting import preflight
     from rightrank.report.progress import format_preflight
-    from rightrank.runs.watching import make_view
+    from rightrank.runs.hooks import make_view
 
     with make_view(quiet) as view:
         preflight_result = preflight(model, data, settings=SelectSettings(**values), on_event=view.on_event)
@@ -124,7 +124,7 @@ def _demo(out: Path, as_json: bool) -> None:
     """
     from rightrank.api.selecting import select_rank
     from rightrank.demo import DEMO_SETTINGS, prepare_demo
-    from rightrank.runs.hook import Hooks
+    from rightrank.runs.hooks import Hooks
 
     def run(hooks: list[Hook]) -> Selected:
         model, data = prepare_demo(out, Hooks(hooks).send_notice)
@@ -142,8 +142,7 @@ def _run_with_progress(
     """Run with progress on stderr; Ctrl-C and SIGTERM stop the run with checkpoints."""
     if not quiet and not log_json:
         announce(f"run folder {out}: checking the request, then loading model and data")
-    from rightrank.runs.hook import Hooks
-    from rightrank.runs.watching import JsonLog, ProgressFile, SignalHandler, make_view
+    from rightrank.runs.hooks import Hooks, JsonLog, ProgressFile, SignalHandler, make_view
 
     with ExitStack() as stack:
         view = JsonLog(sys.stderr) if log_json else stack.enter_context(make_view(quiet))

@@ -27,7 +27,7 @@ from rightrank.data.splits import DataSplits, load_data, load_held_out
 from rightrank.decision.adapter import Criterion, ReferenceComparison, ScoredAdapter, format_margin
 from rightrank.decision.comparison import RELATIVE_TOLERANCE
 from rightrank.decision.table import Cell, compute_paired_difference
-from rightrank.runs.journal import Journal
+from rightrank.runs.folder import Journal
 from rightrank.schema.decision import DifferenceDistribution
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.events import EvaluationProgress, RunStarted

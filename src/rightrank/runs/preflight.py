@@ -10,7 +10,7 @@ from rightrank.decision.adapter import Criterion
 from rightrank.decision.comparison import CONFIDENCE, NORMAL
 from rightrank.report.format import format_quantity
 from rightrank.report.progress import describe_data_issues, format_memory, format_preflight_cost, format_time_estimate
-from rightrank.runs.hook import Hook, Run
+from rightrank.runs.hooks import Hook, Run
 from rightrank.runs.prepare import LoadedSelection
 from rightrank.schema.events import DurationEstimated, Event, Notice, SelectionPlanned
 from rightrank.schema.metrics import MetricKind, get_margin_share, infer_metric_kind

@@ -30,8 +30,8 @@ from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import JournalRecord, Listener, Records, RunKind, RunStarted, TestEvaluated
 from rightrank.schema.settings import SelectSettings, select_identity_settings
 from rightrank.schema.trials import Trial, TrialFinished, TrialOutcome
-from rightrank.search import make_strategy
 from rightrank.search.protocol import Strategy, build_space
+from rightrank.search.strategies import make_strategy
 from rightrank.training.adapter_runtime import attach_adapter
 from rightrank.training.answers import measure_metrics, require_metric_functions
 from rightrank.training.device import describe_environment

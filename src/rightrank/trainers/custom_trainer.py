@@ -50,8 +50,8 @@ from rightrank.schema.trials import (
     TrialOutcome,
     TrialStarted,
 )
-from rightrank.search import make_strategy
 from rightrank.search.protocol import build_space
+from rightrank.search.strategies import make_strategy
 
 
 class TrialTask(Record):
