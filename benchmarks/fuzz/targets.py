@@ -140,8 +140,8 @@ def read_journal(data: bytes, folder: Path) -> None:
     """Read a run folder's status, decision, figures and report."""
     from matplotlib.figure import Figure as Canvas
 
-    from rightrank.decision.run import decide_if_possible
-    from rightrank.report.figures import build_figures
+    from rightrank.decision.run_answers import decide_if_possible
+    from rightrank.report.html import build_figures
     from rightrank.report.screen import find_last_decision
     from rightrank.schema.events import read_records
 

@@ -23,7 +23,7 @@ from scipy.stats import t as student
 
 from benchmarks.machine import describe_machine
 from benchmarks.selection.tables import GridCurve, read_grids
-from rightrank.decision.seeds import NoiseComponents
+from rightrank.decision.evidence import NoiseComponents
 from rightrank.schema.trials import Floats
 
 HERE = Path(__file__).parent

@@ -19,7 +19,8 @@ from rightrank.adapters.adapter_folders import CONFIG_FILE
 from rightrank.api.folders import read_run
 from rightrank.api.runs import DecisionResult, decide
 from rightrank.report import figures
-from rightrank.report.figure import Figure, require_matplotlib
+from rightrank.report.figures import Figure, require_matplotlib
+from rightrank.report.html import build_adapter_figure, build_learning_rate_figure
 from rightrank.runs.selection import Selected
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError, SettingsError
@@ -52,12 +53,12 @@ def rank_curve(run: Run | DecisionResult | Decision, ax: Axes | None = None) -> 
 
 def adapters(run: Run, ax: Axes | None = None) -> Axes:
     """Plot the held-out values of trained and truncated adapters against their rank, with the paired bounds and the margin."""
-    return _plot(figures.build_adapter_figure(_read_run(run)[0]), ax)
+    return _plot(build_adapter_figure(_read_run(run)[0]), ax)
 
 
 def learning_rates(run: Run, ax: Axes | None = None) -> Axes:
     """Plot held-out values against the learning rate at the largest rank, early in training and at its end."""
-    return _plot(figures.build_learning_rate_figure(_read_run(run)[0]), ax)
+    return _plot(build_learning_rate_figure(_read_run(run)[0]), ax)
 
 
 def learning_curves(run: Run, ax: Axes | None = None) -> Axes:

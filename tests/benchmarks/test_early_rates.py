@@ -7,7 +7,7 @@ import json
 from benchmarks.early_rates import judge, lock
 from benchmarks.learning_rate.lock import hash_file
 
-from rightrank.decision.run import JUDGED_GRIDS, NEAR_BEST_GRIDS
+from rightrank.decision.run_answers import JUDGED_GRIDS, NEAR_BEST_GRIDS
 
 
 def test_what_is_committed_agrees_with_its_locks() -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from rightrank.decision.adapter import Criterion
 from rightrank.decision.comparison import compute_file_bounds
-from rightrank.decision.run import build_trained_answer, compare_adapters, prefer_direct_training, score_trials
-from rightrank.decision.run import compute_test_difference as difference_on_test
+from rightrank.decision.run_answers import build_trained_answer, compare_adapters, prefer_direct_training, score_trials
+from rightrank.decision.run_answers import compute_test_difference as difference_on_test
 from rightrank.decision.table import Cell
 from rightrank.runs.compare import compute_distribution, format_distribution
 from rightrank.schema.decision import AdapterAnswer, DifferenceDistribution

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rightrank.decision.adapter import Criterion
-from rightrank.decision.run import describe_learning_rate
+from rightrank.decision.run_answers import describe_learning_rate
 from rightrank.schema.trials import TrialDiverged, TrialFinished, TrialOutcome
 
 CRITERION = Criterion("loss", higher_is_better=False, margin=0.01)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rightrank.decision.run import build_run_table, decide_run, list_comparable_outcomes
+from rightrank.decision.run_answers import build_run_table, decide_run, list_comparable_outcomes
 from rightrank.decision.table import build_table
 from rightrank.schema.events import Records
 from tests.report.runs import ITEMS, make_run

@@ -18,8 +18,7 @@ from rightrank.decision.comparison import (
     estimate_mean,
 )
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.next_run import EXAMPLE_COUNTS
-from rightrank.decision.rule import decide_table
+from rightrank.decision.rule import EXAMPLE_COUNTS, decide_table
 from rightrank.decision.table import ScoreTable, build_table
 from rightrank.schema.command import build_next_commands
 from rightrank.schema.decision import Decision, NextRun

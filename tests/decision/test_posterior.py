@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import t as student
 
-from rightrank.decision.evidence import Evidence
+from rightrank.decision.evidence import NOISE, Evidence, sample_joint_noise, sample_multivariate_noise
 from rightrank.decision.rule import decide_table
-from rightrank.decision.seeds import NOISE, sample_joint_noise, sample_multivariate_noise
 from rightrank.decision.table import Cell, ScoreTable
 from tests.decision.tables import build_example_table
 

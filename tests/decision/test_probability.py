@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy.stats import t as student
 
+from rightrank.decision.evidence import LOSS_NOISE, NOISE, NOISE_DEGREES, NoiseComponents, get_noise
 from rightrank.decision.ranks import DEFAULT_CONFIDENCE
 from rightrank.decision.rule import decide_table, format_probability
-from rightrank.decision.seeds import LOSS_NOISE, NOISE, NOISE_DEGREES, NoiseComponents, get_noise
 from rightrank.decision.table import Cell, ScoreTable
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from rightrank.decision.evidence import compute_detectable_difference, compute_needed_seeds
 from rightrank.decision.rule import decide_table
-from rightrank.decision.seeds import compute_detectable_difference, compute_needed_seeds
 from rightrank.decision.table import ScoreTable, build_table
 from tests.decision.tables import build_example_table, make_trial
 

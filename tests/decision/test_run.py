@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rightrank.api.runs import decide
-from rightrank.decision.run import (
+from rightrank.decision.run_answers import (
     build_run_table,
     decide_if_possible,
     decide_run,

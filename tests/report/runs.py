@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rightrank.decision.run import build_criterion
+from rightrank.decision.run_answers import build_criterion
 from rightrank.runs.folder import Journal
 from rightrank.schema.decision import ExportedAdapter
 from rightrank.schema.events import (

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from rightrank import Selected
 from rightrank.api.folders import status, write_report
 from rightrank.cli import cli
-from rightrank.decision.run import decide_run
+from rightrank.decision.run_answers import decide_run
 from rightrank.report.adapter_page import build_candidate_table
 from rightrank.report.answer import build_answers
 from rightrank.report.html import render_model_card, render_report

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from rightrank.decision.run import decide_if_possible, decide_run
+from rightrank.decision.run_answers import decide_if_possible, decide_run
 from rightrank.report.answer import build_answers
-from rightrank.report.figures import build_figures
-from rightrank.report.html import render_report
+from rightrank.report.html import build_figures, render_report
 from rightrank.schema.decision import Decision
 from rightrank.schema.events import Records
 from tests.report.chromium import CHROMIUM, FLAGS

@@ -7,10 +7,9 @@ import hashlib
 import re
 from html import unescape
 
-from rightrank.decision.run import decide_if_possible, decide_run
+from rightrank.decision.run_answers import decide_if_possible, decide_run
 from rightrank.report.answer import build_answers
-from rightrank.report.figures import build_figures
-from rightrank.report.html import render_report
+from rightrank.report.html import build_figures, render_report
 from rightrank.schema.events import Records
 from tests.report.elements import Elements
 from tests.report.runs import make_answered_run, make_run

@@ -19,10 +19,10 @@ import rightrank
 from rightrank import Selected, plots
 from rightrank.api.folders import write_report
 from rightrank.cli import cli
-from rightrank.decision.run import compare_run_adapters, decide_run
+from rightrank.decision.run_answers import compare_run_adapters, decide_run
 from rightrank.report.answer import build_answers
-from rightrank.report.figure import Figure
-from rightrank.report.figures import build_figures, build_rank_figure
+from rightrank.report.figures import Figure, build_rank_figure
+from rightrank.report.html import build_figures
 from rightrank.schema.decision import Decision
 from rightrank.schema.errors import MissingExtraError, ResultsError, SettingsError
 from rightrank.schema.events import Records

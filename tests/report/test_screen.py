@@ -15,7 +15,7 @@ from rich.cells import cell_len
 from rightrank import Selected
 from rightrank.cli import cli
 from rightrank.decision.rule import decide_table
-from rightrank.decision.run import (
+from rightrank.decision.run_answers import (
     build_criterion,
     build_trained_answer,
     decide_if_possible,

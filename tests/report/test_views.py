@@ -15,7 +15,7 @@ from rich.console import Console
 
 from rightrank.api.folders import status
 from rightrank.cli import cli
-from rightrank.report.terminal_curve import CURVE_LINES, draw_terminal_curve
+from rightrank.report.format import CURVE_LINES, draw_terminal_curve
 from rightrank.runs.hooks import LiveView, View
 from rightrank.schema.events import SelectionPlanned, StepDone
 from tests.commands import COMMANDS

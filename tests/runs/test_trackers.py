@@ -11,7 +11,7 @@ from unittest.mock import MagicMock
 import pytest
 
 from rightrank.api.runs import decide
-from rightrank.decision.run import decide_run
+from rightrank.decision.run_answers import decide_run
 from rightrank.runs import trackers as registry
 from rightrank.runs.folder import Journal, RunFolder
 from rightrank.runs.hooks import Hooks, Run

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rightrank.adapters.adapter_folders import CONFIG_FILE
 from rightrank.api.runs import open_run
 from rightrank.data.files import UnreadableError, read_json_object, report_disk_errors, require_absent
-from rightrank.decision.run import decide_if_possible
+from rightrank.decision.run_answers import decide_if_possible
 from rightrank.report.answer import Answers, build_answers
 from rightrank.report.screen import RunStatus, build_run_status, find_last_decision, format_screen
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from rightrank.data.files import report_disk_errors, write_text
 from rightrank.decision import rule
-from rightrank.decision.run import decide_run, list_comparable_outcomes
+from rightrank.decision.run_answers import decide_run, list_comparable_outcomes
 from rightrank.decision.table import build_table
-from rightrank.report.answer import Answers, build_next_rows, format_labelled_rows, render_notebook_html
+from rightrank.report.answer import Answers, build_next_rows, render_notebook_html
+from rightrank.report.format import format_labelled_rows
 from rightrank.runs.folder import RunFolder, build_trials_frame
 from rightrank.schema.command import build_next_commands
 from rightrank.schema.decision import Decision

@@ -147,7 +147,7 @@ def _compare(
 def _format_inspection(inspection: Inspection) -> str:
     """Format the modules, or those that use the most and the least of their rank, and the summary."""
     from rightrank.adapters.rank_math import format_slot
-    from rightrank.report.answer import format_labelled_rows, format_table
+    from rightrank.report.format import format_labelled_rows, format_table
 
     summary, modules = inspection.summary, inspection.modules
     by_use = sorted(modules, key=lambda module: module.effective_rank / module.rank)
@@ -204,7 +204,7 @@ def _format_resize_result(resized: Resized) -> str:
     ]
     if resized.answer is not None:
         from rightrank.report.adapter_page import build_candidate_table
-        from rightrank.report.answer import format_table
+        from rightrank.report.format import format_table
 
         lines += [*format_table(build_candidate_table(resized.answer, "held-out")), resized.answer.sentence]
         lines += resized.answer.notes

@@ -64,7 +64,7 @@ def _plan(model: str, assignments: tuple[str, ...], as_json: bool, **options: An
 
 def _format_plan(plan: Plan) -> str:
     """Format the complete plan as plain lines."""
-    from rightrank.report.answer import format_table
+    from rightrank.report.format import format_table
 
     heading = ["rank", "parameters", "adapter", "peak", "reserved", "with headroom", "TFLOP/step"]
     heading += ["fits"] * (plan.memory_bytes is not None)

@@ -2,11 +2,11 @@
 
 Both halves rest on `table` (scores by rank, learning rate and seed) and `comparison` (bounds of a paired difference):
 
-- the default goal, the smallest adapter: `adapter` (is a truncation within the margin of the top adapter?) and `run` (the adapters of
-  a run, and how its other learning rates did);
-- the training rank (`--goal training-rank`, `rightrank decide`): `evidence` and `seeds` (means of ranks, their noise and joint
-  probability), `ranks` (each rank against the best at one margin, and the verdict), `next_run`, and `rule`, which calls them and puts
-  the answer into words.
+- the default goal, the smallest adapter: `adapter` (is a truncation within the margin of the top adapter?) and `run_answers` (the
+  adapters of a run, and how its other learning rates did);
+- the training rank (`--goal training-rank`, `rightrank decide`): `evidence` (means of ranks, their noise over seeds and joint
+  probability), `ranks` (each rank against the best at one margin, and the verdict), and `rule`, which calls them, puts the answer into
+  words and plans the next run.
 
 Records of the answers are in `schema`; screens and pages are in `report`.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from itertools import zip_longest
@@ -10,18 +10,24 @@ from typing import Any
 
 from rightrank.adapters.rank_math import convert_scaling
 from rightrank.decision.comparison import is_within
-from rightrank.decision.next_run import plan_rate_run
-from rightrank.decision.rule import format_number, format_probability
-from rightrank.decision.run import (
+from rightrank.decision.rule import format_number, format_probability, plan_rate_run
+from rightrank.decision.run_answers import (
     build_criterion,
     build_run_table,
     compare_run_adapters,
     describe_learning_rate,
     format_provenance,
 )
-from rightrank.report.adapter_page import ENOUGH
-from rightrank.report.figure import encode_image
-from rightrank.report.format import format_duration, format_quantity, format_training_settings, make_visible
+from rightrank.report.figures import encode_image
+from rightrank.report.format import (
+    ENOUGH,
+    format_duration,
+    format_interval_label,
+    format_quantity,
+    format_training_settings,
+    get_metric_unit,
+    make_visible,
+)
 from rightrank.schema.command import build_next_commands
 from rightrank.schema.decision import (
     AdapterAnswer,
@@ -194,11 +200,6 @@ def build_next_rows(answers: Answers) -> list[tuple[str, str]]:
     return [row for run, command in runs for row in (("next", run.sentence), ("", command or ""))]
 
 
-def format_labelled_rows(rows: Iterable[tuple[str, str | None]], width: int) -> list[str]:
-    """Format rows as `label: text` lines whose texts start at column `width`; rows without a text are skipped."""
-    return [f"{f'{label}:' if label else '':<{width - 1}} {text}" for label, text in rows if text]
-
-
 def _format_adapter_notes(answers: Answers) -> list[str]:
     if answers.adapter is None:
         return []
@@ -301,7 +302,7 @@ def _escape_html(value: str) -> str:
 def build_evidence_table(decision: Decision) -> list[list[str]]:
     """Return the evidence as rows of text, heading first, then one row for each rank."""
     with_learning_rate = any(evidence.learning_rate for evidence in decision.ranks)
-    heading = ["rank", decision.metric, "worse by", format_interval_label(decision, "bounds"), "enough"]
+    heading = ["rank", decision.metric, "worse by", format_interval_label(decision.confidence, "bounds"), "enough"]
     heading += ["likely"] * _has_probabilities(decision)
     heading += ["learning rate"] * with_learning_rate + ["seeds"]
     return [heading, *(_build_evidence_row(evidence, decision, with_learning_rate) for evidence in decision.ranks)]
@@ -380,28 +381,6 @@ def build_certainty_rows(decision: Decision) -> list[tuple[str, str]]:
         *(("flag", f"{flag}: {FLAGS.get(flag, '')}") for flag in decision.flags),
     ]
     return [row for row in rows if row[1]]
-
-
-def get_metric_unit(metric: str) -> str:
-    """Return the unit in which differences of the metric are reported."""
-    return "nats" if metric == "loss" else make_visible(metric)
-
-
-def format_interval_label(decision: Decision, noun: str) -> str:
-    """Return `95% bound`, or `bound` without a confidence level: one seed, or one number a rank."""
-    return noun if decision.confidence is None else f"{decision.confidence:.0%} {noun}"
-
-
-def format_table(rows: Sequence[Sequence[str]], left_columns: Collection[int] = ()) -> list[str]:
-    """Format rows as lines with aligned columns. Columns in `left_columns` are aligned to the left, all others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if column in left_columns else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def format_cost(records: Records) -> str:

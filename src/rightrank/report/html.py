@@ -23,7 +23,7 @@ from rightrank.adapters.adapter_folders import (
     format_base_arguments,
     format_loading_code,
 )
-from rightrank.decision.run import format_provenance
+from rightrank.decision.run_answers import compare_run_adapters, describe_run_learning_rate, format_provenance
 from rightrank.report.adapter_page import build_candidate_table, load_templates, read_asset
 from rightrank.report.answer import (
     Answers,
@@ -32,11 +32,17 @@ from rightrank.report.answer import (
     build_margin_steps,
     describe_training,
     format_cost,
-    get_metric_unit,
 )
-from rightrank.report.figure import INSTALL_HINT, Figure, is_matplotlib_installed
-from rightrank.report.figures import build_rank_figure
-from rightrank.report.format import format_bytes, format_quantity
+from rightrank.report.figures import (
+    INSTALL_HINT,
+    Figure,
+    build_learning_figure,
+    build_rank_figure,
+    is_matplotlib_installed,
+    plot_adapters,
+    plot_learning_rates,
+)
+from rightrank.report.format import format_bytes, format_quantity, get_metric_unit
 from rightrank.schema.command import build_reproduce_command
 from rightrank.schema.decision import Decision
 from rightrank.schema.events import Records, RunStarted, TestEvaluated
@@ -45,6 +51,31 @@ from rightrank.schema.trials import TrialFinished, TrialOutcome
 # A trial table with more rows than the first is collapsed, and only the newest rows up to the second are listed.
 MAX_VISIBLE_ROWS, MAX_ROWS = 24, 1000
 SECTION_FIGURES = ("adapters", "rank_curve", "spectrum")
+
+
+def build_figures(records: Records, decision: Decision | None) -> list[Figure]:
+    """Build every figure that the records support, the rank curve first."""
+    figures = [
+        None if decision is None else build_rank_figure(decision),
+        build_adapter_figure(records),
+        build_learning_rate_figure(records),
+        build_learning_figure(records, decision),
+    ]
+    return [figure for figure in figures if figure is not None]
+
+
+def build_adapter_figure(records: Records) -> Figure | None:
+    """Plot the adapters of a run by rank; return None with fewer than two adapters, or before the first answer."""
+    started, adapters = records.started, compare_run_adapters(records)
+    if len(adapters) < 2:
+        return None
+    return plot_adapters(records.adapters[-1].answer, adapters, started.metric, started.higher_is_better)
+
+
+def build_learning_rate_figure(records: Records) -> Figure | None:
+    """Plot the learning rates of a run; return None if only one was tried, or has a value."""
+    answer = describe_run_learning_rate(records)
+    return None if answer is None else plot_learning_rates(answer, records.started)
 
 
 def render_report(

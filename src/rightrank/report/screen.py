@@ -23,11 +23,17 @@ from rightrank.report.answer import (
     describe_training,
     format_brief,
     format_cost,
-    format_labelled_rows,
-    format_table,
 )
-from rightrank.report.format import format_metric_label, format_quantity, make_visible
-from rightrank.report.terminal_curve import CURVE_LINES, Points, draw_terminal_curve
+from rightrank.report.format import (
+    CURVE_LINES,
+    Points,
+    draw_terminal_curve,
+    format_labelled_rows,
+    format_metric_label,
+    format_quantity,
+    format_table,
+    make_visible,
+)
 from rightrank.schema.command import build_budget_options, build_resume_command
 from rightrank.schema.decision import Decision
 from rightrank.schema.events import DecisionRecorded, JournalRecord, Records, RunKind

@@ -24,14 +24,12 @@ from rich.text import Text
 
 from rightrank.adapters.adapter_folders import CARD_IMAGES
 from rightrank.data.files import replace_file, write_text
-from rightrank.decision.run import decide_if_possible
+from rightrank.decision.run_answers import decide_if_possible
 from rightrank.report.answer import Answers, build_answers
-from rightrank.report.figure import Figure, write_figures
-from rightrank.report.figures import build_figures, build_spectrum_figure
-from rightrank.report.format import format_quantity
-from rightrank.report.html import render_model_card, render_report
+from rightrank.report.figures import Figure, build_spectrum_figure, write_figures
+from rightrank.report.format import draw_terminal_curve, format_quantity
+from rightrank.report.html import build_figures, render_model_card, render_report
 from rightrank.report.progress import Progress, format_plan
-from rightrank.report.terminal_curve import draw_terminal_curve
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
 from rightrank.runs.selection import PreparedSelection, Selected
 from rightrank.schema.decision import Decision

@@ -16,7 +16,7 @@ import yaml
 
 from rightrank.adapters.adapter_folders import BASE_FILE, CARD_IMAGES, CONFIG_FILE
 from rightrank.data.files import UnreadableError, read_json_object, replace_folder, write_text
-from rightrank.decision.run import (
+from rightrank.decision.run_answers import (
     build_criterion,
     build_trained_answer,
     compute_test_difference,

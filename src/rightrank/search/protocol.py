@@ -16,7 +16,7 @@ from typing import TypeAlias
 from rightrank.adapters.find_smallest import find_smallest
 from rightrank.decision.adapter import Criterion, ReferenceComparison, build_truncation_answer
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.run import describe_checkpoint, find_base, score_trials
+from rightrank.decision.run_answers import describe_checkpoint, find_base, score_trials
 from rightrank.decision.table import Contender, ScoreTable, build_table
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import SettingsError

@@ -24,9 +24,8 @@ import numpy as np
 
 from rightrank.decision.adapter import ReferenceComparison
 from rightrank.decision.comparison import is_within, walk_down
-from rightrank.decision.evidence import Evidence
-from rightrank.decision.run import score_trials
-from rightrank.decision.seeds import NOISE, compute_detectable_difference, compute_needed_seeds
+from rightrank.decision.evidence import NOISE, Evidence, compute_detectable_difference, compute_needed_seeds
+from rightrank.decision.run_answers import score_trials
 from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import SettingsError, suggest_name
 from rightrank.schema.settings import LONGER_TRAININGS

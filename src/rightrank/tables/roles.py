@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rightrank.schema.errors import ResultsError, suggest_name
 from rightrank.schema.metrics import infer_direction
-from rightrank.tables.columns import Table, format_cell, format_names
+from rightrank.tables.sources import Table, format_cell, format_names
 
 # The names of each role, as in docs/how-to/decide.md. The prefixes of trackers (`config.`, `params.`, `metrics.`) are left out.
 NAMES: dict[str, tuple[str, ...]] = {

@@ -309,6 +309,15 @@ def describe_learning_rate(
     return answer.model_copy(update={"sentence": _format_sentence(answer)})
 
 
+def describe_run_learning_rate(records: Records) -> LearningRateAnswer | None:
+    """Compare the learning rates of the training that the adapter comes from or, without an adapter, of the best one at the largest rank."""
+    finished = [trial for trial in records.list_finished() if trial.arm.is_direct and trial.learning_rate > 0]
+    trained_id = records.adapters[-1].answer.trained_id if records.adapters else None
+    sign = -1 if records.started.higher_is_better else 1
+    trained = min(finished, key=lambda t: (t.trial_id != trained_id, -t.rank, sign * t.value), default=None)
+    return None if trained is None else describe_learning_rate(trained, records.outcomes, build_criterion(records))
+
+
 def _format_sentence(answer: LearningRateAnswer) -> str:
     when = f"at step {answer.step} of {answer.steps}" if answer.step < answer.steps else "at the end"
     others = [candidate for candidate in answer.candidates if candidate.learning_rate != answer.learning_rate]
