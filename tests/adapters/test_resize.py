@@ -112,7 +112,7 @@ def test_the_reported_value_is_that_of_the_written_folder(
     settings = SelectSettings(seq_len=32, max_eval_examples=12, margin=0.05)
     resized = resize(trained, tmp_path / "small", data=completion_file, settings=settings, train=completion_file)
     adapter = open_adapter(tmp_path / "small")
-    splits = load_evaluation_data(adapter, completion_file, completion_file, settings).splits
+    splits, _, _ = load_evaluation_data(adapter, completion_file, completion_file, settings)
     runtime = make_adapter_runtime(adapter, None, splits, settings, tmp_path / "cache")
     base_loss = runtime.evaluate("validation").loss
     with attach_adapter(runtime, tmp_path / "small"):
@@ -128,12 +128,12 @@ def test_training_examples_are_left_out_of_the_scores(trained: Path, completion_
     train = tmp_path / "train.jsonl"
     train.write_text("\n".join(lines[:150]) + "\n", encoding="utf-8")
     adapter, settings = open_adapter(trained), SelectSettings(seq_len=32)
-    evaluation_data = load_evaluation_data(adapter, completion_file, train, settings)
-    texts = {json.dumps(dict(example.content)) for example in evaluation_data.splits.examples["validation"]}
+    splits, _, note = load_evaluation_data(adapter, completion_file, train, settings)
+    texts = {json.dumps(dict(example.content)) for example in splits.examples["validation"]}
     assert texts == {json.dumps(json.loads(line)) for line in lines[150:]} - {
         json.dumps(json.loads(line)) for line in lines[:150]
     }
-    assert "training examples of the adapter are left out" in evaluation_data.note
+    assert "training examples of the adapter are left out" in note
     with pytest.raises(DataError, match="are among the training examples of the adapters"):
         load_evaluation_data(
             adapter,

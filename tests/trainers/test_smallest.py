@@ -145,8 +145,8 @@ def test_the_answer_is_that_of_resize_data_on_the_saved_folder(
     model.save_pretrained(tmp_path / "trained")
     adapter = open_adapter(tmp_path / "trained")
     runtime = make_runtime(model_folder, completion_file, build_small_settings(margin=0.1), tmp_path / "cache")
-    measured = measure_truncations(adapter, runtime, list_candidate_ranks(adapter), tmp_path / "folder")
-    folder_answer = measured.smallest.answer
+    smallest, _ = measure_truncations(adapter, runtime, list_candidate_ranks(adapter), tmp_path / "folder")
+    folder_answer = smallest.answer
     steps = runtime.settings.count_training_steps(len(runtime.data.splits["train"]))
     seed = runtime.settings.seeds[0]
     order = [index for batch in runtime.plan_batches(seed, 2 * steps)[steps:] for index in batch]

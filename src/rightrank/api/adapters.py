@@ -86,13 +86,20 @@ def resize(
     if rank is not None:
         resized = resize_adapter(opened, Path(out), choose_uniform_rank(opened, rank), rule=f"rank {rank}")
     else:
-        from rightrank.runs.resize_by_data import ResizeRequest, resize_by_data  # imports torch and transformers
+        from rightrank.runs.resize_by_data import resize_by_data  # imports torch and transformers
 
         assert data is not None
         read = SelectSettings(**get_explicit_values(settings) | ({} if margin is None else {"margin": margin}))
-        trained = None if train is None else Path(train)
-        rule = ResizeRequest(Path(data), trained, base, read, ranks, on_event)
-        resized = resize_by_data(opened, Path(out), rule)
+        resized = resize_by_data(
+            opened,
+            Path(out),
+            data=Path(data),
+            train=None if train is None else Path(train),
+            base=base,
+            settings=read,
+            ranks=ranks,
+            on_event=on_event,
+        )
     notes = [choice, *resized.notes] if choice else resized.notes
     return resized.model_copy(update={"notes": notes, "content": _read_content(Path(out))})
 

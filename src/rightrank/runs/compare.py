@@ -22,22 +22,21 @@ from rightrank.adapters.adapter_folders import CLASSIFIER_FILE, CONFIG_FILE, MLX
 from rightrank.bases.base_models import has_default_names, load_base
 from rightrank.bases.model_sources import BASE_SIDE
 from rightrank.bases.safetensors_files import open_tensors
-from rightrank.data.files import UnreadableError, read_json_object
+from rightrank.data.files import read_json_object
 from rightrank.data.splits import DataSplits, load_data, load_held_out
-from rightrank.decision.adapter import Criterion, ReferenceComparison, ScoredAdapter, format_margin
+from rightrank.decision.adapter import Criterion, ReferenceComparison, format_margin
 from rightrank.decision.comparison import RELATIVE_TOLERANCE
 from rightrank.decision.table import Cell, compute_paired_difference
 from rightrank.runs.folder import Journal
 from rightrank.schema.decision import DifferenceDistribution
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.events import EvaluationProgress, RunStarted
-from rightrank.schema.metrics import LossKind, get_margin_share
+from rightrank.schema.metrics import get_margin_share
 from rightrank.schema.results import AdapterComparison, ComparisonVerdict, MetricComparison
 from rightrank.schema.settings import SPLIT_SETTINGS, SelectSettings
-from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.training.adapter_runtime import attach_adapter, report_evaluation_progress, require_matching_base
 from rightrank.training.answers import measure_metrics, require_metric_functions
-from rightrank.training.evaluation import Progress, build_finished_trial
+from rightrank.training.evaluation import Scores
 from rightrank.training.runtime import Runtime
 from rightrank.training.tokens import encode_splits
 
@@ -54,12 +53,12 @@ CLOSENESS_RATIO, IGNORED_CHANGE = 3.0, 0.1
 
 @dataclass(frozen=True, slots=True)
 class _ComparedSide:
-    """One side of a comparison on all examples of a data set: its source and its scores."""
+    """One side of a comparison on all examples of a data set: its source and its scores by every metric of the settings."""
 
     source: str
     runtime: Runtime
     adapter: Path | None  # on the base of `runtime`; None: the base model or a full model
-    scores: TrialFinished
+    scores: Scores
 
 
 def compare_adapters(
@@ -84,16 +83,11 @@ def compare_adapters(
     cause: str | None = None
     for path in data:
         first, second, trained_on = _evaluate_sides(sides, model, path, settings, on_event, base_b, run_splits)
-        base = _evaluate_base(first) if get_margin_share(settings.margin) is not None else None
-        results = (
-            compare_trials(first.scores, second.scores, spec.name, str(path), settings, base)
-            for spec in settings.metric_specs
-        )
-        left_out = max(
-            compared_side.runtime.data.summary.splits["validation"].dropped for compared_side in (first, second)
-        )
-        counts = {"trained_on": trained_on, "left_out": left_out}
-        comparisons += [comparison.model_copy(update=counts) for comparison in results]
+        has_base = first.adapter is not None and get_margin_share(settings.margin) is not None
+        base = _evaluate_adapter(first.runtime, first.adapter, is_zero=True) if has_base else None
+        for spec in settings.metric_specs:
+            comparison = _compare_sides(first, second, spec.name, str(path), settings, base)
+            comparisons.append(comparison.model_copy(update={"trained_on": trained_on}))
         cause = cause or (DROPPED if _is_adapter_dropped(first, second) else None)
     worst = max(comparisons, key=lambda comparison: list(VERDICTS.values()).index(comparison.verdict))
     fields = worst.model_dump(exclude={"data", "value_a", "value_b"}) | ({"verdict": "broken"} if cause else {})
@@ -114,43 +108,35 @@ def _evaluate_sides(
     trained_on = 0
     if run_splits is None:
         all_splits, settings = load_held_out(data, settings, find_shared_labels(sides))
-        splits = drop_training_examples(all_splits, sides, settings, data)
+        splits = _drop_training_examples(all_splits, sides, settings, data)
         trained_on = len(all_splits.examples["validation"]) - len(splits.examples["validation"])
     else:
         splits, settings = run_splits, settings.model_copy(update={"ranks": (1,)})
+    bits = BITS.get(base_b or "")
+    settings_b = settings if bits is None else settings.model_copy(update={bits: True})
+    model_b = model if base_b is None or bits is not None else base_b
     compared_sides: list[_ComparedSide] = []
-    runtimes: dict[tuple[str, str | None], Runtime] = {}  # by base and its quantization
-    for index, side_name in enumerate(sides):
-        bits = base_b if index and base_b in BITS else None
-        other_base = base_b if index and base_b not in BITS else None
-        is_adapter = (Path(side_name) / CONFIG_FILE).is_file()
-        source = (other_base or model) if is_adapter or side_name == BASE_SIDE else side_name
-        if (source, bits) not in runtimes:
-            side_settings = settings if bits is None else settings.model_copy(update={BITS[bits]: True})
-            loaded = load_base(source, side_settings, splits.summary.classes)
-            encoded = encode_splits(splits, loaded, side_settings)
-            runtimes[source, bits] = Runtime(loaded, encoded, side_settings, 1, None)
-        runtime = runtimes[source, bits]
-        if is_adapter and other_base is None:
-            require_matching_base(Path(side_name), runtime.loaded)
-        if is_adapter and not (Path(side_name) / MLX_FILE).is_file():
-            open_tensors(
-                Path(side_name) / WEIGHTS_FILE
-            )  # raises a clear error for a damaged file, before PEFT fails on it
-        report_evaluation_progress(
-            runtime, f"{'AB'[index]} ({Path(side_name).name}) on {data.name}", on_event, 2 - index
-        )
-        adapter = Path(side_name) if is_adapter else None
-        compared_sides.append(_ComparedSide(side_name, runtime, adapter, evaluate_adapter(runtime, side_name, adapter)))
+    runtimes: dict[tuple[str, int | None], Runtime] = {}  # by model and its quantization
+    for side_name, base, side_settings in zip(sides, (model, model_b), (settings, settings_b), strict=True):
+        folder = Path(side_name)
+        adapter = folder if (folder / CONFIG_FILE).is_file() else None
+        key = side_name if adapter is None and side_name != BASE_SIDE else base, side_settings.weight_bits
+        if key not in runtimes:
+            loaded = load_base(key[0], side_settings, splits.summary.classes)
+            runtimes[key] = Runtime(loaded, encode_splits(splits, loaded, side_settings), side_settings, 1, None)
+        runtime = runtimes[key]
+        if adapter is not None and base == model:
+            require_matching_base(adapter, runtime.loaded)
+        if adapter is not None and not (adapter / MLX_FILE).is_file():
+            open_tensors(adapter / WEIGHTS_FILE)  # raises a clear error for a damaged file, before PEFT fails on it
+        label = f"{'AB'[len(compared_sides)]} ({folder.name}) on {data.name}"
+        report_evaluation_progress(runtime, label, on_event, 2 - len(compared_sides))
+        scores = _evaluate_adapter(runtime, adapter)
+        compared_sides.append(_ComparedSide(side_name, runtime, adapter, scores))
     return compared_sides[0], compared_sides[1], trained_on
 
 
-def _evaluate_base(a: _ComparedSide) -> TrialFinished | None:
-    """Evaluate the adapter A with its update set to zero, which keeps a trained head; None if A is a full model or the base."""
-    return None if a.adapter is None else evaluate_adapter(a.runtime, "base", a.adapter, is_zero=True)
-
-
-def drop_training_examples(
+def _drop_training_examples(
     splits: DataSplits, sides: Sequence[str], settings: SelectSettings, data: Path
 ) -> DataSplits:
     """Return the rows that no adapter was trained on, as far as the run folders around them record it.
@@ -158,11 +144,9 @@ def drop_training_examples(
     Raises:
         DataError: Fewer than two rows are left.
     """
-    paths = [Path(side_name) for side_name in sides if side_name != BASE_SIDE]
-    run_data = filter(None, [load_run_splits(path, settings, splits.summary.classes) for path in paths])
-    return splits.exclude_training_examples(
-        (example for run_splits, _ in run_data for example in run_splits.examples["train"]), data
-    )
+    loaded = (load_run_splits(Path(name), settings, splits.summary.classes) for name in sides if name != BASE_SIDE)
+    trained = (example for run_splits, _ in filter(None, loaded) for example in run_splits.examples["train"])
+    return splits.exclude_training_examples(trained, data)
 
 
 def load_run_splits(
@@ -172,28 +156,26 @@ def load_run_splits(
 
     The run is known for an adapter in `adapter/` or `trials/<trial_id>/` of a run folder. For other adapters the result is None.
     """
-    parent = adapter.resolve().parent
-    journal = next((path for folder in (parent, parent.parent) if (path := folder / "journal.jsonl").is_file()), None)
+    folders = list(adapter.resolve().parents)[:2]
+    journal = next((path for folder in folders if (path := folder / "journal.jsonl").is_file()), None)
     started = None if journal is None else next(iter(Journal(journal).read_complete_lines()), None)
-    source = started.data_name if isinstance(started, RunStarted) else None
-    if not isinstance(started, RunStarted) or source is None or not Path(source).exists():
+    if not isinstance(started, RunStarted) or started.data_name is None or not Path(started.data_name).exists():
         return None
     run_settings = settings.model_copy(update=started.select_settings.model_dump(include={*SPLIT_SETTINGS}))
-    return load_data(Path(source), run_settings, classes=classes), Path(source)
+    return load_data(Path(started.data_name), run_settings, classes=classes), Path(started.data_name)
 
 
-def _require_same_tokens(a: TrialFinished, b: TrialFinished, metric: str) -> None:
+def _require_same_tokens(a: Scores, b: Scores, metric: str) -> None:
     """Raise if the two sides have different examples, or losses over different tokens.
 
     Raises:
         ModelError: The models have different tokenizers or chat templates.
     """
-    if a.example_tokens == b.example_tokens or (metric != "loss" and len(a.example_losses) == len(b.example_losses)):
+    if a.tokens == b.tokens or (metric != "loss" and len(a.tokens) == len(b.tokens)):
         return
-    counts = [sum(trial.example_tokens or []) for trial in (a, b)]
     raise ModelError(
-        f"A and B have different tokenizers or chat templates: {counts[0]:,} and {counts[1]:,} label tokens in {len(a.example_losses)} and "
-        f"{len(b.example_losses)} examples. Losses per token can't be compared then; compare the generated answers, for example with "
+        f"A and B have different tokenizers or chat templates: {sum(a.tokens):,} and {sum(b.tokens):,} label tokens in {len(a.tokens)} and "
+        f"{len(b.tokens)} examples. Losses per token can't be compared then; compare the generated answers, for example with "
         "--set metric=exact_match or f1"
     )
 
@@ -203,7 +185,7 @@ def _is_adapter_dropped(a: _ComparedSide, b: _ComparedSide) -> bool:
     if a.adapter is None or b.adapter is not None or b.source == BASE_SIDE:
         return False
     base_losses = np.array(a.runtime.evaluate("validation").losses)
-    adapter_losses, losses = np.array(a.scores.example_losses), np.array(b.scores.example_losses)
+    adapter_losses, losses = np.array(a.scores.losses), np.array(b.scores.losses)
     if losses.shape != base_losses.shape:
         return False
     effect, deviation, distance = (
@@ -213,22 +195,16 @@ def _is_adapter_dropped(a: _ComparedSide, b: _ComparedSide) -> bool:
     return deviation > IGNORED_CHANGE * effect and distance * CLOSENESS_RATIO <= deviation
 
 
-def evaluate_adapter(runtime: Runtime, name: str, adapter: Path | None, *, is_zero: bool = False) -> TrialFinished:
-    """Evaluate the base model, or an adapter on it, on the validation split by every metric of the settings."""
+def _evaluate_adapter(runtime: Runtime, adapter: Path | None, *, is_zero: bool = False) -> Scores:
+    """Score an adapter, or the model alone, on the validation split by every metric that has a score for each example."""
     with attach_adapter(runtime, adapter, is_zero=is_zero):
         scores, measured = runtime.evaluate("validation"), measure_metrics(runtime, "validation")
     measured.require_values(list(measured.failures))
-    arm = Arm(rank=1, learning_rate=0.0, lora_alpha=1.0, seed=0, steps=0)
-    return build_finished_trial(Trial(trial_id=name, arm=arm), "loss", scores, measured, Progress())
+    return replace(scores, example_metrics=scores.example_metrics | measured.example_scores)
 
 
-def compare_trials(
-    a: TrialFinished,
-    b: TrialFinished,
-    metric: str,
-    data: str,
-    settings: SelectSettings,
-    base: TrialFinished | None = None,
+def _compare_sides(
+    a: _ComparedSide, b: _ComparedSide, metric: str, data: str, settings: SelectSettings, base: Scores | None
 ) -> MetricComparison:
     """Compare the scores of B with those of A on the same examples by one metric.
 
@@ -239,53 +215,42 @@ def compare_trials(
 
     Raises:
         ModelError: The models have different tokenizers or chat templates.
-        SettingsError: The metric was not measured, or gives no score per example.
+        SettingsError: The metric gives no score per example.
     """
-    _require_same_tokens(a, b, metric)
-    if metric not in a.metrics:
+    _require_same_tokens(a.scores, b.scores, metric)
+    if metric not in a.scores.metrics:
         raise SettingsError(
-            f"metric {metric!r}: the examples of {data} have none; they have {', '.join(sorted(a.metrics))}"
-            " (rows with `text` and `label` have accuracy, rows with prompts exact_match and f1)"
+            f"metric {metric!r}: the examples of {data} have no score by it, so two adapters can't be compared in pairs; they have scores by "
+            f"{', '.join(sorted(a.scores.metrics))} (rows with `text` and `label` have accuracy, rows with prompts exact_match and f1)"
         )
-    higher = settings.is_higher_better(metric)
-    loss: LossKind = "token_loss" if a.example_correct is None else "loss"
-    loss = "pair_loss" if "reward_accuracy" in a.example_metrics else loss
-    criterion = Criterion(metric, higher, settings.margin, loss)
-    side_a, side_b = (_score_trial(trial, name, criterion) for trial, name in ((a, "A"), (b, "B")))
-    cells = side_a.cell, side_b.cell
-    if not all(cell.examples for cell in cells):
-        raise SettingsError(f"metric {metric!r} gives no score per example, so two adapters can't be compared in pairs")
-    comparison = ReferenceComparison(
-        side_a, {"A": side_a}, criterion, None if base is None else _score_trial(base, "base", criterion)
-    )
+    summaries = [side.runtime.data.summary for side in (a, b)]
+    criterion = Criterion(metric, settings.is_higher_better(metric), settings.margin, summaries[0].loss_kind)
+    side_a, side_b = (side.scores.build_scored_adapter(name, 1, criterion) for side, name in ((a, "A"), (b, "B")))
+    scored_base = None if base is None else base.build_scored_adapter("base", 1, criterion)
+    comparison = ReferenceComparison(side_a, {"A": side_a}, criterion, scored_base)
     comparison = replace(comparison, base=None) if comparison.has_no_gain else comparison
     bounds = comparison.compute_bounds(side_b.cell)
     margin, share = comparison.margin, comparison.share
     contrast = bounds if share is None else comparison.compute_contrast(side_b.cell, share)
     verdict = VERDICTS[contrast.is_enough(margin if share is None else 0.0)]
+    cell = side_a.cell
     return MetricComparison(
         data=data,
         metric=metric,
         verdict=verdict,
-        value_a=cells[0].value,
-        value_b=cells[1].value,
+        value_a=cell.value,
+        value_b=side_b.cell.value,
         difference=bounds.mean,
         difference_low=bounds.low,
         difference_high=bounds.high,
-        distribution=compute_distribution(compute_paired_difference(cells[1], cells[0]), margin),
+        distribution=compute_distribution(compute_paired_difference(side_b.cell, cell), margin),
         margin=margin,
         margin_share=share,
         gain=comparison.gain,
-        examples=cells[0].examples,
-        groups=cells[0].num_groups if cells[0].groups is not None else None,
+        examples=cell.examples,
+        left_out=max(summary.splits["validation"].dropped for summary in summaries),
+        groups=cell.num_groups if cell.groups is not None else None,
         examples_needed=comparison.compute_needed_examples(side_b) if verdict == "cannot_tell" else None,
-    )
-
-
-def _score_trial(trial: TrialFinished, name: str, criterion: Criterion) -> ScoredAdapter:
-    scores = trial.get_weighted_scores(criterion.metric)
-    return ScoredAdapter.from_scores(
-        name, 1, trial.metrics[criterion.metric], scores, criterion, groups=trial.example_groups
     )
 
 
@@ -321,73 +286,53 @@ def find_shared_labels(sides: Sequence[str]) -> list[str] | None:
     Raises:
         ModelError: The sides are classifiers with different labels, or with another order of them.
     """
-    labels_by_side = [(model_name, labels) for model_name in sides if (labels := read_labels(model_name)) is not None]
-    if not labels_by_side:
-        return None
-    (first, labels), *other_sides = labels_by_side
-    for model_name, side_labels in other_sides:
-        if side_labels != labels:
+    labels_by_side = [(side, labels) for side in sides if (labels := read_labels(side)) is not None]
+    for side, labels in labels_by_side:
+        first, first_labels = labels_by_side[0]
+        if labels != first_labels:
             raise ModelError(
-                f"{model_name}: its labels are {', '.join(side_labels)}, and those of {first} are {', '.join(labels)}: classifiers can only be "
+                f"{side}: its labels are {', '.join(labels)}, and those of {first} are {', '.join(first_labels)}: classifiers can only be "
                 "compared if they have the same labels in the same order"
             )
-    return labels
-
-
-def _read_classifier_labels(folder: Path) -> list[str] | None:
-    """Read the labels in the order of the logits from an adapter's folder; return None if it does not state them.
-
-    Raises:
-        ModelError: The file names no labels.
-    """
-    file = folder / CLASSIFIER_FILE
-    if not file.is_file():
-        return None
-    try:
-        return _sort_labels(read_json_object(file).get("id2label"))
-    except (UnreadableError, ValueError) as error:
-        raise ModelError(
-            f"{file}: no labels ({error}); give id2label as {{'0': 'first label', '1': …}}, in the order of the logits"
-        ) from None
+    return labels_by_side[0][1] if labels_by_side else None
 
 
 def read_labels(model: str) -> list[str] | None:
-    """Read the labels of an adapter or of a full model without loading it.
+    """Read the labels of an adapter or of a full model, in the order of the logits, without loading it.
 
     The result is None for `base`, a GGUF file, and a model without a classification head. Labels without names are numbered.
+
+    Raises:
+        ModelError: The file of the labels is damaged.
     """
     folder = Path(model)
-    if model == BASE_SIDE:
-        return None
-    if (folder / CONFIG_FILE).is_file():
-        stored = _read_classifier_labels(folder)
-        count = None if stored is not None else _count_head_rows(folder)
-        return stored if count is None else [str(number) for number in range(count)]
-    return _read_model_labels(folder / "config.json")
-
-
-def _count_head_rows(folder: Path) -> int | None:
-    """Count the rows of the classification head in an adapter's weights; return None if it has no head."""
-    task = read_json_object(folder / CONFIG_FILE).get("task_type")
-    weights = folder / WEIGHTS_FILE
-    if task != "SEQ_CLS" or not weights.is_file():
-        return None
-    pattern = re.compile(
-        r"\.(score|classifier)\.(?!.*\.?lora_).*weight$"
-    )  # names of the head's weights in PEFT's files
-    rows = [shape[0] for name, shape in open_tensors(weights).shapes.items() if pattern.search(name)]
-    return rows[-1] if rows else None
-
-
-def _read_model_labels(file: Path) -> list[str] | None:
-    config = read_json_object(file) if file.is_file() else {}
-    if not any("SequenceClassification" in str(name) for name in config.get("architectures") or ()):
-        return None
+    is_adapter = (folder / CONFIG_FILE).is_file()
+    file = folder / (CLASSIFIER_FILE if is_adapter else "config.json")
+    if model == BASE_SIDE or not file.is_file():
+        return _number_head_rows(folder) if is_adapter else None
     try:
+        config = read_json_object(file)
+        if is_adapter:
+            return _sort_labels(config.get("id2label"))
+        if not any("SequenceClassification" in str(name) for name in config.get("architectures") or ()):
+            return None
         names = _sort_labels(config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"})
-    except ValueError:
-        return None
+    except ValueError as error:
+        raise ModelError(
+            f"{file}: no labels ({error}); give id2label as {{'0': 'first label', '1': …}}, in the order of the logits"
+        ) from None
     return [str(number) for number in range(len(names))] if has_default_names(names) else names
+
+
+def _number_head_rows(folder: Path) -> list[str] | None:
+    """Return the numbers of the rows of the classification head in an adapter's weights; None if it has no head."""
+    weights = folder / WEIGHTS_FILE
+    if read_json_object(folder / CONFIG_FILE).get("task_type") != "SEQ_CLS" or not weights.is_file():
+        return None
+    # names of the head's weights in PEFT's files
+    pattern = re.compile(r"\.(score|classifier)\.(?!.*\.?lora_).*weight$")
+    rows = [shape[0] for name, shape in open_tensors(weights).shapes.items() if pattern.search(name)]
+    return [str(number) for number in range(rows[-1])] if rows else None
 
 
 def _sort_labels(id2label: Any) -> list[str]:
@@ -399,11 +344,9 @@ def _sort_labels(id2label: Any) -> list[str]:
     return [by_number[number] for number in range(len(by_number))]
 
 
-def compute_distribution(
-    difference: Cell, margin: float, convert: Callable[[float], float] = float
-) -> DifferenceDistribution:
-    """Compute the distribution of a paired difference over examples; `convert` converts to the metric's unit."""
-    sorted_differences = np.sort([convert(worse_by) for worse_by in (difference.sums / difference.weights).tolist()])
+def compute_distribution(difference: Cell, margin: float) -> DifferenceDistribution:
+    """Compute the distribution of a paired difference over examples."""
+    sorted_differences = np.sort(difference.sums / difference.weights)
     threshold = LARGE_DIFFERENCE_MARGINS * margin
     share = float(np.mean(sorted_differences > threshold * (1 + RELATIVE_TOLERANCE)))
     return DifferenceDistribution(
