@@ -364,7 +364,7 @@ def replay(curve: GridCurve, make: Callable[[Space], Strategy], space: Space) ->
     outcomes: list[TrialOutcome] = []
     finished: dict[str, TrialFinished] = {}
     steps = 0
-    while arms := strategy.ask(outcomes):
+    while arms := strategy.replay_trials(outcomes).waiting:
         for arm in arms:
             outcome = runner.run(arm)
             if isinstance(outcome, TrialFinished):

@@ -19,9 +19,8 @@ from rightrank.cluster.pool import (
     MAX_LOSSES,
     STOP_FILE,
     Backend,
-    MessageFile,
     RemoteWorker,
-    Task,
+    StartedWorker,
     WorkerMessage,
     WorkerPool,
 )
@@ -31,7 +30,7 @@ from rightrank.schema.trials import Trial, TrialFailed, TrialFinished
 from tests.cluster.runs import make_result, make_trials
 
 TaskFuture = Future[RightrankError | None]
-Act = Callable[["ScriptedWorker", Task, TaskFuture], None]
+Act = Callable[["ScriptedWorker", list[Trial], TaskFuture], None]
 
 
 class ScriptedWorker(RemoteWorker):
@@ -41,20 +40,17 @@ class ScriptedWorker(RemoteWorker):
         self._path, self._act = path, act
         self.is_ended = False
 
-    def submit(self, task: Task) -> TaskFuture:
+    def submit(self, trials: list[Trial], base_loss: float | None) -> TaskFuture:
         future: TaskFuture = Future()
-        self._act(self, task, future)
+        self._act(self, trials, future)
         return future
 
     def send(self, message: WorkerMessage) -> None:
         with self._path.open("ab") as file:
             file.write(message.model_dump_json().encode() + b"\n")
 
-    def end(self) -> None:
+    def end(self, *, is_idle: bool) -> None:
         self.is_ended = True
-
-    def close(self) -> None:
-        self.end()
 
 
 class ScriptedBackend(Backend):
@@ -90,8 +86,8 @@ def open_scripted_pool(
         yield WorkerPool(backend, Path(folder), listener or Listener(), task_trials=task_trials), backend
 
 
-def finish(worker: ScriptedWorker, task: Task, future: TaskFuture) -> None:
-    for trial in task.trials:
+def finish(worker: ScriptedWorker, trials: list[Trial], future: TaskFuture) -> None:
+    for trial in trials:
         worker.send(make_result(trial))
     future.set_result(None)
 
@@ -113,8 +109,8 @@ def test_each_trial_ends_once_and_fails_only_after_losses_without_progress(
     trials, attempts = make_trials(len(faults)), Counter[str]()
     script = {trial.trial_id: trial_faults for trial, trial_faults in zip(trials, faults, strict=True)}
 
-    def act(worker: ScriptedWorker, task: Task, future: TaskFuture) -> None:
-        for trial in task.trials:
+    def act(worker: ScriptedWorker, trials: list[Trial], future: TaskFuture) -> None:
+        for trial in trials:
             attempt = attempts[trial.trial_id]
             attempts[trial.trial_id] += 1
             fault = script[trial.trial_id][attempt] if attempt < len(script[trial.trial_id]) else ""
@@ -145,9 +141,9 @@ def test_each_trial_ends_once_and_fails_only_after_losses_without_progress(
 def test_the_longest_trials_come_first_in_even_shares() -> None:
     tasks: list[list[int]] = []
 
-    def act(worker: ScriptedWorker, task: Task, future: TaskFuture) -> None:
-        tasks.append([trial.arm.steps for trial in task.trials])
-        finish(worker, task, future)
+    def act(worker: ScriptedWorker, trials: list[Trial], future: TaskFuture) -> None:
+        tasks.append([trial.arm.steps for trial in trials])
+        finish(worker, trials, future)
 
     with open_scripted_pool(act, task_trials=4) as (pool, backend):
         list(pool.run(make_trials(6), None))
@@ -157,30 +153,11 @@ def test_the_longest_trials_come_first_in_even_shares() -> None:
 
 
 def test_an_error_of_the_selection_ends_the_run() -> None:
-    def refuse(_worker: ScriptedWorker, _task: Task, future: TaskFuture) -> None:
+    def refuse(_worker: ScriptedWorker, _trials: list[Trial], future: TaskFuture) -> None:
         future.set_result(InputError("another version"))
 
     with open_scripted_pool(refuse) as (pool, _), pytest.raises(InputError, match="another version"):
         list(pool.run(make_trials(3), None))
-
-
-def test_a_silent_worker_is_replaced_and_its_late_messages_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pools, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(pools, "HANG_SECONDS", 0.05)
-    recorder, silent = Recorder(), list[tuple[ScriptedWorker, Task]]()
-
-    def act(worker: ScriptedWorker, task: Task, future: TaskFuture) -> None:
-        if not silent:
-            silent.append((worker, task))
-            return
-        silent[0][0].send(make_result(silent[0][1].trials[0]))
-        finish(worker, task, future)
-
-    with open_scripted_pool(act, 1, recorder) as (pool, backend):
-        outcomes = list(pool.run(make_trials(2), None))
-    assert len(outcomes) == 2
-    assert backend.workers[0].is_ended
-    assert "was lost: no message for 0 s" in recorder.notices[0]
 
 
 @pytest.mark.parametrize("stops", [True, False])
@@ -192,11 +169,11 @@ def test_a_stop_keeps_what_ends_meanwhile_ends_the_others_and_leaves_a_usable_po
     recorder = Recorder()
     recorder.is_stopping = True
 
-    def act(worker: ScriptedWorker, task: Task, future: TaskFuture) -> None:
+    def act(worker: ScriptedWorker, trials: list[Trial], future: TaskFuture) -> None:
         if not recorder.is_stopping:
-            finish(worker, task, future)
-        elif task.trials[0].arm.rank == 2:  # it ends while the pool waits
-            threading.Timer(0.1, finish, (worker, task, future)).start()
+            finish(worker, trials, future)
+        elif trials[0].arm.rank == 2:  # it ends while the pool waits
+            threading.Timer(0.1, finish, (worker, trials, future)).start()
         elif stops:
             threading.Timer(0.1, future.set_result, (None,)).start()
 
@@ -221,7 +198,8 @@ def test_a_caller_that_leaves_early_can_run_again() -> None:
 def test_messages_are_read_once_and_an_unfinished_line_waits(tmp_path: Path) -> None:
     notices = [Notice(text=str(number)) for number in range(4)]
     lines = [notice.model_dump_json().encode() + b"\n" for notice in notices]
-    file, path = MessageFile(tmp_path, "w"), tmp_path / "w.jsonl"
+    path = tmp_path / "w.jsonl"
+    file = StartedWorker("w", ScriptedWorker(path, finish), path)
     assert list(file.read_new_messages()) == []
     path.write_bytes(lines[0] + lines[1] + lines[2][:9])
     assert next(file.read_new_messages()) == notices[0]

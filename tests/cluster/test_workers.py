@@ -19,7 +19,6 @@ import pytest
 
 from rightrank import select_rank
 from rightrank.cluster import workers
-from rightrank.cluster.pool import Task
 from rightrank.cluster.workers import RayBackend, Worker, WorkerSetup, collect_versions
 from rightrank.runs.selection import SelectionRequest
 from rightrank.schema.errors import InputError, InterruptedRun, MissingExtraError, RunError, SettingsError
@@ -113,14 +112,14 @@ def test_a_worker_on_another_machine_refuses_what_differs(
     model_folder: Path, completion_file: Path, tmp_path: Path
 ) -> None:
     request = SelectionRequest(str(model_folder), None, completion_file, build_small_settings(ranks=(1, 4)))
-    setup, task = replace(make_setup(tmp_path), request=request), Task(make_trials(1), None)
+    setup = replace(make_setup(tmp_path), request=request)
     for changes, kind, message in (
         ({"versions": {"torch": "1.0"}}, InputError, "but this process has 1.0; install the same version"),
         ({"folder": tmp_path / "elsewhere"}, InputError, "cannot read the run folder"),
         ({}, RunError, f"reads a different model or different data at {model_folder} and {completion_file}"),
     ):
         worker = Worker(replace(setup, **changes), "w")  # type: ignore[arg-type]
-        error = worker.run_task(task)
+        error = worker.run_task(make_trials(1), None)
         worker.close()
         assert isinstance(error, kind)
         assert message in str(error)
@@ -144,11 +143,11 @@ def test_a_full_disk_is_one_line_a_stop_is_none_and_a_bug_is_raised(
         (InterruptedRun(), None),
     ):
         monkeypatch.setattr(worker, "_executor", _FaultyExecutor(error))
-        result = worker.run_task(Task(make_trials(2), None))
+        result = worker.run_task(make_trials(2), None)
         assert (message is None and result is None) or (isinstance(result, RunError) and message in str(result))
     monkeypatch.setattr(worker, "_executor", _FaultyExecutor(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
-        worker.run_task(Task(make_trials(2), None))
+        worker.run_task(make_trials(2), None)
     worker.close()
 
 
@@ -227,5 +226,5 @@ def test_a_lost_head_ends_the_run_with_one_line(
     for _ in range(2):
         with pytest.raises(RunError, match="head of the Ray cluster was lost; restart the cluster and repeat the same"):
             backend.require_alive()
-    worker.close()
+    worker.end(is_idle=True)
     ray.kill.assert_not_called()  # it would wait for the head

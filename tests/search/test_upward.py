@@ -20,11 +20,11 @@ def list_ranks(outcomes: list[TrialOutcome]) -> list[int]:
 
 def test_every_learning_rate_at_the_smallest_rank_comes_first_then_its_seeds() -> None:
     strategy, world = Upward(make_upward_space()), World(gain=0.0, noise=0.001)
-    outcomes: list[TrialOutcome] = [world.run(arm) for arm in strategy.ask([])]
-    first = strategy.ask(outcomes)
+    outcomes: list[TrialOutcome] = [world.run(arm) for arm in strategy.replay_trials([]).waiting]
+    first = strategy.replay_trials(outcomes).waiting
     assert [(arm.rank, arm.learning_rate, arm.seed) for arm in first] == [(1, LOW, 0), (1, MIDDLE, 0), (1, HIGH, 0)]
     outcomes += [world.run(arm) for arm in first]
-    assert {(arm.rank, arm.learning_rate, arm.seed) for arm in strategy.ask(outcomes)} == {
+    assert {(arm.rank, arm.learning_rate, arm.seed) for arm in strategy.replay_trials(outcomes).waiting} == {
         (1, HIGH, 1),
         (1, HIGH, 2),
     }

@@ -101,7 +101,7 @@ Order = Callable[[list[Arm]], list[Arm]]
 def run_rounds(strategy: Strategy, world: World, outcomes: list[TrialOutcome], order: Order) -> Iterator[Arm]:
     """Run to the end and append outcomes to the list. `order` picks the requested arms that run before the next request."""
     for _ in range(2000):
-        arms = list(strategy.ask(outcomes))
+        arms = list(strategy.replay_trials(outcomes).waiting)
         if not arms:
             return
         for arm in order(arms):

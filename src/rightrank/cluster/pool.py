@@ -22,40 +22,26 @@ from rightrank.schema.events import EvaluationProgress, Listener, Notice, StepDo
 from rightrank.schema.trials import Trial, TrialFailed, TrialOutcome, TrialStarted
 
 MAX_LOSSES = 3  # number of workers that a trial may lose without progress before it counts as failed
-HANG_SECONDS = 3600.0  # after this time without a message, a worker is replaced
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 25.0  # time for the workers to stop after a request
 # What the lines of an error begin or continue with that say why a worker was lost: those of loky and of Ray.
 LOSS_REASONS = ("The exit codes of the workers are", " because ")
-
-
 STOP_FILE = "stop"
 
 WorkerMessage: TypeAlias = Notice | StepDone | EvaluationProgress | TrialStarted | TrialOutcome
 MESSAGE_ADAPTER: TypeAdapter[WorkerMessage] = TypeAdapter(Annotated[WorkerMessage, Field(discriminator="type")])
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """Trials for one worker, which trains several of them in one pass if that is faster."""
-
-    trials: list[Trial]
-    base_loss: float | None
-
-
 class RemoteWorker(ABC):
     """A worker in another process."""
 
     @abstractmethod
-    def submit(self, task: Task) -> Future[RightrankError | None]: ...
+    def submit(self, trials: list[Trial], base_loss: float | None) -> Future[RightrankError | None]:
+        """Train the trials, several of them in one pass if that is faster."""
 
     @abstractmethod
-    def end(self) -> None:
-        """End the worker immediately, even if it is busy."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """End the idle worker, which removes its files."""
+    def end(self, *, is_idle: bool) -> None:
+        """End the worker. An idle one removes its files; any other one is ended immediately."""
 
 
 class Backend(ABC):
@@ -75,14 +61,28 @@ class Backend(ABC):
 
 
 @dataclass(slots=True)
-class _Worker:
+class StartedWorker:
+    """A worker as the driver sees it."""
+
     name: str
     remote: RemoteWorker
-    messages: MessageFile
+    messages: Path  # the file that the worker appends its messages to
+    offset: int = 0  # the end of the messages that were read
     future: Future[RightrankError | None] | None = None  # of its task; None: idle
     remaining: dict[str, Trial] = field(default_factory=dict)  # trials of the task without an outcome
-    last_message: float = 0.0
     step: int = 0  # the highest step that it reported in this task
+
+    def read_new_messages(self) -> Iterator[WorkerMessage]:
+        """Yield each message once, also if the caller stops between two of them. An incomplete last line waits for its end."""
+        if not self.messages.exists():
+            return
+        with self.messages.open("rb") as file:
+            file.seek(self.offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self.offset += len(line)
+                yield MESSAGE_ADAPTER.validate_json(line)
 
 
 class WorkerPool:
@@ -95,7 +95,7 @@ class WorkerPool:
 
     def __init__(self, backend: Backend, folder: Path, listener: Listener, *, task_trials: int = 1) -> None:
         self._backend, self._folder, self._listener, self._task_trials = backend, folder, listener, task_trials
-        self._workers: dict[int, _Worker] = {}  # by slot
+        self._workers: dict[int, StartedWorker] = {}  # by slot
         self._num_started = 0
         self._queue: deque[list[Trial]] = deque()
         self._base_loss: float | None = None
@@ -128,51 +128,49 @@ class WorkerPool:
 
     def close(self) -> None:
         for worker in self._workers.values():
-            worker.remote.close()
+            worker.remote.end(is_idle=True)
         self._workers.clear()
         self._backend.close()
 
-    def _list_busy_slots(self) -> list[int]:
-        return [slot for slot, worker in self._workers.items() if worker.future is not None]
+    def _list_futures(self) -> dict[int, Future[RightrankError | None]]:
+        """Return the futures of the busy workers by slot."""
+        return {slot: future for slot, worker in self._workers.items() if (future := worker.future) is not None}
 
     def _assign_tasks(self) -> None:
         """Give the tasks of the queue to idle workers, and start workers for the others."""
-        idle = [slot for slot in range(self._backend.size) if slot not in self._list_busy_slots()]
+        idle = [slot for slot in range(self._backend.size) if slot not in self._list_futures()]
         idle.sort(key=lambda slot: slot not in self._workers)  # Those that have loaded their base come first.
         for slot in idle[: len(self._queue)]:
             if slot not in self._workers:
                 self._num_started += 1
                 name = f"worker-{os.getpid()}-{self._num_started}"
                 remote = self._backend.start(name, slot)
-                self._workers[slot] = _Worker(name, remote, MessageFile(self._folder, name))
+                self._workers[slot] = StartedWorker(name, remote, self._folder / f"{name}.jsonl")
             worker, trials = self._workers[slot], self._queue.popleft()
             worker.remaining = {trial.trial_id: trial for trial in trials}
-            worker.last_message, worker.step = time.monotonic(), 0
-            worker.future = worker.remote.submit(Task(trials, self._base_loss))
+            worker.step, worker.future = 0, worker.remote.submit(trials, self._base_loss)
 
     def _follow_workers(self) -> Iterator[TrialOutcome]:
         """Wait a moment for the busy workers, handle their messages, and replace those that were lost."""
         self._backend.require_alive()
-        futures = {slot: future for slot, worker in self._workers.items() if (future := worker.future) is not None}
+        futures = self._list_futures()
         wait(futures.values(), POLL_SECONDS, FIRST_COMPLETED)
         for slot, future in futures.items():
             worker, is_done = self._workers[slot], future.done()  # asked first, so that all its messages are read
             yield from self._handle_messages(worker)
-            silence = time.monotonic() - worker.last_message
-            if is_done and (error := future.exception()) is None:
-                worker.future = None
-                if (refusal := future.result()) is not None:
-                    raise refusal
-                self._queue.extend([trial] for trial in worker.remaining.values())  # none, unless it was stopped
-            elif is_done and error is not None:
+            if not is_done:
+                continue
+            if (error := future.exception()) is not None:
                 log_traceback(error)
                 yield from self._replace_worker(slot, _describe_loss(error))
-            elif silence > HANG_SECONDS:
-                yield from self._replace_worker(slot, f"no message for {silence:.0f} s")
+                continue
+            worker.future = None
+            if (refusal := future.result()) is not None:
+                raise refusal
+            self._queue.extend([trial] for trial in worker.remaining.values())  # none, unless it was stopped
 
-    def _handle_messages(self, worker: _Worker) -> Iterator[TrialOutcome]:
-        for message in worker.messages.read_new_messages():
-            worker.last_message = time.monotonic()
+    def _handle_messages(self, worker: StartedWorker) -> Iterator[TrialOutcome]:
+        for message in worker.read_new_messages():
             if isinstance(message, StepDone):
                 worker.step = max(worker.step, message.step)
             if isinstance(message, StepDone | EvaluationProgress | Notice | TrialStarted):
@@ -187,7 +185,7 @@ class WorkerPool:
         A trial that has lost `MAX_LOSSES` workers without making progress fails.
         """
         worker = self._workers.pop(slot)
-        worker.remote.end()
+        worker.remote.end(is_idle=False)
         self._listener.on_event(Notice(text=f"{worker.name} was lost: {reason}"))
         for trial in worker.remaining.values():
             losses, step = self._losses.get(trial.trial_id, (0, 0))
@@ -205,34 +203,14 @@ class WorkerPool:
         stop, until = self._folder / STOP_FILE, time.monotonic() + GRACE_SECONDS
         stop.touch()
         try:
-            while self._list_busy_slots() and time.monotonic() < until:
+            while self._list_futures() and time.monotonic() < until:
                 yield from self._follow_workers()
         finally:
-            for slot in self._list_busy_slots():
-                self._workers.pop(slot).remote.end()
+            for slot in self._list_futures():
+                self._workers.pop(slot).remote.end(is_idle=False)
             stop.unlink()
             self._queue.clear()
             self._losses.clear()
-
-
-class MessageFile:
-    """The messages of one worker, as the driver reads them. An incomplete last line waits for its end."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._path = folder / f"{name}.jsonl"
-        self._offset = 0
-
-    def read_new_messages(self) -> Iterator[WorkerMessage]:
-        """Yield each message once, also if the caller stops between two of them."""
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                self._offset += len(line)
-                yield MESSAGE_ADAPTER.validate_json(line)
 
 
 def _describe_loss(error: BaseException) -> str:

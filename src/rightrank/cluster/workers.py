@@ -17,17 +17,18 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from rightrank.cluster.pool import STOP_FILE, Backend, RemoteWorker, Task, WorkerMessage, WorkerPool
+from rightrank.cluster.pool import STOP_FILE, Backend, RemoteWorker, WorkerMessage, WorkerPool
+from rightrank.data.files import report_disk_errors
 from rightrank.schema.errors import InputError, InterruptedRun, RightrankError, RunError
 from rightrank.schema.events import EvaluationProgress, Event, Listener, Notice, StepDone
-from rightrank.schema.trials import TrialStarted
+from rightrank.schema.trials import Trial, TrialStarted
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
@@ -36,10 +37,9 @@ if TYPE_CHECKING:
     from rightrank.runs.folder import RunFolder
     from rightrank.runs.prepare import LoadedSelection
     from rightrank.runs.selection import Executor, SelectionRequest
-    from rightrank.training.runtime import Runtime
 
 
-STEP_SECONDS = 0.5  # minimum time between two progress messages, and between two checks whether to stop
+STEP_SECONDS = 0.5  # minimum time between two progress messages
 SHARED_PACKAGES = ("torch", "transformers", "peft")
 
 
@@ -63,31 +63,24 @@ class Worker(Listener):
     """Run tasks, one at a time, independent of how they arrive."""
 
     def __init__(self, setup: WorkerSetup, name: str) -> None:
-        self._setup = setup
-        self._path = setup.messages / f"{name}.jsonl"
+        self._setup, self._path = setup, setup.messages / f"{name}.jsonl"
         self._executor: Executor | None = None
         self._scratch = TemporaryDirectory(prefix="rightrank-worker-")
-        self._parent = os.getppid()
-        self._last_step = self._last_check = 0.0
-        self._is_stopped = False
+        self._parent, self._last_step = os.getppid(), 0.0
         with suppress(OSError):  # Without this folder, only absolute paths work.
             os.chdir(setup.working_folder)
 
-    def run_task(self, task: Task) -> RightrankError | None:
+    def run_task(self, trials: list[Trial], base_loss: float | None) -> RightrankError | None:
         """Send an outcome for each trial of a task, except those that were stopped. Return an error that every other worker would meet."""
         try:
-            self._executor = self._executor or self._open_executor()
-            for outcome in self._executor.run(task.trials, task.base_loss):
-                self._send(outcome)
+            with report_disk_errors(self._setup.folder):
+                self._executor = self._executor or self._open_executor()
+                for outcome in self._executor.run(trials, base_loss):
+                    self._send(outcome)
         except InterruptedRun:
             return None  # The trials have checkpoints.
         except RightrankError as error:
             return error
-        except OSError as error:
-            path = error.filename or "its disk"
-            return RunError(
-                f"a worker on {platform.node()} cannot use {path}: {error.strerror or error}; repair that and run the same command again"
-            )
         return None
 
     def close(self) -> None:
@@ -133,11 +126,7 @@ class Worker(Listener):
             self._send(event)
 
     def should_stop(self) -> bool:
-        now = time.monotonic()
-        if now - self._last_check >= STEP_SECONDS:
-            self._last_check = now
-            self._is_stopped = os.getppid() != self._parent or (self._setup.messages / STOP_FILE).exists()
-        return self._is_stopped
+        return os.getppid() != self._parent or (self._setup.messages / STOP_FILE).exists()
 
     def _send(self, message: WorkerMessage) -> None:
         with self._path.open("ab") as file:
@@ -165,8 +154,15 @@ _worker: Worker | None = None  # of this process, if it is a worker
 
 @contextmanager
 def open_pool(prepared: LoadedSelection, folder: RunFolder, listener: Listener) -> Iterator[WorkerPool]:
-    """Open an executor that trains in workers. They start on demand and end with the context."""
-    settings, on_cuda = prepared.request.settings, prepared.runtime.loaded.device.type == "cuda"
+    """Open an executor that trains in workers. They start on demand and end with the context.
+
+    The driver's base is on the CPU while workers use the accelerator.
+    """
+    from rightrank.training.device import free_memory
+
+    settings, runtime = prepared.request.settings, prepared.runtime
+    device, is_movable = runtime.loaded.device, settings.weight_bits is None  # Quantised weights cannot be moved.
+    on_cuda = device.type == "cuda"
     setup = WorkerSetup(
         request=replace(prepared.request, settings=prepared.settings),
         fingerprint=prepared.started.fingerprint,
@@ -176,36 +172,22 @@ def open_pool(prepared: LoadedSelection, folder: RunFolder, listener: Listener) 
     )
     shutil.rmtree(setup.messages, ignore_errors=True)  # of an earlier process
     setup.messages.mkdir()
-    with _offload_base(prepared.runtime):
+    if is_movable:
+        runtime.model.to("cpu")
+        free_memory(device)
+    try:
         if settings.ray is None:
-            backend: LocalBackend | RayBackend = LocalBackend(setup, settings.workers or 1, on_cuda)
+            backend: Backend = LocalBackend(setup, settings.workers or 1, on_cuda)
         else:
             plan = prepared.planned
             needed_bytes = None if plan is None else max(plan.needed_bytes[rank] for rank in plan.ranks)
             backend = RayBackend(setup, settings.ray, settings.workers, on_cuda, needed_bytes)
         task_trials = settings.adapters_per_pass or (MAX_TASK_TRIALS if on_cuda else 1)
-        pool = WorkerPool(backend, setup.messages, listener, task_trials=task_trials)
-        try:
+        with closing(WorkerPool(backend, setup.messages, listener, task_trials=task_trials)) as pool:
             yield pool
-        finally:
-            pool.close()
-
-
-@contextmanager
-def _offload_base(runtime: Runtime) -> Iterator[None]:
-    """Move the driver's base to the CPU while workers use the accelerator."""
-    import torch
-
-    device = runtime.loaded.device
-    if device.type == "cpu" or runtime.settings.weight_bits is not None:  # Quantised weights cannot be moved.
-        yield
-        return
-    runtime.model.to("cpu")
-    torch.cuda.empty_cache()
-    try:
-        yield
     finally:
-        runtime.model.to(device)
+        if is_movable:
+            runtime.model.to(device)
 
 
 class LocalWorker(RemoteWorker):
@@ -214,23 +196,23 @@ class LocalWorker(RemoteWorker):
     def __init__(self, executor: ProcessPoolExecutor) -> None:
         self._executor = executor
 
-    def submit(self, task: Task) -> Future[RightrankError | None]:
-        future: Future[RightrankError | None] = self._executor.submit(_run_task, task)
+    def submit(self, trials: list[Trial], base_loss: float | None) -> Future[RightrankError | None]:
+        future: Future[RightrankError | None] = self._executor.submit(_run_task, trials, base_loss)
         return future
 
-    def end(self) -> None:
-        self._executor.shutdown(wait=True, kill_workers=True)
-
-    def close(self) -> None:
-        self._executor.shutdown(wait=True)
+    def end(self, *, is_idle: bool) -> None:
+        self._executor.shutdown(wait=True, kill_workers=not is_idle)
 
 
 class LocalBackend(Backend):
     """The workers of this machine."""
 
     def __init__(self, setup: WorkerSetup, size: int, on_cuda: bool) -> None:
+        import torch
+
         self._setup, self.size = setup, size
-        self._devices = _list_devices() if on_cuda else []
+        visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        self._devices = visible_devices.split(",") if on_cuda else []
 
     def start(self, name: str, slot: int) -> LocalWorker:
         from loky import ProcessPoolExecutor
@@ -244,13 +226,6 @@ class LocalBackend(Backend):
         )
 
 
-def _list_devices() -> list[str]:
-    import torch
-
-    visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible_devices.split(",") if visible_devices else list(map(str, range(torch.cuda.device_count())))
-
-
 def _start_worker(setup: WorkerSetup, name: str) -> None:
     """Make this process a worker, whose output goes to its log."""
     global _worker
@@ -262,9 +237,9 @@ def _start_worker(setup: WorkerSetup, name: str) -> None:
     _worker = Worker(setup, name)
 
 
-def _run_task(task: Task) -> RightrankError | None:
+def _run_task(trials: list[Trial], base_loss: float | None) -> RightrankError | None:
     assert _worker is not None
-    return _worker.run_task(task)
+    return _worker.run_task(trials, base_loss)
 
 
 class RayWorker(RemoteWorker):
@@ -273,18 +248,17 @@ class RayWorker(RemoteWorker):
     def __init__(self, backend: RayBackend, actor: Any) -> None:
         self._backend, self._actor = backend, actor
 
-    def submit(self, task: Task) -> Future[RightrankError | None]:
-        future: Future[RightrankError | None] = self._actor.run_task.remote(task).future()
+    def submit(self, trials: list[Trial], base_loss: float | None) -> Future[RightrankError | None]:
+        future: Future[RightrankError | None] = self._actor.run_task.remote(trials, base_loss).future()
         return future
 
-    def end(self) -> None:
-        if not self._backend.is_lost:
-            self._backend.ray.kill(self._actor, no_restart=True)
-
-    def close(self) -> None:
-        if not self._backend.is_lost:
-            self._backend.ray.wait([self._actor.close.remote()], timeout=EXIT_SECONDS)
-        self.end()
+    def end(self, *, is_idle: bool) -> None:
+        ray = self._backend.ray
+        if self._backend.is_lost:
+            return
+        if is_idle:
+            ray.wait([self._actor.close.remote()], timeout=EXIT_SECONDS)
+        ray.kill(self._actor, no_restart=True)
 
 
 class RayBackend(Backend):
@@ -294,6 +268,10 @@ class RayBackend(Backend):
         address: HOST:PORT of the cluster's head, or another address of `ray.init`.
         size: the maximum number of workers; None: as many as fit on the current nodes.
         planned_bytes: the planned memory of a worker; None without a plan.
+
+    Raises:
+        RunError: the cluster can't be reached.
+        InputError: no node has the resources for a worker.
     """
 
     def __init__(
@@ -305,29 +283,36 @@ class RayBackend(Backend):
         self._setup, self._address, self.is_lost = setup, address, False
         self._was_connected = bool(ray.is_initialized())  # The caller's session is not closed.
         if not self._was_connected:
-            _connect(ray, address)
+            self._connect()
         # A worker needs one core, and a GPU or, on a CPU, the planned memory.
         self._resources = {"CPU": 1.0} | ({"GPU": 1.0} if on_cuda else {"memory": float(planned_bytes or 0)})
         self._last_answer = self._next_check = time.monotonic()
-        num_fitting = self._count_fitting_workers()
-        self.size = size or num_fitting
-
-    def _count_fitting_workers(self) -> int:
-        """Return how many workers fit on the current nodes.
-
-        Raises:
-            InputError: no node has the resources for a worker.
-        """
-        needed = {name: amount for name, amount in self._resources.items() if amount}
+        needed = {resource: amount for resource, amount in self._resources.items() if amount}
         nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
-        count = sum(int(min(node.get(name, 0.0) / amount + 1e-9 for name, amount in needed.items())) for node in nodes)
-        if not count:
+        num_fitting = sum(
+            int(min(node.get(resource, 0.0) / amount + 1e-9 for resource, amount in needed.items())) for node in nodes
+        )
+        if not num_fitting:
             texts = {"CPU": "1 CPU", "GPU": "1 GPU", "memory": f"{needed.get('memory', 0) / 2**30:.2f} GiB of memory"}
             raise InputError(
-                f"no node of the Ray cluster has room for a worker ({', '.join(texts[name] for name in needed)}); give smaller ranks, "
+                f"no node of the Ray cluster has room for a worker ({', '.join(map(texts.__getitem__, needed))}); give smaller ranks, "
                 "batch_size or seq_len, or larger nodes"
             )
-        return count
+        self.size = size or num_fitting
+
+    def _connect(self) -> None:
+        """Connect to the cluster.
+
+        Raises:
+            RunError: no cluster answers at the address, or it runs another Ray version.
+        """
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray recommends this and warns otherwise.
+        _require_reachable_head(self._address)
+        try:
+            self.ray.init(address=self._address, logging_level=logging.ERROR, log_to_driver=False)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise RunError(f"cannot connect to the Ray cluster at {self._address}: {reason}") from None
 
     def start(self, name: str, slot: int) -> RayWorker:
         variables = {variable: os.environ[variable] for variable in INHERITED_VARIABLES if variable in os.environ}
@@ -366,20 +351,6 @@ class RayBackend(Backend):
     def close(self) -> None:
         if not self._was_connected:
             self.ray.shutdown()
-
-
-def _connect(ray: Any, address: str) -> None:
-    """Connect to a cluster.
-
-    Raises:
-        RunError: no cluster answers at the address, or it runs another Ray version.
-    """
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray recommends this and warns otherwise.
-    _require_reachable_head(address)
-    try:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise RunError(f"cannot connect to the Ray cluster at {address}: {' '.join(str(error).split())}") from None
 
 
 def _require_reachable_head(address: str) -> None:

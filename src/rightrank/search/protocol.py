@@ -1,6 +1,6 @@
 """The interface of a strategy: the space that it searches, the trials so far, and a script, which yields the arms that it needs.
 
-Each `ask` replays the script from the beginning over the outcomes so far and stops at the first arms without one. The
+`replay_trials` replays the script from the beginning over the outcomes so far and stops at the first arms without one. The
 script sees the outcomes of its own arms and nothing else, so that it is a pure function of them.
 """
 
@@ -78,11 +78,6 @@ def make_truncation_arm(parent: TrialFinished, rank: int) -> Arm:
     """Return the arm that truncates the adapter of `parent` to `rank`."""
     changed = {"rank": rank, "steps": 0, "truncate_from": parent.trial_id, "continue_from": None}
     return parent.arm.model_copy(update=changed)
-
-
-def make_base_arm(lora_alpha: float) -> Arm:
-    """Return the arm of rank 0: the base without an adapter. It is evaluated once and is a point of every curve."""
-    return Arm(rank=0, learning_rate=0.0, lora_alpha=lora_alpha, seed=0, steps=0)
 
 
 def build_space(settings: SelectSettings, steps: int, loss_kind: LossKind = "token_loss") -> Space:
@@ -235,9 +230,9 @@ class Strategy(ABC):
       resumes from its journal alone, and a table of finished runs replays as real training does.
     - Every arm lies in the space: a rank, a learning rate and a seed of the space, or the truncation of a finished trial.
       The base arm comes first.
-    - `ask` returns only arms without an outcome, and no arm twice.
-    - `ask` eventually returns an empty sequence, whichever trials fail or diverge. A failed trial is a missing cell and
-      no evidence against its rank.
+    - It waits only for arms without an outcome, and for no arm twice.
+    - It eventually waits for none, whichever trials fail or diverge. A failed trial is a missing cell and no evidence
+      against its rank.
     - Arms and steps stay within `estimate_cost().max_arms`, `estimate_cost().maximum` and the budget of the space.
     - Outcomes of arms that the strategy did not request change nothing.
 
@@ -274,7 +269,7 @@ class Strategy(ABC):
         return math.prod(map(len, (self.space.ranks, self.space.learning_rates, self.space.seeds)))
 
     def estimate_arms(self) -> int:
-        """Estimate how many arms `ask` will return in total, for the progress display."""
+        """Estimate how many arms there will be in total, for the progress display."""
         cost = self.estimate_cost()
         return min(cost.max_arms, int(self.space.evaluates_base) + round(1.6 * cost.expected))
 
@@ -286,19 +281,20 @@ class Strategy(ABC):
         expected, to_adapter = min(cost.expected, maximum), min(cost.expected_until_adapter, maximum)
         return CostEstimate(expected, maximum, to_adapter, cost.minimum, arms)
 
-    def ask(self, outcomes: Iterable[TrialOutcome]) -> Sequence[Arm]:
-        """Return the arms to run now. They may run in any order and at the same time."""
-        return self.replay_trials(outcomes).waiting
-
     def replay_trials(self, outcomes: Iterable[TrialOutcome]) -> Trials:
-        """Replay the script. Return the outcomes that it has seen, the arms that it waits for, the deployment rank and its notes."""
+        """Replay the script. Return the outcomes that it has seen, the arms that it waits for, the deployment rank and its notes.
+
+        The arms may run in any order and at the same time.
+        """
         trials, outcomes_by_arm = Trials(self.space), {outcome.arm: outcome for outcome in outcomes}
         finished = {
             outcome.trial_id: outcome for outcome in outcomes_by_arm.values() if isinstance(outcome, TrialFinished)
         }
         limits = self.space.budget_steps, self.space.budget_seconds
         most_steps, most_seconds = (math.inf if limit is None else limit for limit in limits)
-        base = [[make_base_arm(self.space.lora_alpha)]] if self.space.evaluates_base else []
+        # The base without an adapter is evaluated once and is a point of every curve.
+        base_arm = Arm(rank=0, learning_rate=0.0, lora_alpha=self.space.lora_alpha, seed=0, steps=0)
+        base = [[base_arm]] if self.space.evaluates_base else []
         for requested_arms in chain(base, self.script(trials)):
             for arm in requested_arms:
                 if arm in trials.outcomes:
