@@ -16,12 +16,11 @@ from rightrank.data.splits import load_data
 from rightrank.schema.events import Event, StepDone
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.training.kinds import find_lora_modules
-from rightrank.training.loop import run_trial
-from rightrank.training.multi_lora import ADAPTER, MultiLora
+from rightrank.training.loop import TrialFolders, run_trial
+from rightrank.training.multi_lora import MultiLora
+from rightrank.training.peft_models import ADAPTER, find_lora_modules
 from rightrank.training.runtime import Runtime
 from rightrank.training.tokens import encode_splits
-from rightrank.training.trial import TrialFolders
 from tests.watch import Watch
 
 

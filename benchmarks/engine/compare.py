@@ -34,10 +34,9 @@ from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.training import fast_paths
 from rightrank.training.device import read_peak_bytes, reset_peak_memory
-from rightrank.training.loop import train_trials
+from rightrank.training.loop import TrialFolders, train_trials
 from rightrank.training.runtime import Runtime
 from rightrank.training.targets import make_lora_config
-from rightrank.training.trial import TrialFolders
 
 BATCH, RATE, RANKS = 8, 1e-3, (16, 4, 1, 64)  # the held-out loss of the first is reported
 TAIL_LAYERS = (28, 29)

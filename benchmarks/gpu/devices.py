@@ -45,11 +45,10 @@ from rightrank.schema.errors import InterruptedRun, SettingsError
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
 from rightrank.training import targets
-from rightrank.training.loop import run_trial, train_trials
+from rightrank.training.loop import TrialFolders, run_trial, train_trials
 from rightrank.training.loss import chunked_cross_entropy
 from rightrank.training.pace import choose_adapters_per_pass, measure_pace
 from rightrank.training.runtime import Runtime
-from rightrank.training.trial import TrialFolders
 
 STEPS = 3
 SOURCES = Path(base_models.__file__).parents[1]

@@ -33,10 +33,9 @@ from rightrank.runs.folder import RunFolder
 from rightrank.schema.events import Event, Listener, Notice
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.training import fast_paths
-from rightrank.training.loop import train_trials
+from rightrank.training.loop import TrialFolders, train_trials
 from rightrank.training.pace import find_multi_lora_obstacle
 from rightrank.training.runtime import Runtime
-from rightrank.training.trial import TrialFolders
 
 Row: TypeAlias = dict[str, Any]
 BITS = {"load_in_4bit": True}

@@ -13,11 +13,10 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
 from rightrank.schema.trials import Arm
-from rightrank.training.kinds import find_lora_modules
-from rightrank.training.multi_lora import ADAPTER, MultiLora
+from rightrank.training.multi_lora import MultiLora
 from rightrank.training.optimizer import make_schedule
+from rightrank.training.peft_models import ADAPTER, find_lora_modules, suppress_peft_warnings
 from rightrank.training.runtime import Runtime
-from rightrank.training.targets import suppress_peft_warnings
 
 
 @contextmanager

@@ -23,8 +23,7 @@ from rightrank.schema.events import Listener
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial
 from rightrank.training.adapter_runtime import attach_adapter, gather_unseen_moments, make_adapter_runtime
-from rightrank.training.loop import run_trial
-from rightrank.training.trial import TrialFolders
+from rightrank.training.loop import TrialFolders, run_trial
 from tests.adapters.adapters import (
     compute_deltas,
     load_strictly,

@@ -20,8 +20,8 @@ from rightrank.schema.errors import TerminatedRun
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished, TrialStarted
 from rightrank.training import loop as training_loop
+from rightrank.training.loop import TrialFolders
 from rightrank.training.optimizer import load_checkpoint
-from rightrank.training.trial import TrialFolders
 from tests.commands import SELECT, run, start, wait_for_trial
 from tests.helpers import make_runtime
 from tests.tiny import build_small_settings

@@ -22,8 +22,7 @@ from rightrank.report import html
 from rightrank.runs import run as job
 from rightrank.runs.folder import Journal, RunFolder
 from rightrank.schema.trials import TrialFinished, TrialStarted
-from rightrank.training import optimizer, saving
-from rightrank.training import trial as arm_training
+from rightrank.training import loop, optimizer, peft_models
 from rightrank.training.runtime import Runtime
 from tests.commands import (
     SMALL,
@@ -128,14 +127,14 @@ def kill_inside(owner: Any, name: str, entry: int) -> None:
 
 
 def run_and_kill(arguments: list[str], owner: Any, name: str, entry: int) -> None:
-    arm_training.CHECKPOINT_SECONDS = 0.05
+    loop.CHECKPOINT_SECONDS = 0.05
     kill_inside(owner, name, entry)
     main(arguments)
 
 
 KILLS: list[tuple[Any, str, int]] = [
     (Journal, "append", 2), (optimizer, "take_step", 5), (optimizer, "save_checkpoint", 1), (Runtime, "evaluate_adapters", 2),
-    (saving, "save_adapter", 1), (job, "export_adapter", 1), (html, "render_report", 1),
+    (peft_models, "save_adapter", 1), (job, "export_adapter", 1), (html, "render_report", 1),
 ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from rightrank import SmallestAdapter
 from rightrank.schema.errors import DataError, SettingsError
 from rightrank.trainers.trainer_batches import find_adapted_model
-from rightrank.training.kinds import set_update_to_zero
+from rightrank.training.peft_models import set_update_to_zero
 from tests.tiny import generate_sentences, make_tokenizer
 
 pytest.importorskip("sentence_transformers")

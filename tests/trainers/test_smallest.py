@@ -37,8 +37,8 @@ from rightrank.schema.trials import SplitName
 from rightrank.trainers.measurement import InMemoryAdapter
 from rightrank.trainers.trainer_batches import compute_batch_loss
 from rightrank.training.adapter_runtime import attach_adapter, gather_unseen_moments
-from rightrank.training.evaluation import Scores
-from rightrank.training.kinds import set_update_to_zero
+from rightrank.training.loss import Scores
+from rightrank.training.peft_models import set_update_to_zero
 from tests.commands import run
 from tests.helpers import make_runtime
 from tests.tiny import build_small_settings, write_completions, write_pairs

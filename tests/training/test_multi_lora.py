@@ -15,11 +15,10 @@ from safetensors.torch import load_file
 from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.events import Listener, StepDone
 from rightrank.schema.trials import Arm, Trial, TrialDiverged, TrialFinished, TrialOutcome
-from rightrank.training.loop import train_trials
+from rightrank.training.loop import TrialFolders, train_trials
 from rightrank.training.loss import BatchLoss
 from rightrank.training.pace import find_multi_lora_obstacle
 from rightrank.training.runtime import Runtime
-from rightrank.training.trial import TrialFolders
 from tests.helpers import make_runtime
 from tests.tiny import build_small_settings
 from tests.watch import Watch

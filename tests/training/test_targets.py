@@ -17,12 +17,8 @@ from rightrank.schema.errors import ModelError
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.settings import PEFT_OPTIONS, SelectSettings
 from rightrank.schema.trials import Arm
-from rightrank.training.targets import (
-    find_targets,
-    make_lora_config,
-    require_targets,
-    suppress_peft_warnings,
-)
+from rightrank.training.peft_models import suppress_peft_warnings
+from rightrank.training.targets import find_targets, make_lora_config, require_targets
 from tests.tiny import build_small_settings, make_tokenizer
 from tests.training.architectures import BERT, MODELS, make_model
 

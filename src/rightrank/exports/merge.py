@@ -23,7 +23,7 @@ from rightrank.schema.errors import DataError, ModelError, RunError, SettingsErr
 from rightrank.schema.events import EvaluationProgress
 from rightrank.schema.settings import SelectSettings
 from rightrank.training.adapter_runtime import require_matching_base
-from rightrank.training.targets import suppress_peft_warnings
+from rightrank.training.peft_models import suppress_peft_warnings
 
 VALUE_TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 TEST_SPLIT = "the run's test split"

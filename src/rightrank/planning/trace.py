@@ -30,8 +30,7 @@ from rightrank.planning.skeleton import Skeleton
 from rightrank.schema.plan_settings import PlanSettings
 from rightrank.training.device import enable_gradient_checkpointing
 from rightrank.training.loss import OutputHead, chunked_cross_entropy
-from rightrank.training.multi_lora import install_forward
-from rightrank.training.routing import Routing
+from rightrank.training.multi_lora import Routing, install_forward
 
 DeviceKind: TypeAlias = Literal["cuda", "cpu"]
 Phase: TypeAlias = Literal["forward", "backward"]

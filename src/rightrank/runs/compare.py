@@ -36,7 +36,7 @@ from rightrank.schema.results import AdapterComparison, ComparisonVerdict, Metri
 from rightrank.schema.settings import SPLIT_SETTINGS, SelectSettings
 from rightrank.training.adapter_runtime import attach_adapter, report_evaluation_progress, require_matching_base
 from rightrank.training.answers import measure_metrics, require_metric_functions
-from rightrank.training.evaluation import Scores
+from rightrank.training.loss import Scores
 from rightrank.training.runtime import Runtime
 from rightrank.training.tokens import encode_splits
 

@@ -35,13 +35,12 @@ from rightrank.search.strategies import make_strategy
 from rightrank.training.adapter_runtime import attach_adapter
 from rightrank.training.answers import measure_metrics, require_metric_functions
 from rightrank.training.device import describe_environment
-from rightrank.training.evaluation import MetricResults
-from rightrank.training.loop import train_trials
+from rightrank.training.loop import TrialFolders, train_trials
+from rightrank.training.loss import MetricResults
 from rightrank.training.pace import choose_adapters_per_pass
 from rightrank.training.runtime import Runtime, build_causality_error
 from rightrank.training.targets import Targets, find_targets
 from rightrank.training.tokens import EncodedData, encode_splits
-from rightrank.training.trial import TrialFolders
 
 Notice: TypeAlias = Callable[[str], None]
 OpenWorkers: TypeAlias = Callable[["LoadedSelection", RunFolder, Listener], AbstractContextManager[Executor]]

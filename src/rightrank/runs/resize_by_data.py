@@ -42,8 +42,8 @@ from rightrank.training.adapter_runtime import (
     make_adapter_runtime,
     report_evaluation_progress,
 )
-from rightrank.training.evaluation import Scores
-from rightrank.training.moments import GatheredMoments
+from rightrank.training.loss import Scores
+from rightrank.training.peft_models import GatheredMoments
 from rightrank.training.runtime import Runtime
 
 

@@ -24,11 +24,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rightrank.adapters.adapter_files import AdapterFolder, open_adapter
 from rightrank.adapters.resize import list_candidate_ranks, require_plain_update
-from rightrank.bases.named_base import require_named_base
+from rightrank.bases.base_models import require_named_base
 from rightrank.schema.errors import ModelError, RunError, get_first_line, log_traceback
-from rightrank.training.kinds import Linear, find_kind, find_lora_modules
-from rightrank.training.loss import use_adapter
-from rightrank.training.saving import save_adapter
+from rightrank.training.multi_lora import Linear, find_kind
+from rightrank.training.peft_models import find_lora_modules, save_adapter, use_adapter
 
 log = logging.getLogger("rightrank")
 

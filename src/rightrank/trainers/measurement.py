@@ -53,10 +53,14 @@ from rightrank.trainers.trainer_batches import (
     has_class_labels,
     read_batch,
 )
-from rightrank.training.evaluation import Scores
-from rightrank.training.kinds import find_lora_modules, set_update_to_zero
-from rightrank.training.loss import BatchLoss
-from rightrank.training.moments import MOMENT_TOKENS, GatheredMoments, accumulate_moments
+from rightrank.training.loss import BatchLoss, Scores
+from rightrank.training.peft_models import (
+    MOMENT_TOKENS,
+    GatheredMoments,
+    accumulate_moments,
+    find_lora_modules,
+    set_update_to_zero,
+)
 
 log = logging.getLogger("rightrank")
 

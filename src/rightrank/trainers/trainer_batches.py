@@ -41,9 +41,8 @@ from rightrank.training.loss import (
     classification_loss,
     compute_native_pass_losses,
     get_base_model,
-    use_adapter,
 )
-from rightrank.training.moments import MOMENT_TOKENS
+from rightrank.training.peft_models import MOMENT_TOKENS, use_adapter
 
 Batch: TypeAlias = Mapping[str, Any]  # as the trainer's collator makes it
 BETA = 0.1  # of the loss of preference pairs, TRL's default

@@ -27,11 +27,18 @@ from rightrank.schema.events import EvaluationProgress
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.training.device import catch_memory_errors
-from rightrank.training.kinds import Linear, find_kind, find_lora_modules, set_update_to_zero
-from rightrank.training.moments import MOMENT_TOKENS, GatheredMoments, accumulate_moments
-from rightrank.training.multi_lora import ADAPTER, unwrap_base
+from rightrank.training.multi_lora import Linear, find_kind
+from rightrank.training.peft_models import (
+    ADAPTER,
+    MOMENT_TOKENS,
+    GatheredMoments,
+    accumulate_moments,
+    find_lora_modules,
+    set_update_to_zero,
+    suppress_peft_warnings,
+    unwrap_base,
+)
 from rightrank.training.runtime import Runtime
-from rightrank.training.targets import suppress_peft_warnings
 from rightrank.training.tokens import encode_splits
 
 MAX_TOKEN_FRACTION = 0.1  # largest fraction of a training's tokens to read for moments

@@ -31,7 +31,7 @@ from rightrank.schema.metrics import MetricSpec
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName
 from rightrank.training.device import enable_kv_cache
-from rightrank.training.evaluation import MetricResults
+from rightrank.training.loss import MetricResults
 from rightrank.training.runtime import Runtime
 from rightrank.training.tokens import Chat
 

@@ -39,7 +39,7 @@ from rightrank.training.batches import (
     use_packed_attention,
 )
 from rightrank.training.loss import Objective, head_loss
-from rightrank.training.routing import Routing
+from rightrank.training.multi_lora import Routing
 
 MAX_LABEL_FRACTION = 0.75  # with more label positions, gathering rows costs more than it saves
 _MLP_NAMES = ("mlp", "feed_forward", "ffn")

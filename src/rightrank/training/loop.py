@@ -1,5 +1,8 @@
 """The training loop: trains trials with up to `adapters_per_pass` adapters on one base, with one shared pass per step.
 
+Everything is a function of the settings, the arm and the step number, so a training that resumes from a checkpoint ends
+with the same values as an uninterrupted one.
+
 When an arm finishes, diverges or stops early, it leaves the base and the next one joins. When a pass runs out of memory, half
 of the arms write a checkpoint and wait while the others continue; results do not change. An arm that runs out of memory
 alone ends as `out_of_memory`. The checkpoint of a finished trial is deleted when the caller requests the next outcome,
@@ -8,31 +11,362 @@ because the caller has stored the finished trial only then.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from peft import LoraConfig, set_peft_model_state_dict
 
+from rightrank.adapters.resize import truncate_tensors
+from rightrank.adapters.truncation import load_moments
+from rightrank.bases.safetensors_files import BFLOAT16
 from rightrank.schema.errors import InterruptedRun, MetricError
-from rightrank.schema.events import Listener
-from rightrank.schema.trials import Trial, TrialFailed, TrialFinished, TrialOutcome, TrialStarted
+from rightrank.schema.events import Listener, StepDone
+from rightrank.schema.settings import EVAL_SUBSET_SIZE
+from rightrank.schema.trials import (
+    EvalPoint,
+    Trial,
+    TrialDiverged,
+    TrialFailed,
+    TrialFinished,
+    TrialOutcome,
+    TrialStarted,
+)
 from rightrank.training.adapter_runtime import attach_adapter, ensure_moments
 from rightrank.training.answers import measure_metrics
 from rightrank.training.batches import Batch
 from rightrank.training.device import catch_memory_errors, free_memory, read_peak_bytes, reset_peak_memory
-from rightrank.training.evaluation import Progress, build_finished_trial
-from rightrank.training.multi_lora import MultiLora
-from rightrank.training.optimizer import MeanName, take_step
-from rightrank.training.runtime import Runtime
-from rightrank.training.trial import (
-    ArmTraining,
-    TrialFolders,
-    evaluate_adapters,
-    format_adapter_name,
+from rightrank.training.loss import MetricResults, Progress, Scores, build_finished_trial
+from rightrank.training.multi_lora import ArmBatch, MultiLora
+from rightrank.training.optimizer import (
+    ArmOptimizer,
+    MeanName,
+    count_warmup_steps,
+    load_checkpoint,
+    make_schedule,
+    save_checkpoint,
+    take_step,
 )
+from rightrank.training.peft_models import save_adapter
+from rightrank.training.runtime import Runtime
+
+CHECKPOINT_SECONDS = 60.0  # between checkpoints of a running trial
+MAX_CHECKPOINT_FRACTION = 0.015  # the largest fraction of the time for writing checkpoints
+DIVERGENCE_FACTOR = 2.0  # a training with a loss above this multiple of the base's has diverged
+QUARTER = 0.25  # of the steps taken, over which a mean of the factors ranks learning rates
+DIVERGENCE_WINDOW = 8  # steps over which the training loss is averaged before it is compared with the base's
+
+
+@dataclass(frozen=True, slots=True)
+class TrialFolders:
+    """The paths of a trial's files."""
+
+    checkpoint: Path  # a file that exists while the trial runs
+    adapter: Path  # the folder of the finished trial's adapter
+    continue_from: Path | None = None  # the checkpoint of the trial that this one resumes
+    truncate_from: Path | None = None  # the adapter folder of the trial that this one truncates
+    moments: Path | None = None  # file with the moments of that adapter (`adapter_runtime.py`)
+    answers: Path | None = None  # file for the model's answers to the held-out examples, if a metric needs them
+
+
+def format_adapter_name(trial: Trial) -> str:
+    return f"arm_{trial.trial_id}"
+
+
+@dataclass(eq=False)
+class ArmTraining:
+    """The optimizer, progress and checkpoint of one arm; the passes over the base are shared.
+
+    A training is over when `is_done` is true, or when `failure` says how it ended without a result.
+    """
+
+    _runtime: Runtime
+    trial: Trial
+    _multi_lora: MultiLora
+    _base_loss: float | None
+    folders: TrialFolders
+    _listener: Listener
+
+    def __post_init__(self) -> None:
+        runtime, multi_lora, arm = self._runtime, self._multi_lora, self.trial.arm
+        self.adapter = format_adapter_name(self.trial)
+        self._settings = runtime.settings
+        self._truncation: Literal["svd", "kfac"] | None = None
+        config = runtime.make_config(arm)
+        truncated = self._load_truncation(config)
+        plan = runtime.plan_batches(arm.seed, arm.steps) if arm.steps else []  # a truncation is not trained
+        named = multi_lora.add(self.adapter, arm, config)
+        schedule = make_schedule(runtime.settings, arm.steps)
+        self._last_step = arm.end
+        self.optimizer = ArmOptimizer(runtime, named, arm.learning_rate, plan, schedule, self._choose_mean_starts())
+        points = runtime.settings.num_evaluations
+        self._evaluate_at = {max(1, round(arm.steps * number / points)) for number in range(1, points + 1)}
+        self._saved = time.perf_counter()
+        self._save_seconds = 0.0  # duration of writing the last checkpoint
+        self.pass_ranks = [arm.rank]  # ranks of the adapters in the fullest pass so far, its own rank first
+        self._scores: Scores | None = None  # scores of the last evaluation
+        self._quarter_scores: Scores | None = None  # those of the mean over the last quarter of the steps
+        self._measured: tuple[int, MetricResults] | None = None  # a step, and the metrics after it
+        self.failure: TrialDiverged | TrialFailed | None = None
+        checkpoint = self._load_checkpoint()
+        if checkpoint is not None:
+            self.optimizer.restore(*checkpoint)
+        elif truncated:
+            set_peft_model_state_dict(multi_lora.peft_model, truncated, adapter_name=self.adapter)
+
+    def _choose_mean_starts(self) -> dict[MeanName, int]:
+        """Return the means of the factors that this training needs, with the step after which each begins."""
+        arm, starts = self.trial.arm, dict[MeanName, int]()
+        if self._settings.checkpoint == "best":
+            starts["warmup"] = count_warmup_steps(self._settings, arm.steps)
+        if arm.is_searched:
+            starts["quarter"] = arm.end - max(1, round(QUARTER * arm.end))
+        return starts
+
+    def list_due_means(self) -> list[MeanName]:
+        """Return the means to evaluate beside the current factors, at the step of an evaluation."""
+        step, due = self.progress.step, list[MeanName]()
+        # The first mean after the warm-up is the current factors. A metric that needs generated answers is not measured twice.
+        mean = self.optimizer.means.get("warmup")
+        is_measured = self._scores is not None and self._settings.points_metric in self._scores.metrics
+        if mean is not None and step in self._evaluate_at and step > mean.start + 1 and is_measured:
+            due.append("warmup")
+        if self.is_done and "quarter" in self.optimizer.means:
+            due.append("quarter")
+        return due if self.failure is None else []
+
+    def _load_truncation(self, config: LoraConfig) -> dict[str, torch.Tensor]:
+        """Return the tensors of a truncation and put its ranks into `config`; return none if the arm does not start from a truncation."""
+        folders, arm = self.folders, self.trial.arm
+        if folders.truncate_from is None:
+            return {}
+        moments = {} if folders.moments is None else load_moments(folders.moments)
+        self._truncation = "kfac" if moments else "svd"
+        tensors = truncate_tensors(folders.truncate_from, arm.rank, config, moments)
+        return {
+            key: torch.from_numpy(tensor["BF16"]).view(torch.bfloat16)
+            if tensor.dtype == BFLOAT16
+            else torch.from_numpy(tensor)
+            for key, tensor in tensors.items()
+        }
+
+    def _load_checkpoint(self) -> tuple[Mapping[str, torch.Tensor], Mapping[str, Any]] | None:
+        """Load this trial's checkpoint, or the checkpoint of the trial that it resumes; None starts from step 0.
+
+        If the resumed trial's checkpoint is missing, its steps are trained again with the same result.
+        """
+        folders = self.folders
+        sources = ((folders.checkpoint, self.trial.trial_id), (folders.continue_from, self.trial.arm.continue_from))
+        stored = (
+            (tensors, state)
+            for path, trial_id in sources
+            if path is not None
+            for tensors, state in filter(None, [load_checkpoint(path)])
+            if state.get("trial_id") == trial_id
+        )
+        return next(stored, None)
+
+    @property
+    def progress(self) -> Progress:
+        return self.optimizer.progress
+
+    @property
+    def is_done(self) -> bool:
+        return self.progress.step >= self._last_step
+
+    @property
+    def is_evaluation_due(self) -> bool:
+        return self.failure is None and (self.is_done or self.progress.step in self._evaluate_at)
+
+    @property
+    def uses_eval_subset(self) -> bool:
+        """Return whether the next evaluation scores only the first examples. Only the end of a full training scores all examples."""
+        return self.trial.arm.stop_at is not None or not self.is_done
+
+    def make_arm_batch(self, batch: Batch, number: int) -> ArmBatch:
+        """Return this arm's rows of the pass over micro-batch `number` of the step."""
+        per_step = self._settings.gradient_accumulation_steps
+        dropout_seed = (self.trial.arm.seed * 1_000_003 + self.progress.step) * per_step + number
+        return ArmBatch(self.adapter, batch, 1 / self.optimizer.labels, dropout_seed)
+
+    def record_step(self, seconds: float) -> None:
+        """Report the step. End the training if its loss is not finite or above `DIVERGENCE_FACTOR` times the base's."""
+        progress = self.progress
+        progress.train_seconds += seconds
+        recent = progress.train_losses[-DIVERGENCE_WINDOW:]
+        if not math.isfinite(recent[-1]):
+            self._diverge(f"training loss is {recent[-1]}")
+        elif len(recent) == DIVERGENCE_WINDOW:
+            self._compare_with_base(sum(recent) / len(recent), "training")
+        if self.failure is None:
+            self._listener.on_event(
+                StepDone(
+                    trial_id=self.trial.trial_id,
+                    step=progress.step,
+                    steps=self.trial.arm.steps,
+                    loss=recent[-1],
+                    seconds=progress.train_seconds + progress.eval_seconds,
+                )
+            )
+
+    def record_scores(self, scores: Scores, seconds: float) -> None:
+        """Store the scores of an evaluation. End the training if its loss is above `DIVERGENCE_FACTOR` times the base's."""
+        progress = self.progress
+        progress.eval_seconds += seconds
+        self._scores = scores
+        subset_scores = scores.take_first(EVAL_SUBSET_SIZE)
+        self._compare_with_base(subset_scores.loss, "held-out")
+        # The step at which a training stops early adds no point, so that all trainings have the same points.
+        if self.failure is None and progress.step in self._evaluate_at:
+            recent = progress.train_losses[progress.points[-1].step if progress.points else 0 :]
+            value, train_value = self._compute_point_value(subset_scores), sum(recent) / len(recent)
+            progress.points.append(EvalPoint(step=progress.step, value=value, train_value=train_value))
+            if self._settings.checkpoint == "best" and self._find_best() == (progress.points[-1], False):
+                self.optimizer.best = self.optimizer.copy_parameters()
+
+    def record_mean_scores(self, name: MeanName, scores: Scores, seconds: float) -> None:
+        """Store the scores of a mean of the factors, which is in their place now, at the step of the last evaluation."""
+        progress = self.progress
+        progress.eval_seconds += seconds
+        if name == "quarter":
+            self._quarter_scores = scores
+            return
+        mean_value = scores.metrics[self._settings.points_metric]
+        progress.points[-1] = progress.points[-1].model_copy(update={"mean_value": mean_value})
+        if self._find_best() == (progress.points[-1], True):
+            self.optimizer.best = self.optimizer.copy_parameters()
+
+    def _find_best(self) -> tuple[EvalPoint, bool]:
+        """Return the best evaluation, the earliest of equal ones, and whether it is that of the mean of the factors."""
+        sign = -1.0 if self._settings.is_higher_better(self._settings.points_metric) else 1.0
+        values = [(sign * point.value, point, False) for point in self.progress.points]
+        values += [
+            (sign * point.mean_value, point, True) for point in self.progress.points if point.mean_value is not None
+        ]
+        _, best, is_mean = min(values, key=lambda item: (item[0], item[1].step))
+        return best, is_mean
+
+    def _compare_with_base(self, loss: float, description: str) -> None:
+        base = self._base_loss
+        if base is not None and not loss <= DIVERGENCE_FACTOR * base:
+            self._diverge(f"{description} loss {loss:.3f} is above {DIVERGENCE_FACTOR:g} × the base's {base:.3f}")
+
+    def _diverge(self, reason: str) -> None:
+        self.failure = TrialDiverged(**self.trial.fields, step=self.progress.step, reason=reason)
+
+    def _compute_point_value(self, scores: Scores) -> float:
+        """Return the value of an evaluation: the deciding metric if it is measured during training, otherwise the loss."""
+        name = self._settings.points_metric
+        if name in scores.metrics:
+            return scores.metrics[name]
+        self._measured = (self.progress.step, self._measure_metrics())
+        self._measured[1].require_values([name])
+        return self._measured[1].values[name]
+
+    def _measure_metrics(self) -> MetricResults:
+        """Measure the metrics of answers and tasks with this arm's adapter alone, at most once per step."""
+        if self._measured is not None and self._measured[0] == self.progress.step:
+            return self._measured[1]
+        start_time = time.perf_counter()
+        with self._multi_lora.route_alone(self.adapter):
+            metric_results = measure_metrics(self._runtime, "validation", self.folders.answers)
+        seconds = time.perf_counter() - start_time
+        self.progress.eval_seconds += seconds
+        self.progress.answer_seconds = seconds
+        return metric_results
+
+    def finish(self, peak_bytes: int) -> TrialFinished:
+        """Measure the final metrics, save the adapter, remove it from the base, and return the record.
+
+        The checkpoint stays until the caller has stored the record.
+
+        Raises:
+            MetricError: the deciding metric gave no score; the adapter is still on the base.
+        """
+        arm, metric_results, mean_losses = self.trial.arm, MetricResults(), list[float]()
+        scores = self._evaluate() if self._scores is None else self._scores  # None: the trial resumed at its last step
+        best_fields = self._restore_best() if arm.is_direct and self.optimizer.best else {}
+        if arm.stop_at is None:
+            scores = self._evaluate() if best_fields else scores
+            metric_results = self._measure_metrics()
+            metric_results.require_values([self._settings.metric_name])
+            save_adapter(self._multi_lora.peft_model, self.folders.adapter, self._runtime.loaded.name, self.adapter)
+        else:
+            mean_losses = self._measure_mean_losses()
+            self.save()  # another trial may resume from here
+        self._multi_lora.remove(self.adapter)
+        record = build_finished_trial(self.trial, self._settings.metric_name, scores, metric_results, self.progress)
+        return record.model_copy(
+            update={
+                "trainable_parameters": sum(
+                    parameter.numel() for parameter in self.optimizer.named_parameters.values()
+                ),
+                "peak_bytes": peak_bytes,
+                "adapters_per_pass": len(self.pass_ranks),
+                "pass_ranks": self.pass_ranks,
+                "truncation": self._truncation,
+                "mean_losses": mean_losses,
+            }
+            | best_fields
+        )
+
+    def _restore_best(self) -> dict[str, Any]:
+        """Restore the parameters of the best evaluation and return the fields that name it; none if they are the last ones."""
+        best, is_mean = self._find_best()
+        if best.step == self.progress.step and not is_mean:
+            return {}
+        self.optimizer.set_parameters(self.optimizer.best)
+        self._measured = None
+        return {"checkpoint_step": best.step, "checkpoint_is_mean": is_mean, "train_value": best.train_value}
+
+    def _evaluate(self) -> Scores:
+        start_time = time.perf_counter()
+        scores = evaluate_adapters(self._runtime, self._multi_lora, [self.adapter], self.uses_eval_subset)[0]
+        self.progress.eval_seconds += time.perf_counter() - start_time
+        return scores
+
+    def _measure_mean_losses(self) -> list[float]:
+        """Return the losses of the mean over the last quarter of the steps by example; none where it is not kept."""
+        if "quarter" not in self.optimizer.means:
+            return []
+        if self._quarter_scores is None:  # the trial resumed at its last step
+            with self.optimizer.use_mean("quarter"):
+                return self._evaluate().losses
+        return self._quarter_scores.losses
+
+    @property
+    def is_checkpoint_due(self) -> bool:
+        """Return whether to write a checkpoint now.
+
+        This is the case after `CHECKPOINT_SECONDS`, or later if writing would take more than `MAX_CHECKPOINT_FRACTION` of the time.
+        """
+        waited = time.perf_counter() - self._saved
+        return waited > max(CHECKPOINT_SECONDS, self._save_seconds / MAX_CHECKPOINT_FRACTION)
+
+    def save(self) -> None:
+        start_time = time.perf_counter()
+        state = {"trial_id": self.trial.trial_id, **self.progress.model_dump()}
+        save_checkpoint(self.folders.checkpoint, self.optimizer.collect_tensors(), state)
+        self._saved = time.perf_counter()
+        self._save_seconds = self._saved - start_time
+
+
+def evaluate_adapters(
+    runtime: Runtime, multi_lora: MultiLora, adapters: Sequence[str], is_subset: bool
+) -> list[Scores]:
+    """Score the validation split with each adapter: a subset of its first examples, or all of them."""
+    if not is_subset:
+        return runtime.evaluate_adapters("validation", multi_lora, adapters)
+    subset = range(min(EVAL_SUBSET_SIZE, len(runtime.data.splits["validation"])))
+    subset_scores = runtime.evaluate_adapters("validation", multi_lora, adapters, subset)
+    return [scores.take_first(EVAL_SUBSET_SIZE) for scores in subset_scores]
+
 
 FolderFactory = Callable[[Trial], TrialFolders]
 

@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 from rightrank.data.files import UnreadableError, parse_json, replace_file
 from rightrank.schema.settings import SelectSettings
 from rightrank.training.batches import Batch
-from rightrank.training.evaluation import Progress
+from rightrank.training.loss import Progress
 from rightrank.training.runtime import Runtime
 
 BEST_PREFIX = "best."  # prefix of the best parameters among a checkpoint's tensors

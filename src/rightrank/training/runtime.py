@@ -21,7 +21,6 @@ from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, SplitName
 from rightrank.training.batches import Batch, CacheBatches, batch_by_length, collate, plan_batches
 from rightrank.training.device import enable_gradient_checkpointing, set_training_mode
-from rightrank.training.evaluation import Scores
 from rightrank.training.fast_paths import FastPaths, FrozenPrefix, find_fast_paths, find_frozen_blocks
 from rightrank.training.loss import (
     BatchLoss,
@@ -30,12 +29,12 @@ from rightrank.training.loss import (
     PreferenceLoss,
     Reference,
     Scale,
+    Scores,
     can_see_later_tokens,
     make_likelihood,
-    use_adapter,
 )
-from rightrank.training.multi_lora import ADAPTER, ArmBatch, MultiLora
-from rightrank.training.routing import Routing
+from rightrank.training.multi_lora import ArmBatch, MultiLora, Routing
+from rightrank.training.peft_models import ADAPTER, use_adapter
 from rightrank.training.targets import Targets, find_targets, make_lora_config
 from rightrank.training.tokens import EXAMPLE_METRICS, EncodedData
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +19,8 @@ from rightrank.bases.base_models import find_device
 from rightrank.schema.errors import ModelError, get_first_line, suggest_name
 from rightrank.schema.settings import PeftFields, SelectSettings
 from rightrank.schema.trials import Arm
-from rightrank.training.kinds import AdapterKind, Linear, find_kind
+from rightrank.training.multi_lora import AdapterKind, Linear, find_kind
+from rightrank.training.peft_models import suppress_peft_warnings
 
 ALL_LINEAR = "all-linear"
 
@@ -293,16 +292,3 @@ def build_common_fields(settings: PeftFields, is_classification: bool) -> dict[s
 
 def _get_task_type(is_classification: bool) -> TaskType:
     return TaskType.SEQ_CLS if is_classification else TaskType.CAUSAL_LM
-
-
-@contextmanager
-def suppress_peft_warnings() -> Iterator[None]:
-    """Suppress PEFT's warnings that a user cannot act on, within the block."""
-    with warnings.catch_warnings():
-        # PEFT reads an attribute that transformers 5 deprecates.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        # PEFT detects transposed layers, such as GPT-2's, and warns for each.
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to (False|True) but")
-        # PEFT adds patterns for fused experts, which may have no adapter.
-        warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
-        yield
