@@ -19,8 +19,8 @@ from typing import Any
 from benchmarks.machine import describe_machine
 from rightrank.decision.rule import decide_table
 from rightrank.decision.table import build_table
-from rightrank.schema.decision import Decision
 from rightrank.schema.metrics import MetricKind, has_percentages, infer_metric_kind
+from rightrank.schema.results import Decision
 from rightrank.schema.trials import Arm, TrialFinished
 
 HERE = Path(__file__).parent

@@ -25,8 +25,7 @@ from rightrank.report.html import render_report
 from rightrank.report.screen import format_decision
 from rightrank.runs.folder import RunFolder, seal
 from rightrank.schema.errors import InputError
-from rightrank.schema.plan_settings import PlanSettings
-from rightrank.schema.settings import SelectSettings
+from rightrank.schema.settings import PlanSettings, SelectSettings
 from rightrank.training.tokens import encode_splits
 
 PART = b"\n--part--\n"  # between the files of one input

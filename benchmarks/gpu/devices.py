@@ -178,9 +178,10 @@ SILENT = Listener()
 def plan_for_cuda(folder: Path) -> list[dict[str, Any]]:
     """Plan a tiny model for CUDA, as a table and within a selection, without a device."""
     from rightrank.cli.plan import _format_plan
+
     from rightrank.planning import plan
     from rightrank.planning.planner import plan_selection
-    from rightrank.planning.skeleton import read_config
+    from rightrank.planning.trace import read_config
 
     request = _build_request("Llama", SIZES, "language", {}, folder)
     plans = []

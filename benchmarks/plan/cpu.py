@@ -20,7 +20,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.plan.architectures import SMALL_CONFIGS
 from benchmarks.plan.measure import measure
 from rightrank.planning.planner import plan_config
-from rightrank.schema.plan_settings import PlanSettings
+from rightrank.schema.settings import PlanSettings
 
 LIMIT = 0.03
 SELECT: dict[str, Any] = {"packed": True, "loss": "chunked", "optim": "adamw_fused"}

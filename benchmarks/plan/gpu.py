@@ -24,8 +24,8 @@ from benchmarks.machine import describe_machine
 from benchmarks.plan.architectures import FULL_CONFIGS, SMALL_CONFIGS, Configs
 from benchmarks.plan.measure import measure
 from rightrank.planning.planner import plan_config
-from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.results import Plan
+from rightrank.schema.settings import PlanSettings
 
 ALLOCATED_LIMIT, RESERVED_LIMIT = 0.03, 0.05
 CONFIGS: Configs = {name: FULL_CONFIGS[name] for name in ("SmolLM2-135M", "Llama-3.2-3B")} | {

@@ -22,8 +22,7 @@ from benchmarks.plan.architectures import FULL_CONFIGS
 from benchmarks.results import store_result
 from rightrank.planning.estimate import Estimator
 from rightrank.report.format import format_duration
-from rightrank.schema.plan_settings import PlanSettings
-from rightrank.schema.settings import SelectSettings
+from rightrank.schema.settings import PlanSettings, SelectSettings
 from rightrank.search.protocol import build_space
 from rightrank.search.strategies import make_strategy
 from rightrank.training.pace import RUN_EVALUATIONS

@@ -18,8 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
-from rightrank.schema.plan_settings import PlanSettings
-from rightrank.schema.settings import SelectSettings
+from rightrank.schema.settings import PlanSettings, SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.training.batches import Batch
 from rightrank.training.device import enable_gradient_checkpointing

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.machine import describe_machine
 from benchmarks.plan.architectures import FULL_CONFIGS
 from rightrank.planning.planner import plan_config
-from rightrank.schema.plan_settings import PlanSettings
+from rightrank.schema.settings import PlanSettings
 
 # Maximum reserved bytes. The first is exact from the table; the others are rounded to 0.01 GB.
 PUBLISHED: list[dict[str, Any]] = [

@@ -18,8 +18,8 @@ from benchmarks.results import read_json
 from rightrank.decision.adapter import Criterion
 from rightrank.decision.comparison import compute_bounds
 from rightrank.decision.table import estimate_pairs, pair_cells
-from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import ResultsError
+from rightrank.schema.results import AdapterAnswer
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import (
     Arm,

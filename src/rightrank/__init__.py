@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from rightrank.atlas import expect
     from rightrank.planning import plan
     from rightrank.runs.selection import Selected
-    from rightrank.schema.decision import Decision
-    from rightrank.schema.plan_settings import PlanSettings
-    from rightrank.schema.settings import SelectSettings
+    from rightrank.schema.results import Decision
+    from rightrank.schema.settings import PlanSettings, SelectSettings
     from rightrank.schema.trials import EvalPoint
     from rightrank.trainers.custom_trainer import TrialResult, TrialTask
     from rightrank.trainers.smallest import SmallestAdapter
@@ -40,9 +39,8 @@ _MODULES = {
     "atlas": ("expect",),
     "planning": ("plan",),
     "runs.selection": ("Selected",),
-    "schema.decision": ("Decision",),
-    "schema.plan_settings": ("PlanSettings",),
-    "schema.settings": ("SelectSettings",),
+    "schema.results": ("Decision",),
+    "schema.settings": ("PlanSettings", "SelectSettings"),
     "schema.trials": ("EvalPoint",),
 }
 

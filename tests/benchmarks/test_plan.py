@@ -11,7 +11,7 @@ from benchmarks.plan.measure import measure
 
 from rightrank.planning.planner import plan_config
 from rightrank.report.format import format_duration
-from rightrank.schema.plan_settings import PlanSettings
+from rightrank.schema.settings import PlanSettings
 from tests.planning import CONFIGS as PROFILED_CONFIGS
 
 pytestmark = pytest.mark.trains

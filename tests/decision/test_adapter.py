@@ -11,9 +11,9 @@ from rightrank.decision.run_answers import build_trained_answer, compare_adapter
 from rightrank.decision.run_answers import compute_test_difference as difference_on_test
 from rightrank.decision.table import Cell
 from rightrank.runs.compare import compute_distribution, format_distribution
-from rightrank.schema.decision import AdapterAnswer, DifferenceDistribution
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.metrics import LossKind
+from rightrank.schema.results import AdapterAnswer, DifferenceDistribution
 from rightrank.schema.trials import TrialFinished
 from rightrank.search.protocol import choose_adapter
 

@@ -14,7 +14,7 @@ from rightrank.decision.comparison import estimate_mean
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.rule import decide_table
 from rightrank.decision.table import Cell, ScoreTable, build_table
-from rightrank.schema.decision import Decision
+from rightrank.schema.results import Decision
 from rightrank.schema.trials import Arm
 from rightrank.search.strategies import STRATEGIES
 from tests.decision.tables import build_example_table, build_value_table

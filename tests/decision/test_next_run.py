@@ -20,9 +20,8 @@ from rightrank.decision.comparison import (
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.rule import EXAMPLE_COUNTS, decide_table
 from rightrank.decision.table import ScoreTable, build_table
-from rightrank.schema.command import build_next_commands
-from rightrank.schema.decision import Decision, NextRun
-from rightrank.schema.events import RunKind, RunStarted
+from rightrank.schema.events import RunKind, RunStarted, build_next_commands
+from rightrank.schema.results import Decision, NextRun
 from tests.decision.tables import build_example_table, make_trial
 from tests.report.runs import make_run
 

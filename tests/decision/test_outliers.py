@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rightrank.decision.rule import decide_table
 from rightrank.decision.table import build_table, find_outliers
-from rightrank.schema.decision import Decision
+from rightrank.schema.results import Decision
 from rightrank.schema.trials import TrialOutcome
 from tests.decision.tables import make_trial
 

@@ -15,8 +15,8 @@ from rightrank.decision.evidence import LOSS_NOISE, NOISE, NOISE_DEGREES, NoiseC
 from rightrank.decision.ranks import DEFAULT_CONFIDENCE
 from rightrank.decision.rule import decide_table, format_probability
 from rightrank.decision.table import Cell, ScoreTable
-from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError
+from rightrank.schema.results import Decision
 from tests.decision.tables import build_example_table, build_value_table
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -12,7 +12,7 @@ from rightrank.decision.comparison import is_within
 from rightrank.decision.rule import decide_table
 from rightrank.decision.table import ScoreTable
 from rightrank.report.answer import build_evidence_table, build_margin_steps
-from rightrank.schema.decision import Decision, RankEvidence
+from rightrank.schema.results import Decision, RankEvidence
 from tests.decision.tables import build_example_table, build_value_table
 from tests.decision.worlds import World, build_world_table, build_worlds, draw_world
 

@@ -8,7 +8,7 @@ import pytest
 
 from rightrank.decision.rule import decide_table, format_number, format_probability
 from rightrank.decision.table import build_table
-from rightrank.schema.decision import Decision
+from rightrank.schema.results import Decision
 from tests.decision.tables import build_example_table, build_value_table, make_trial
 
 

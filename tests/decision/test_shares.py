@@ -16,9 +16,9 @@ from rightrank.decision.adapter import (
     build_share_steps,
     build_truncation_answer,
 )
-from rightrank.schema.decision import AdapterCandidate
 from rightrank.schema.errors import ResultsError, SettingsError
 from rightrank.schema.metrics import Margin, compute_margin, parse_margin
+from rightrank.schema.results import AdapterCandidate
 from rightrank.schema.settings import SelectSettings
 
 EXAMPLES = 80

@@ -9,7 +9,7 @@ import pytest
 
 from rightrank.decision.rule import decide_table
 from rightrank.decision.table import ScoreTable, build_table
-from rightrank.schema.decision import Decision
+from rightrank.schema.results import Decision
 from tests.decision.tables import build_example_table, build_value_table, make_trial
 
 DIVERGED = {1: 2.1, 4: 2.0, 16: 1.995, 64: 11.3}

@@ -10,8 +10,8 @@ import numpy as np
 
 from rightrank.decision.rule import decide_table
 from rightrank.decision.table import ScoreTable, build_table
-from rightrank.schema.decision import Decision
 from rightrank.schema.metrics import infer_metric_kind
+from rightrank.schema.results import Decision
 from rightrank.schema.trials import TrialOutcome
 from tests.decision.tables import make_trial
 

@@ -11,10 +11,9 @@ import click
 import yaml
 
 from rightrank.cli import cli
-from rightrank.schema.decision import Basis, Decision, Verdict
 from rightrank.schema.events import AnyJournalRecord
-from rightrank.schema.plan_settings import PlanSettings
-from rightrank.schema.settings import PEFT_OPTIONS, SelectSettings
+from rightrank.schema.results import Basis, Decision, Verdict
+from rightrank.schema.settings import PEFT_OPTIONS, PlanSettings, SelectSettings
 from tests.commands import COMMANDS
 from tests.docs.pages import FRONT, GUIDES, PAGES, ROOT, iterate_shown_commands, list_shell_commands
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from rightrank.planning.estimate import Estimator
 from rightrank.planning.planner import plan_config
 from rightrank.schema.errors import ModelError
-from rightrank.schema.plan_settings import PlanSettings
+from rightrank.schema.settings import PlanSettings
 from tests.planning import CONFIGS
 
 pytestmark = pytest.mark.trains

@@ -9,16 +9,15 @@ from typing import Any
 
 from rightrank.decision.run_answers import build_criterion
 from rightrank.runs.folder import Journal
-from rightrank.schema.decision import ExportedAdapter
 from rightrank.schema.events import (
     AdapterRecorded,
     DataSummary,
     JournalRecord,
     Records,
     RunStarted,
-    SplitSummary,
     TestEvaluated,
 )
+from rightrank.schema.results import ExportedAdapter, SplitSummary
 from rightrank.schema.settings import Goal, SelectSettings
 from rightrank.schema.trials import Arm, EvalPoint, TrialDiverged, TrialFinished, TrialStarted, compute_trial_id
 from rightrank.search.protocol import choose_adapter

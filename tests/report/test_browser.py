@@ -12,8 +12,8 @@ import pytest
 from rightrank.decision.run_answers import decide_if_possible, decide_run
 from rightrank.report.answer import build_answers
 from rightrank.report.html import build_figures, render_report
-from rightrank.schema.decision import Decision
 from rightrank.schema.events import Records
+from rightrank.schema.results import Decision
 from tests.report.chromium import CHROMIUM, FLAGS
 from tests.report.runs import make_answered_run, make_run
 

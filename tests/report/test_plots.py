@@ -23,10 +23,9 @@ from rightrank.decision.run_answers import compare_run_adapters, decide_run
 from rightrank.report.answer import build_answers
 from rightrank.report.figures import Figure, build_rank_figure
 from rightrank.report.html import build_figures
-from rightrank.schema.decision import Decision
 from rightrank.schema.errors import MissingExtraError, ResultsError, SettingsError
 from rightrank.schema.events import Records
-from rightrank.schema.results import Inspection, ModuleSpectrum
+from rightrank.schema.results import Decision, Inspection, ModuleSpectrum
 from tests.report.elements import Elements
 from tests.report.runs import make_answered_run, make_run, write_answered_run, write_journal, write_records
 

@@ -24,8 +24,8 @@ from rightrank.decision.run_answers import (
 from rightrank.report.answer import Answers, build_answers
 from rightrank.report.screen import MAX_LINES, describe_result, format_decision, format_screen
 from rightrank.runs.selection import SelectedRank
-from rightrank.schema.decision import Decision
 from rightrank.schema.events import Records, RunKind
+from rightrank.schema.results import Decision
 from rightrank.schema.settings import Goal
 from tests.commands import COMMANDS
 from tests.decision.worlds import build_world_table, build_worlds

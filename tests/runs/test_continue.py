@@ -12,9 +12,9 @@ from rightrank.api.runs import decide
 from rightrank.api.selecting import select_rank
 from rightrank.cli import main
 from rightrank.runs.folder import Journal
-from rightrank.schema.decision import AdapterAnswer, AdapterCandidate
 from rightrank.schema.errors import RunFolderError
 from rightrank.schema.events import RunContinued
+from rightrank.schema.results import AdapterAnswer, AdapterCandidate
 from rightrank.schema.trials import TrialFinished, TrialStarted
 from tests.tiny import build_small_settings
 

@@ -29,8 +29,7 @@ from rightrank.data.files import read_config
 from rightrank.data.splits import load_data
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.errors import DataError, InputError, ModelError, ResultsError, RunFolderError, SettingsError
-from rightrank.schema.plan_settings import PlanSettings
-from rightrank.schema.settings import SelectSettings
+from rightrank.schema.settings import PlanSettings, SelectSettings
 from rightrank.training.optimizer import load_checkpoint
 from tests.report.runs import make_run
 from tests.tiny import ON_CPU, build_small_settings, generate_sentences, write_jsonl

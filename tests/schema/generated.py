@@ -16,9 +16,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
-from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.setting_table import Group, Row, Settings, list_rows
-from rightrank.schema.settings import DTYPE_ALIASES, SelectSettings
+from rightrank.schema.settings import DTYPE_ALIASES, PlanSettings, SelectSettings
 
 ROOT = Path(__file__).parents[2]
 PYTHON_PAGE = ROOT / "docs" / "reference" / "python.md"

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from rightrank.cli import cli
 from rightrank.cli.options import gather_settings
-from rightrank.schema.command import build_reproduce_command
 from rightrank.schema.setting_table import is_list_type, list_rows
-from rightrank.schema.settings import SelectSettings
+from rightrank.schema.settings import SelectSettings, build_reproduce_command
 from tests.commands import COMMANDS
 from tests.schema.generated import GENERATED
 

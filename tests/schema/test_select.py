@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from rightrank.schema.configs import read_configs
+from rightrank.api.selecting import read_configs
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.plan_settings import PlanSettings
-from rightrank.schema.settings import SelectSettings
+from rightrank.schema.settings import PlanSettings, SelectSettings
 
 
 def test_one_value_is_a_list_of_one() -> None:

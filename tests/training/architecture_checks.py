@@ -23,7 +23,7 @@ from rightrank import resize
 from rightrank.runs.prepare import LoadedSelection, prepare_selection
 from rightrank.runs.selection import SelectionRequest
 from rightrank.schema.errors import RightrankError
-from rightrank.schema.plan_settings import PlanSettings
+from rightrank.schema.settings import PlanSettings
 from rightrank.schema.trials import Arm
 from rightrank.training.pace import find_multi_lora_obstacle
 from rightrank.training.runtime import Runtime
@@ -231,7 +231,7 @@ def _require_counts(case: Case, prepared: LoadedSelection, base: Path, adapters:
     """Check the numbers of parameters and bytes in the selection's plan, and those of `plan` for PEFT's `all-linear`."""
     from rightrank.planning.estimate import Estimator
     from rightrank.planning.planner import build_step_settings
-    from rightrank.planning.skeleton import read_config
+    from rightrank.planning.trace import read_config
 
     runtime, full_base = prepared.runtime, load_base(prepared.runtime, base)
     classes, config = len(CLASSES) if runtime.data.is_classification else None, runtime.model.config

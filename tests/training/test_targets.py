@@ -14,8 +14,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from rightrank.schema.errors import ModelError
-from rightrank.schema.plan_settings import PlanSettings
-from rightrank.schema.settings import PEFT_OPTIONS, SelectSettings
+from rightrank.schema.settings import PEFT_OPTIONS, PlanSettings, SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.training.peft_models import suppress_peft_warnings
 from rightrank.training.targets import find_targets, make_lora_config, require_targets
@@ -146,7 +145,7 @@ def test_options_adapt_what_peft_adapts(model: Any) -> None:
 
 def find_planned_modules(model: Any, **options: Any) -> set[str]:
     """Return the modules that a plan counts."""
-    from rightrank.planning.skeleton import build_skeleton
+    from rightrank.planning.trace import build_skeleton
 
     labels = model.config.num_labels if is_classifier(model) else None
     settings = PlanSettings(ranks=(1, 2), num_labels=labels, **options)

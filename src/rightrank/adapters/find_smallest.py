@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from rightrank.decision.adapter import Criterion, ReferenceComparison, ScoredAdapter, build_truncation_answer
-from rightrank.schema.decision import AdapterAnswer
+from rightrank.schema.results import AdapterAnswer
 
 Adapter = TypeVar("Adapter")
 

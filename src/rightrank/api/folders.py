@@ -15,9 +15,9 @@ from rightrank.decision.run_answers import decide_if_possible
 from rightrank.report.answer import Answers, build_answers
 from rightrank.report.screen import RunStatus, build_run_status, find_last_decision, format_screen
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
-from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError, RunFolderError, SettingsError
 from rightrank.schema.events import EvaluationProgress, Records
+from rightrank.schema.results import Decision
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import TrialFinished
 

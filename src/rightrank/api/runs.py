@@ -14,11 +14,10 @@ from rightrank.decision.table import build_table
 from rightrank.report.answer import Answers, build_next_rows, render_notebook_html
 from rightrank.report.format import format_labelled_rows
 from rightrank.runs.folder import RunFolder, build_trials_frame
-from rightrank.schema.command import build_next_commands
-from rightrank.schema.decision import Decision
 from rightrank.schema.errors import ResultsError, RunFolderError
-from rightrank.schema.events import JournalRecord, Records, read_records
+from rightrank.schema.events import JournalRecord, Records, build_next_commands, read_records
 from rightrank.schema.metrics import Checkpoint, Margin
+from rightrank.schema.results import Decision
 from rightrank.schema.trials import TrialOutcome
 
 if TYPE_CHECKING:  # functions import their own dependencies, so that `status` is quick

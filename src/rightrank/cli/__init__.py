@@ -16,7 +16,7 @@ from functools import partial
 
 import click
 
-from rightrank.cli import adapter_commands, expect, plan, run_commands, select
+from rightrank.cli import adapter_commands, plan_commands, run_commands, select
 from rightrank.schema.errors import RightrankError, format_one_line, is_out_of_memory
 from rightrank.version import __version__
 
@@ -47,7 +47,7 @@ def cli() -> None:
     """
 
 
-for module in (select, expect, plan, run_commands, adapter_commands):
+for module in (select, plan_commands, run_commands, adapter_commands):
     for command in module.COMMANDS:
         cli.add_command(command)
 

@@ -32,7 +32,6 @@ from rightrank.decision.table import (
     build_cell,
     compute_paired_difference,
 )
-from rightrank.schema.decision import AdapterAnswer, AdapterCandidate, AdapterMethod, Gain, ShareStep
 from rightrank.schema.metrics import (
     LossKind,
     Margin,
@@ -41,7 +40,7 @@ from rightrank.schema.metrics import (
     get_margin_share,
     infer_metric_kind,
 )
-from rightrank.schema.results import MetricComparison
+from rightrank.schema.results import AdapterAnswer, AdapterCandidate, AdapterMethod, Gain, MetricComparison, ShareStep
 
 SEARCH_OPTION = "(--goal training-rank)"  # the option that searches the training rank, for notes
 # Fields that an answer copies from the chosen candidate.

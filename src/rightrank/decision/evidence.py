@@ -57,8 +57,8 @@ from rightrank.decision.table import (
     pair_cells,
     select_contender,
 )
-from rightrank.schema.decision import Basis
 from rightrank.schema.metrics import LOSS_KINDS, Margin, MetricKind, compute_margin
+from rightrank.schema.results import Basis
 from rightrank.schema.trials import Floats, Groups
 
 MAX_EQUAL_ERRORS = 2.0  # A rank within so many standard errors of the best is treated as equally good.

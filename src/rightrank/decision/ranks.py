@@ -28,7 +28,7 @@ import numpy as np
 from rightrank.decision.comparison import CONFIDENCE, Estimate, compute_bounds, is_within, list_lower_ranks
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.table import Contender, MetricUnit
-from rightrank.schema.decision import StaircaseStep, Verdict
+from rightrank.schema.results import StaircaseStep, Verdict
 
 # With it, two seeds answer 80% of the cases of twenty grids: `benchmarks/decide/probability.py`.
 DEFAULT_CONFIDENCE = 0.6

@@ -10,7 +10,7 @@ A table with one number per rank proves nothing. There the rule compares the val
 would; the decision has the flag `underpowered`, and `non_inferior` is None.
 
 More seeds or examples are planned with the present differences, which are themselves uncertain: a plan is no guarantee. The command of a
-planned run is in `schema.command`.
+planned run is in `schema.events`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from rightrank.decision.ranks import (
     format_rank_names,
 )
 from rightrank.decision.table import MetricUnit, Outlier, ScoreTable, select_checkpoint
-from rightrank.schema.decision import Basis, Decision, NextRun, RankEvidence, Verdict
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.metrics import LOSS_KINDS, Checkpoint, Margin, parse_margin
+from rightrank.schema.results import Basis, Decision, NextRun, RankEvidence, Verdict
 
 
 def decide_table(

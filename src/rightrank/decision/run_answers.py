@@ -21,16 +21,16 @@ from rightrank.decision.table import (
     ScoreTable,
     build_table,
 )
-from rightrank.schema.decision import (
+from rightrank.schema.errors import ResultsError
+from rightrank.schema.events import Records, TestEvaluated
+from rightrank.schema.metrics import Checkpoint, Margin, format_unknown_direction
+from rightrank.schema.results import (
     AdapterAnswer,
     AdapterCandidate,
     Decision,
     LearningRateAnswer,
     LearningRateCandidate,
 )
-from rightrank.schema.errors import ResultsError
-from rightrank.schema.events import Records, TestEvaluated
-from rightrank.schema.metrics import Checkpoint, Margin, format_unknown_direction
 from rightrank.schema.trials import (
     TrialFinished,
     TrialOutcome,

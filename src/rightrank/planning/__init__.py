@@ -1,7 +1,7 @@
 """Predict the memory of every rank before any weight is loaded.
 
-skeleton (the model without weights) → trace (the allocations of a training step) → estimate (the peak of every
-rank from two traces) → planner (the plan, and the ranks of a `select` that fit).
+trace (the model without weights, and the allocations of a training step) → estimate (the peak of every rank from two
+traces) → planner (the plan, and the ranks of a `select` that fit).
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Unpack
 
-from rightrank.schema.plan_settings import PlanSettings
 from rightrank.schema.setting_table import get_explicit_values
+from rightrank.schema.settings import PlanSettings
 
 if TYPE_CHECKING:
     from rightrank.schema.keywords import PlanKeywords
@@ -42,7 +42,7 @@ def plan(
     require_model(model)  # before the imports that load torch
     from rightrank.bases.base_models import read_device_memory
     from rightrank.planning.planner import plan_config
-    from rightrank.planning.skeleton import read_config
+    from rightrank.planning.trace import read_config
 
     if settings.memory_bytes is None and settings.device == "cuda":
         settings = settings.model_copy(update={"memory_bytes": read_device_memory()})

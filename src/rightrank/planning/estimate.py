@@ -20,11 +20,18 @@ from typing import Any
 import torch
 from peft.utils import get_peft_model_state_dict
 
-from rightrank.planning.skeleton import SAFETENSORS_CODES, Skeleton, build_skeleton
-from rightrank.planning.trace import DeviceKind, Origin, StepTrace, trace_step
+from rightrank.planning.trace import (
+    SAFETENSORS_CODES,
+    DeviceKind,
+    Origin,
+    Skeleton,
+    StepTrace,
+    build_skeleton,
+    trace_step,
+)
 from rightrank.schema.errors import ModelError, MultiLoraError, SettingsError, get_first_line
-from rightrank.schema.plan_settings import OptimizerName, PlanSettings
 from rightrank.schema.results import Components, RankPlan
+from rightrank.schema.settings import OptimizerName, PlanSettings
 
 SAFETENSORS_ALIGNMENT = 8  # the header is padded with spaces to a multiple of this
 

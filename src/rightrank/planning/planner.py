@@ -11,12 +11,10 @@ from typing import Any
 from rightrank.bases.base_models import LoadedModel, is_supported, read_device_memory
 from rightrank.planning.estimate import Estimator, SharedPassError, UntraceableError, estimate_context_bytes
 from rightrank.report.format import format_bytes
-from rightrank.schema.command import build_arguments
 from rightrank.schema.errors import ModelError, SettingsError
-from rightrank.schema.plan_settings import STEP_OF_SELECT, PlanSettings
 from rightrank.schema.results import Plan, RankPlan
-from rightrank.schema.setting_table import list_rows
-from rightrank.schema.settings import SelectSettings
+from rightrank.schema.setting_table import build_options
+from rightrank.schema.settings import STEP_OF_SELECT, PlanSettings, SelectSettings
 from rightrank.training.pace import MAX_ADAPTERS_PER_PASS
 from rightrank.training.targets import require_ranks
 from rightrank.training.tokens import EncodedData
@@ -270,10 +268,8 @@ def _format_refusal(estimator: Estimator, needs: dict[int, int], memory: int) ->
     smallest = min(rank for rank, count in needs.items() if count > memory)
     tensors = needs[smallest] - estimate_context_bytes(estimator.settings)
     changes = find_fitting_changes(estimator, min(needs))
-    rows = list_rows(SelectSettings)
-    advice = shlex.join(
-        word for name in changes if name in rows for word in build_arguments(name, rows[name], changes[name])
-    )
+    shared_changes = {name: value for name, value in changes.items() if name in SelectSettings.model_fields}
+    advice = shlex.join(build_options(SelectSettings, shared_changes))
     return (
         f"rank {smallest} needs {format_bytes(needs[smallest])} of memory ({format_bytes(tensors)} for tensors, the rest for the "
         f"process), but only {format_bytes(memory)} are available; give more --memory, lower ranks{', or ' + advice if advice else ''}"

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rightrank.decision.adapter import format_share
 from rightrank.report.figures import INSTALL_HINT, is_matplotlib_installed, plot_adapters
 from rightrank.report.format import ENOUGH, make_visible
-from rightrank.schema.decision import AdapterAnswer, AdapterCandidate
+from rightrank.schema.results import AdapterAnswer, AdapterCandidate
 
 if TYPE_CHECKING:
     pass

@@ -28,8 +28,8 @@ from rightrank.report.format import (
     get_metric_unit,
     make_visible,
 )
-from rightrank.schema.command import build_next_commands
-from rightrank.schema.decision import (
+from rightrank.schema.events import AdapterRecorded, Records, RunKind, RunStarted, build_next_commands
+from rightrank.schema.results import (
     AdapterAnswer,
     AdapterCandidate,
     Decision,
@@ -38,7 +38,6 @@ from rightrank.schema.decision import (
     NextRun,
     RankEvidence,
 )
-from rightrank.schema.events import AdapterRecorded, Records, RunKind, RunStarted
 from rightrank.schema.settings import Goal
 from rightrank.schema.trials import Record, compute_added_seconds
 

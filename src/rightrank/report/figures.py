@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rightrank.data.files import replace_file, write_text
 from rightrank.report.format import ENOUGH, format_interval_label, format_metric_label, make_visible
-from rightrank.schema.decision import (
+from rightrank.schema.errors import MissingExtraError, SettingsError
+from rightrank.schema.events import Records, RunStarted
+from rightrank.schema.results import (
     AdapterAnswer,
     AdapterCandidate,
     Decision,
     LearningRateAnswer,
     LearningRateCandidate,
 )
-from rightrank.schema.errors import MissingExtraError, SettingsError
-from rightrank.schema.events import Records, RunStarted
 from rightrank.schema.trials import TrialFinished
 
 if TYPE_CHECKING:

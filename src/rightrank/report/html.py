@@ -43,9 +43,9 @@ from rightrank.report.figures import (
     plot_learning_rates,
 )
 from rightrank.report.format import format_bytes, format_quantity, get_metric_unit
-from rightrank.schema.command import build_reproduce_command
-from rightrank.schema.decision import Decision
 from rightrank.schema.events import Records, RunStarted, TestEvaluated
+from rightrank.schema.results import Decision
+from rightrank.schema.settings import build_reproduce_command
 from rightrank.schema.trials import TrialFinished, TrialOutcome
 
 # A trial table with more rows than the first is collapsed, and only the newest rows up to the second are listed.

@@ -34,10 +34,9 @@ from rightrank.report.format import (
     format_table,
     make_visible,
 )
-from rightrank.schema.command import build_budget_options, build_resume_command
-from rightrank.schema.decision import Decision
 from rightrank.schema.events import DecisionRecorded, JournalRecord, Records, RunKind
-from rightrank.schema.settings import LONGER_TRAININGS, Goal
+from rightrank.schema.results import Decision
+from rightrank.schema.settings import LONGER_TRAININGS, Goal, build_budget_options, build_resume_command
 from rightrank.schema.trials import OUTCOMES, Record, TrialStarted
 
 MAX_LINES, MAX_CURVE_LINES = 14, 7

@@ -28,11 +28,10 @@ from rightrank.decision.adapter import Criterion, ReferenceComparison, format_ma
 from rightrank.decision.comparison import RELATIVE_TOLERANCE
 from rightrank.decision.table import Cell, compute_paired_difference
 from rightrank.runs.folder import Journal
-from rightrank.schema.decision import DifferenceDistribution
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.events import EvaluationProgress, RunStarted
 from rightrank.schema.metrics import get_margin_share
-from rightrank.schema.results import AdapterComparison, ComparisonVerdict, MetricComparison
+from rightrank.schema.results import AdapterComparison, ComparisonVerdict, DifferenceDistribution, MetricComparison
 from rightrank.schema.settings import SPLIT_SETTINGS, SelectSettings
 from rightrank.training.adapter_runtime import attach_adapter, report_evaluation_progress, require_matching_base
 from rightrank.training.answers import measure_metrics, require_metric_functions

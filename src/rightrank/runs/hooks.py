@@ -32,7 +32,6 @@ from rightrank.report.html import build_figures, render_model_card, render_repor
 from rightrank.report.progress import Progress, format_plan
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
 from rightrank.runs.selection import PreparedSelection, Selected
-from rightrank.schema.decision import Decision
 from rightrank.schema.errors import InputError, RightrankError, RunError, TerminatedRun, describe_error, log_traceback
 from rightrank.schema.events import (
     AdapterRecorded,
@@ -49,6 +48,7 @@ from rightrank.schema.events import (
     SelectionPlanned,
     StepDone,
 )
+from rightrank.schema.results import Decision
 from rightrank.schema.trials import OUTCOMES, SCHEMA_VERSION, Record, TrialEvaluated, TrialStarted
 
 

@@ -30,10 +30,9 @@ from rightrank.data.rows import read_rows
 from rightrank.data.splits import DataSplits, load_data, load_held_out
 from rightrank.decision.adapter import SEARCH_OPTION, Criterion, ScoredAdapter, format_margin
 from rightrank.runs.compare import load_run_splits, read_labels
-from rightrank.schema.decision import AdapterMethod
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import EvaluationProgress, Notice
-from rightrank.schema.results import HeldOutValue, Resized
+from rightrank.schema.results import AdapterMethod, HeldOutValue, Resized
 from rightrank.schema.settings import NO_SPLIT_OVERRIDES, SelectSettings
 from rightrank.training.adapter_runtime import (
     attach_adapter,

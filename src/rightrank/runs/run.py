@@ -29,7 +29,6 @@ from rightrank.report.format import format_bytes
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hooks import Hook, Hooks, Run
 from rightrank.runs.selection import Executor, Prepare, Selected, SelectedRank
-from rightrank.schema.decision import AdapterAnswer, Decision, ExportedAdapter
 from rightrank.schema.errors import (
     AllTrialsFailedError,
     DeviceMemoryError,
@@ -48,6 +47,7 @@ from rightrank.schema.events import (
     SelectionPlanned,
     get_effective_start,
 )
+from rightrank.schema.results import AdapterAnswer, Decision, ExportedAdapter
 from rightrank.schema.settings import CONTINUABLE_SETTINGS, select_identity_settings
 from rightrank.schema.trials import (
     Trial,

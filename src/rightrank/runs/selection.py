@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from rightrank.report.answer import Answers
 from rightrank.runs.folder import RunFolder, build_trials_frame
-from rightrank.schema.decision import Decision, ExportedAdapter
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.events import JournalRecord, Listener, Records, RunStarted, TestEvaluated, read_records
+from rightrank.schema.results import Decision, ExportedAdapter
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Trial, TrialFinished, TrialOutcome
 from rightrank.search.protocol import Strategy

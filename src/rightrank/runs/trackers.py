@@ -19,9 +19,9 @@ from importlib.util import find_spec
 from typing import Any, TypeAlias
 
 from rightrank.runs.hooks import Hook, Run
-from rightrank.schema.decision import Decision
 from rightrank.schema.errors import MissingExtraError, SettingsError, format_one_line, suggest_name
 from rightrank.schema.events import DecisionRecorded, Event, Notice, RunStarted
+from rightrank.schema.results import Decision
 from rightrank.schema.trials import OUTCOMES, TrialFinished, TrialOutcome
 
 TrackedValue: TypeAlias = str | int | float | bool | None

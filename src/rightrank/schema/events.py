@@ -1,19 +1,22 @@
-"""The records of a run's journal, and the events that a running selection sends to listeners."""
+"""The records of a run's journal, the commands that continue the run, and the events that a running selection sends to listeners."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import shlex
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
+from itertools import islice
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, JsonValue, TypeAdapter, field_validator
 
-from rightrank.schema.decision import AdapterAnswer, Decision, ExportedAdapter
 from rightrank.schema.errors import MAX_EXACT_INTEGER, RunFolderError
-from rightrank.schema.metrics import LossKind
-from rightrank.schema.settings import SelectSettings
+from rightrank.schema.metrics import LossKind, Margin
+from rightrank.schema.results import AdapterAnswer, Decision, ExportedAdapter, NextRun, SplitSummary
+from rightrank.schema.setting_table import build_options
+from rightrank.schema.settings import MAX_SEED, SelectSettings, build_budget_options, build_reproduce_command
 from rightrank.schema.trials import (
     OUTCOMES,
     SCHEMA_VERSION,
@@ -33,17 +36,6 @@ from rightrank.schema.trials import (
     hash_content,
 )
 from rightrank.version import __version__
-
-
-class SplitSummary(Record):
-    """Counts of a split after tokenization."""
-
-    examples: BoundedInt
-    tokens: BoundedInt
-    label_tokens: BoundedInt
-    truncated: BoundedInt  # examples that were cut to the length limit
-    dropped: BoundedInt  # examples without a label token
-    equal: BoundedInt = 0  # preference pairs whose answers are the same within the length limit
 
 
 class DataSummary(Record):
@@ -313,6 +305,60 @@ def get_effective_start(journal: Sequence[JournalRecord]) -> RunStarted:
     continuations = [record for record in journal if isinstance(record, RunContinued)]
     changed_settings = {name: value for continuation in continuations for name, value in continuation.settings.items()}
     return started.model_copy(update={"settings": started.settings | changed_settings}) if changed_settings else started
+
+
+def build_next_commands(
+    started: RunStarted,
+    runs: Sequence[NextRun],
+    run: str,
+    margin: Margin | None = None,
+    tried_rates: Collection[float] = (),
+) -> list[str | None]:
+    """Return the command of each next run, or None if options of `select` can't express it.
+
+    A command that adds learning rates has all of `tried_rates`, so that the new ones are compared with those that the search added. A
+    `margin` other than the run's own is added to the command, so that the continued run answers at this margin.
+    """
+    if started.is_custom_trainer:
+        return [None] * len(runs)
+    commands: list[str | None] = []
+    for next_run in runs:
+        changes = _collect_changes(started, next_run, tried_rates)
+        if changes and margin is not None:
+            changes["margin"] = margin
+        if "max_eval_examples" in changes:  # these belong to the identity of a run, so this is another one
+            settings = started.select_settings.model_copy(update=changes)
+            commands.append(
+                build_reproduce_command(started.model_name, started.data_name, settings, f"{run}-more-examples")
+            )
+            continue
+        budget = build_budget_options(started.select_settings, next_run.trials)
+        command = shlex.join(["rightrank", "select", "--out", run, *build_options(SelectSettings, changes), *budget])
+        commands.append(command if changes else None)
+    return commands
+
+
+def _collect_changes(started: RunStarted, next_run: NextRun, tried_rates: Collection[float]) -> dict[str, Any]:
+    """Collect the settings that a next run changes; empty if settings of `select` can't express it."""
+    settings, added = started.select_settings, dict[str, Collection[float]]()
+    if next_run.action == "seeds" and next_run.seeds is not None:
+        unused_seeds = (seed for seed in range(MAX_SEED) if seed not in settings.seeds)
+        added["seeds"] = list(islice(unused_seeds, max(0, next_run.seeds - len(settings.seeds))))
+    if next_run.action == "rank":
+        added["ranks"] = next_run.ranks
+    if next_run.action in ("rank", "rates") and not {*next_run.learning_rates} <= {*settings.learning_rates}:
+        added["learning_rates"] = [*tried_rates, *next_run.learning_rates]
+    changes: dict[str, Any] = {
+        name: tuple(sorted({*getattr(settings, name), *values}))
+        for name, values in added.items()
+        if not {*values} <= {*getattr(settings, name)}
+    }
+    examples = len(started.evaluation_examples)
+    held_out = examples + started.data.not_evaluated  # the maximum number of examples that can be evaluated
+    is_grouped = started.data.groups > 0  # More rows are not necessarily more groups.
+    if next_run.examples is not None and not is_grouped and examples < next_run.examples <= held_out:
+        changes["max_eval_examples"] = next_run.examples
+    return changes
 
 
 class SelectionPlanned(Record):

@@ -12,6 +12,7 @@ import json
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from difflib import get_close_matches
 from enum import Enum
 from functools import cache
@@ -190,6 +191,41 @@ def require_no_secret(name: str, value: object) -> None:
         raise ValueError(
             f"{name}: this looks like a password, key or token, which would be stored in the run folder; set it in the environment instead"
         )
+
+
+def build_options(kind: type[Settings], values: Mapping[str, Any]) -> list[str]:
+    """Build the command-line arguments that give settings these values: their options, or `--set`."""
+    rows = list_rows(kind)
+    return [argument for name, value in values.items() for argument in _build_arguments(name, rows[name], value)]
+
+
+def _build_arguments(name: str, row: Row, value: Any) -> list[str]:
+    texts = [_format_value(entry) for entry in value] if isinstance(value, tuple) else [_format_value(value)]
+    text = ",".join(texts)
+    if isinstance(value, dict) or (isinstance(value, tuple) and not _can_be_joined(texts)):
+        return ["--set", f"{name}={json.dumps(value)}"]
+    if not row.option:
+        return ["--set", f"{name}={text}"]
+    if isinstance(value, bool):
+        return [row.option if value else row.option.replace("--", "--no-", 1)]
+    if name == "budget_hours":
+        text = f"{Decimal(repr(value)).normalize():f}h"
+    if name == "memory_bytes":
+        text = f"{value // 2**30}GiB" if value % 2**30 == 0 else f"{value}B"
+    return [f"{row.option}={text}"] if text.startswith("-") else [row.option, text]
+
+
+def _can_be_joined(texts: list[str]) -> bool:
+    """Return whether a list can be written with commas between its values."""
+    return bool(texts) and not any(not text or text != text.strip() or "," in text or text[0] == "[" for text in texts)
+
+
+def _format_value(value: Any) -> str:
+    """Format a value; a number gets the fewest digits from which it can be restored."""
+    if not isinstance(value, float):
+        return str(value)
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 _SHORT_REPR = reprlib.Repr()

@@ -7,6 +7,7 @@ inherits those fields of `LoraConfig` and `TrainingArguments` that a selection p
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from rightrank.schema.metrics import (
     parse_margin,
     parse_metrics,
 )
-from rightrank.schema.setting_table import Group, Settings, list_rows, option, setting
+from rightrank.schema.setting_table import Group, Settings, build_options, list_rows, option, setting
 
 COMPARE, DECIDE, BUDGET, ADAPTER, TRAINING, DATA, MACHINE = Group
 
@@ -520,6 +521,77 @@ class SelectSettings(StepSettings, _TrainerFields):
         return steps
 
 
+OptimizerName: TypeAlias = Literal["adamw", "adamw_fused", "adamw_8bit"]
+TRANSFORMERS_NAMES = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw_fused", "adamw_bnb_8bit": "adamw_8bit"}
+
+DEFAULT_PLAN_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class PlanSettings(StepSettings):
+    """All settings of `plan` other than MODEL."""
+
+    ranks: Ranks = option(
+        DEFAULT_PLAN_RANKS,
+        COMPARE,
+        "ranks, such as 8,16; by default powers of two, 1 to 512",
+        foreign_names=("rank", "r", "lora_r", "lora_rank"),
+    )
+
+    # the step
+    optim: OptimizerName = setting(
+        "adamw",
+        TRAINING,
+        "`adamw`, `adamw_fused` or `adamw_8bit`",
+        foreign_names=("optimizer",),
+        aliases=TRANSFORMERS_NAMES,
+    )
+    loss: Literal["full", "chunked"] = setting(
+        "full",
+        TRAINING,
+        "`full`, as Trainer, or `chunked`, as `rightrank select`",
+    )
+    adapters_per_pass: int = setting(
+        1, TRAINING, "adapters trained in one pass over the frozen base", foreign_names=("arms",), gt=0
+    )
+    padding: bool = setting(False, TRAINING, "rows of unequal length, so that attention is given a mask")
+    attn_implementation: Literal["sdpa", "eager"] = setting("sdpa", TRAINING, "as in transformers")
+    packed: bool = setting(
+        False,
+        TRAINING,
+        "adapted layers run as `rightrank select` runs them; always so for more than one adapter in a pass",
+    )
+    num_labels: int | None = setting(None, TRAINING, "a classification head of so many labels", gt=1, le=2**20)
+    eval_batch_size: int | None = setting(None, DATA, "examples in a forward pass of an evaluation", gt=0)
+
+    # the device and the budget
+    dtype: DtypeName = setting(
+        "bfloat16",
+        MACHINE,
+        "the frozen weights' type: `bf16`, `fp16` or `fp32`",
+        foreign_names=("bf16", "fp16", "torch_dtype"),
+        aliases=DTYPE_ALIASES,
+    )
+    device: Literal["cuda", "cpu"] = setting("cuda", MACHINE, "kernels and allocator of `cuda` or `cpu`")
+
+    def _require_consistent(self) -> None:
+        super()._require_consistent()
+        if self.adapters_per_pass > 1 and (self.use_dora or self.target_parameters or self.peft_options):
+            raise ValueError(
+                "several adapters in a pass are for plain LoRA on modules, other adapters train alone: leave out use_dora and target_parameters"
+            )
+        if self.num_labels is not None and self.loss == "chunked":
+            raise ValueError("a classification (num_labels) has no logits to take in pieces: give loss 'full'")
+
+    @property
+    def is_packed(self) -> bool:
+        return self.packed or self.adapters_per_pass > 1
+
+
+# Settings of a step that mean the same in a selection.
+STEP_OF_SELECT = tuple(
+    name for name in PlanSettings.model_fields if name in SelectSettings.model_fields and name != "adapters_per_pass"
+)
+
 # Settings that determine the rows of each split.
 SPLIT_SETTINGS = ("columns", "validation", "test_fraction", "validation_fraction", "max_eval_examples")
 # Settings with which few rows are enough, and no rows are split off.
@@ -543,3 +615,29 @@ def select_identity_settings(values: Mapping[str, Any], stored: Mapping[str, Any
     return {
         name: value for name, value in {**values, **identity_values}.items() if name not in rows or rows[name].identity
     }
+
+
+def build_reproduce_command(
+    model: str | None, data: str | None, settings: SelectSettings, out: str = "run"
+) -> str | None:
+    """Return the command that repeats a run in the folder `out`, or None if it used a custom trainer, or a model or data in memory."""
+    if model is None or data is None or "in memory" in (model + data):
+        return None
+    values = {name: getattr(settings, name) for name in list_rows(SelectSettings)}
+    defaults = {name: field.default for name, field in SelectSettings.model_fields.items()}
+    changed = {name: value for name, value in values.items() if value is not None and value != defaults[name]}
+    return shlex.join(["rightrank", "select", model, data, "--out", out, *build_options(SelectSettings, changed)])
+
+
+def build_resume_command(run: str) -> str:
+    """Return the command that continues a selection with the settings that it began with."""
+    return shlex.join(["rightrank", "select", "--out", run])
+
+
+def build_budget_options(settings: SelectSettings, trainings: float) -> list[str]:
+    """Return options that add a number of trainings to the budget and double its time; empty without a budget."""
+    budgets = {
+        "budget_trainings": settings.budget_trainings and settings.budget_trainings + trainings,
+        "budget_hours": settings.budget_hours and float(f"{2 * settings.budget_hours:.3g}"),
+    }
+    return build_options(SelectSettings, {name: budget for name, budget in budgets.items() if budget})

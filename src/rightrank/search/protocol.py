@@ -18,9 +18,9 @@ from rightrank.decision.adapter import Criterion, ReferenceComparison, build_tru
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.run_answers import describe_checkpoint, find_base, score_trials
 from rightrank.decision.table import Contender, ScoreTable, build_table
-from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.metrics import LossKind
+from rightrank.schema.results import AdapterAnswer
 from rightrank.schema.settings import Goal, SelectSettings
 from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome, compute_added_seconds, count_added_steps
 

@@ -26,8 +26,8 @@ from rightrank.decision.adapter import ReferenceComparison
 from rightrank.decision.comparison import is_within, walk_down
 from rightrank.decision.evidence import NOISE, Evidence, compute_detectable_difference, compute_needed_seeds
 from rightrank.decision.run_answers import score_trials
-from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import SettingsError, suggest_name
+from rightrank.schema.results import AdapterAnswer
 from rightrank.schema.settings import LONGER_TRAININGS
 from rightrank.schema.trials import Arm, TrialDiverged, TrialFinished
 from rightrank.search.protocol import (

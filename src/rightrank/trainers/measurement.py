@@ -28,9 +28,9 @@ from rightrank.bases.base_models import compute_base_identity
 from rightrank.data.files import replace_folder, write_text
 from rightrank.decision.adapter import Criterion, ScoredAdapter
 from rightrank.report.format import format_training_settings
-from rightrank.schema.decision import AdapterAnswer
 from rightrank.schema.errors import DataError, NotFiniteError, RunFolderError, SettingsError
 from rightrank.schema.metrics import LossKind, Margin
+from rightrank.schema.results import AdapterAnswer
 from rightrank.schema.settings import SelectSettings
 from rightrank.trainers.in_memory import (
     copy_factors,

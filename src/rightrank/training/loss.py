@@ -35,8 +35,8 @@ from torch.utils.checkpoint import checkpoint
 
 from rightrank.data.token_store import IGNORED
 from rightrank.decision.adapter import Criterion, ScoredAdapter
-from rightrank.schema.decision import AdapterMethod
 from rightrank.schema.errors import MetricError
+from rightrank.schema.results import AdapterMethod
 from rightrank.schema.trials import EvalPoint, SplitName, Trial, TrialFinished
 from rightrank.training.batches import Batch, CacheBatches
 

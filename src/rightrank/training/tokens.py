@@ -21,7 +21,8 @@ from rightrank.data.forms import DataForm, Example, select_template_inputs
 from rightrank.data.splits import HELD_OUT, SPLITS, DataSplits, number_groups
 from rightrank.data.token_store import IGNORED, EncodedExample, TokenStore
 from rightrank.schema.errors import DataError
-from rightrank.schema.events import DataSummary, SplitSummary
+from rightrank.schema.events import DataSummary
+from rightrank.schema.results import SplitSummary
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName
 

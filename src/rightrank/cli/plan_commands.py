@@ -1,31 +1,78 @@
-"""The command `plan`, and its table."""
+"""Commands before a training: `expect` and `plan`."""
 
 from __future__ import annotations
 
 import shlex
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from rightrank.adapters.rank_math import format_rank_change
+from rightrank.atlas import expect
+from rightrank.atlas.counts import ALL_SWEEPS, FAMILIES, TOP_RANK, Expectation
 from rightrank.cli.options import (
     SettingsCommand,
     add_setting_options,
     announce,
     format_json,
     gather_settings,
+    parse_integers,
     pause_collector,
+    split_commas,
 )
 from rightrank.report.format import format_bytes
-from rightrank.schema.plan_settings import PlanSettings
-from rightrank.schema.setting_table import list_rows
+from rightrank.schema.setting_table import build_options
+from rightrank.schema.settings import PlanSettings
 
 if TYPE_CHECKING:
     from rightrank.schema.results import Plan, RankPlan
 
 SILENT_SECONDS = 2.0  # after which `plan` reports what it traces
+
+
+@click.command(
+    "expect",
+    short_help="Count what public sweeps found for similar models and data.",
+    epilog="Example: rightrank expect Qwen/Qwen2.5-1.5B data.jsonl --task language",
+)
+@click.argument("model", required=False)
+@click.argument("data", required=False, type=click.Path(path_type=Path))
+@click.option("--task", metavar="FAMILY", help=f"chat, {', '.join(FAMILIES[:-1])}, or {FAMILIES[-1]}.")
+@click.option("--rows", type=int, help="Number of training rows (default: the rows of DATA).")
+@click.option("--metric", help="loss, accuracy, or another.")
+@click.option("--ranks", callback=split_commas, help="Ranks to show (default: powers of two to 256).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def _expect(ranks: list[str] | None, as_json: bool, **inputs: Any) -> None:
+    """Count in how many public sweeps each rank was enough. `--json` lists the sources.
+
+    All arguments are optional, and DATA may stand alone. Needs no network, model or GPU. To measure what your own data
+    need, run `rightrank select`.
+    """
+    expectation = expect(**inputs, ranks=parse_integers(ranks, "--ranks"))
+    click.echo(format_json(asdict(expectation)) if as_json else _format_expectation(expectation))
+
+
+def _format_expectation(answer: Expectation) -> str:
+    counts = [f"{rank['rank']:>6}   {rank['enough_in']:>4} of {rank['of']}" for rank in answer.ranks]
+    opening = f"{answer.sweeps} public sweeps are similar to yours ({answer.like})."
+    if answer.like == ALL_SWEEPS:
+        opening = (
+            f"These are all {answer.sweeps} public sweeps; MODEL, DATA, --task and --rows select those like yours."
+        )
+    return "\n".join(
+        [
+            f"{opening} How often each rank was enough, among the sweeps that can judge it:",
+            f"{'rank':>6}   enough in",
+            *counts,
+            *(f"note: {note}" for note in answer.notes),
+            f"next: train once at rank {TOP_RANK}, with a search of the learning rate, and keep the smallest adapter that is as good:",
+            f"  {answer.next_command}",
+        ]
+    )
 
 
 @click.command(
@@ -113,13 +160,8 @@ def _format_answer(plan: Plan) -> Iterator[str]:
 
 
 def _format_fit(plan: Plan, memory: int) -> str:
-    from rightrank.schema.command import build_arguments  # records that --help does not need
-
     if plan.max_rank is None:
-        rows = list_rows(PlanSettings)
-        changes = shlex.join(
-            word for name, value in plan.changes.items() for word in build_arguments(name, rows[name], value)
-        )
+        changes = shlex.join(build_options(PlanSettings, plan.changes))
         advice = f"it fits with {changes}" if changes else "no change of the step's settings makes it fit"
         return f"no requested rank fits in {format_bytes(memory)}; rank {plan.ranks[0].rank}: {advice}"
     possible = ""
@@ -128,4 +170,4 @@ def _format_fit(plan: Plan, memory: int) -> str:
     return f"largest requested rank that fits in {format_bytes(memory)}: {plan.max_rank}{possible}"
 
 
-COMMANDS = [_plan]
+COMMANDS = (_expect, _plan)
