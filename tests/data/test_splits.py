@@ -196,7 +196,7 @@ def test_a_label_that_train_lacks(tmp_path: Path) -> None:
         tmp_path / "train.jsonl", [{"text": text, "label": n % 2} for n, text in enumerate(generate_sentences(60))]
     )
     write_jsonl(tmp_path / "validation.jsonl", [{"text": f"v {n}", "label": 7} for n in range(10)])
-    with pytest.raises(DataError, match="label 7 of the validation split does not occur in train"):
+    with pytest.raises(DataError, match="label 7 is none of the 2 labels of the classifier or of the train split"):
         load_data(tmp_path, build_small_settings())
 
 

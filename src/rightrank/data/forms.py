@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any, Literal, TypeAlias
@@ -61,10 +60,12 @@ class Shape:
     name: str  # "alpaca", "sharegpt", or the renamed columns; used in reports
     convert: RowConversion
     columns: tuple[str, ...]  # the columns of the file that it reads
-    renamed: Mapping[str, str] = field(default_factory=dict)  # column of the form → its name in the file
 
     def __call__(self, row: Row) -> Row:
         return Row(self.convert(row), row.origin)
+
+
+PLAIN = Shape("", lambda row: row.fields, ())  # rows that have the columns of a form
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class Layout:
 
     form: DataForm
     columns: tuple[str, ...]  # of the form
-    shape: Shape | None  # None: the rows have the columns of the form
+    shape: Shape
     unused_columns: tuple[str, ...]  # of the first row
 
 
@@ -84,43 +85,52 @@ def detect_form(rows: RowsBySplit, name: str, column_settings: Sequence[str]) ->
         `(layout, all rows converted to the columns of the form)`. While it is iterated, a row raises a `DataError` if it has a picture,
         sound or video, or if it is a conversation with a column that is neither used nor ignored.
     """
-    ignored = {entry.removeprefix("ignore=") for entry in column_settings if entry.startswith("ignore=")}
-    group = next((entry.removeprefix("group=") for entry in column_settings if entry.startswith("group=")), "group")
-    renaming = [entry for entry in column_settings if not entry.startswith(("ignore=", "group="))]
-    first: Row | None = None
-    restored: RowsBySplit = {}
+    options = [entry.partition("=")[::2] for entry in column_settings]
+    ignored = {column for option, column in options if option == "ignore"}
+    renaming = {option: column for option, column in options if option not in ("ignore", "group")}
+    rows = {split: map(partial(_drop_columns, ignored), in_split) for split, in_split in rows.items()}
     for split, in_split in rows.items():
-        selected = map(partial(_drop_columns, ignored), in_split) if ignored else in_split
-        row = next(selected, None) if first is None else None
-        restored[split] = selected if row is None else chain([row], selected)
-        first = first or row
-    if first is None:
+        first = next(in_split, None)
+        if first is not None:
+            rows[split] = chain([first], in_split)
+            break
+    else:
         raise DataError(f"{name}: no rows; give at least one row of text")
     _require_text_columns(first)
     form, columns, shape = _match_form(first, renaming)
-    used = {*columns, *(shape.columns if shape is not None else ()), group, "group"}
-    checked: RowsBySplit = {
-        split: map(partial(_convert_row, shape, columns, used), in_split) for split, in_split in restored.items()
+    used = {*columns, *shape.columns, dict(options).get("group", "group"), "group"}
+    unused_columns = () if _is_chat(shape(first), columns) else tuple(name for name in first.fields if name not in used)
+    convert = partial(_convert_row, shape, columns, used)
+    return Layout(form, columns, shape, unused_columns), {
+        split: map(convert, in_split) for split, in_split in rows.items()
     }
-    unused_columns = tuple(column for column in first.fields if column not in used)
-    is_chat = _is_chat(first if shape is None else shape(first), columns)
-    return Layout(form, columns, shape, () if is_chat else unused_columns), checked
 
 
 def _drop_columns(ignored: Collection[str], row: Row) -> Row:
     return Row({name: value for name, value in row.fields.items() if name not in ignored}, row.origin)
 
 
-def _match_form(first: Row, renaming: Sequence[str]) -> tuple[DataForm, tuple[str, ...], Shape | None]:
+def _match_form(first: Row, renaming: Mapping[str, str]) -> tuple[DataForm, tuple[str, ...], Shape]:
     """Return the first form whose columns all exist, with these columns and the shape of the rows.
 
-    Columns in another case are accepted if the columns as they are written fit no form.
+    Args:
+        renaming: The column in the file for each column of a form that has another name there.
+
+    Raises:
+        DataError: The columns fit no form, or `renaming` names a column that no form has or that the row lacks.
     """
-    for shape in (_detect_shape(first, renaming), _detect_shape_in_lower_case(first, renaming)):
-        fields = first.fields if shape is None else shape(first).fields
-        for form, columns in FORMS:
-            if all(column in fields for column in columns):
-                return form, columns, shape
+    _require_columns(first, renaming)
+    renamed = _build_renaming_shape(renaming)
+    layout = _match_shape(renamed.convert(first))
+    shape = Shape(
+        renamed.name or layout.name,
+        lambda row: layout.convert(renamed(row)),
+        (*renamed.columns, *layout.columns),
+    )
+    fields = shape.convert(first)
+    for form, columns in FORMS:
+        if all(column in fields for column in columns):
+            return form, columns, shape
     allowed = "; or ".join(", ".join(f"`{column}`" for column in columns) for _, columns in FORMS)
     column_names = ", ".join(f"`{column}`" for column in first.fields) or "none"
     raise DataError(
@@ -144,18 +154,16 @@ def _suggest_columns(row: Row) -> str:
     return f"text={texts[0]}" if texts else "text=review,label=stars"
 
 
-def _convert_row(shape: Shape | None, columns: Sequence[str], used: Collection[str], row: Row) -> Row:
+def _convert_row(shape: Shape, columns: Sequence[str], used: Collection[str], row: Row) -> Row:
     """Convert a row, and refuse it if the conversion would lose content in silence."""
     _require_text_columns(row)
-    converted = row if shape is None else shape(row)
-    if not _is_chat(converted, columns):
-        return converted
+    converted = shape(row)
     unused_columns = [
         name
         for name, value in row.fields.items()
-        if name not in used and name not in TEMPLATE_COLUMNS and not _is_empty(value)
+        if name not in used and name not in TEMPLATE_COLUMNS and not is_empty(value)
     ]
-    if unused_columns:
+    if unused_columns and _is_chat(converted, columns):
         names = ", ".join(f"`{name}`" for name in unused_columns)
         option = ",".join(f"ignore={name}" for name in unused_columns)
         raise DataError(
@@ -168,7 +176,8 @@ def _is_chat(row: Row, columns: Sequence[str]) -> bool:
     return any(isinstance(row.fields.get(column), list) for column in columns)
 
 
-def _is_empty(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
+    """Return whether a cell holds nothing."""
     return value is None or (isinstance(value, str | list | Mapping) and not value)
 
 
@@ -177,7 +186,7 @@ def _require_text_columns(row: Row) -> None:
         (
             column
             for column, value in row.fields.items()
-            if str(column).lower() in MEDIA_COLUMNS and not _is_empty(value)
+            if str(column).lower() in MEDIA_COLUMNS and not is_empty(value)
         ),
         None,
     )
@@ -188,88 +197,31 @@ def _require_text_columns(row: Row) -> None:
         )
 
 
-def _detect_shape(first: Row, columns: Sequence[str]) -> Shape | None:
-    """Return how to convert rows like `first`, or None if they already have the columns of a form.
-
-    Args:
-        columns: `NAME=COLUMN` for each column that has another name in the file.
-
-    Raises:
-        DataError: `columns` names a column that no form has or that the row lacks.
-    """
-    if not columns:
-        return _match_shape(first.fields)
-    renaming = _parse_renaming(first, columns)
-    further_shape = _match_shape(renaming.convert(first))
-    if further_shape is None:
-        return renaming
-    return Shape(
-        renaming.name,
-        lambda row: further_shape.convert(renaming(row)),
-        (*renaming.columns, *further_shape.columns),
-        renaming.renamed,
-    )
-
-
-def _detect_shape_in_lower_case(first: Row, columns: Sequence[str]) -> Shape | None:
-    """Return how to convert rows like `first` if their columns were written in lower case."""
-    counts = Counter(str(column).lower() for column in first.fields)
-    cased = {name: column for column in first.fields if counts[name := str(column).lower()] == 1}
-
-    def lower_names(row: Row) -> Row:
-        return Row({**row.fields, **{name: row.fields.get(column) for name, column in cased.items()}}, row.origin)
-
-    shape = _detect_shape(lower_names(first), columns)
-    names = {name: column for name, column in cased.items() if name in FORM_COLUMNS and name != column}
-    if shape is None:
-        return _build_renaming_shape(names) if names else None
-    names |= {name: cased.get(column, column) for name, column in shape.renamed.items()}
-    return Shape(
-        _format_renaming(names) if names else shape.name,
-        lambda row: shape.convert(lower_names(row)),
-        (*names.values(), *(cased.get(column, column) for column in shape.columns)),
-        names,
-    )
-
-
-def _parse_renaming(first: Row, columns: Sequence[str]) -> Shape:
-    names = dict(entry.split("=", 1) for entry in columns)
-    for name, column in names.items():
+def _require_columns(first: Row, renaming: Mapping[str, str]) -> None:
+    for name, column in renaming.items():
         if name not in FORM_COLUMNS:
-            suggestion = (
-                f" (did you mean {column}={name}?)"
-                if column in FORM_COLUMNS
-                else suggest_name(name, sorted(FORM_COLUMNS))
-            )
-            raise DataError(
-                f"--columns: {name!r} is not a column of any form{suggestion or '; allowed: ' + ', '.join(sorted(FORM_COLUMNS))}"
-            )
+            allowed = suggest_name(name, sorted(FORM_COLUMNS)) or f"; allowed: {', '.join(sorted(FORM_COLUMNS))}"
+            raise DataError(f"--columns: {name!r} is not a column of any form{allowed}; give NAME=COLUMN")
         if column not in first.fields:
             available = ", ".join(f"`{name_in_file}`" for name_in_file in first.fields)
             raise DataError(
                 f"{first.origin}: the row has no column {column!r}, which --columns names for `{name}`; its columns are {available}"
             )
-    return _build_renaming_shape(names)
 
 
 def _build_renaming_shape(names: Mapping[str, str]) -> Shape:
     return Shape(
-        _format_renaming(names),
+        ", ".join(f"{column} → {name}" for name, column in names.items()),
         lambda row: {**row.fields, **{name: row.fields.get(column) for name, column in names.items()}},
         tuple(names.values()),
-        names,
     )
 
 
-def _format_renaming(names: Mapping[str, str]) -> str:
-    return ", ".join(f"{column} → {name}" for name, column in names.items())
-
-
-def _match_shape(fields: Mapping[str, Any]) -> Shape | None:
+def _match_shape(fields: Mapping[str, Any]) -> Shape:
     if {"chosen", "rejected"} <= fields.keys():
         prompt = next((name for name in PROMPT_COLUMNS if name in fields), None)  # used if both answers are text
         if "prompt" in fields or prompt is None or not isinstance(fields["chosen"], str):
-            return None
+            return PLAIN
         return _build_renaming_shape({"prompt": prompt})
     conversation = next((name for name in CONVERSATION_COLUMNS if name in fields), None)
     if conversation is not None and (conversation != "messages" or _is_sharegpt(fields[conversation])):
@@ -277,21 +229,20 @@ def _match_shape(fields: Mapping[str, Any]) -> Shape | None:
             "sharegpt", lambda row: {**row.fields, "messages": _convert_sharegpt(row, conversation)}, (conversation,)
         )
     if {"prompt", "completion"} <= fields.keys() or "messages" in fields or "text" in fields:
-        return None
+        return PLAIN
     if {"instruction", "output"} <= fields.keys():
         return Shape("alpaca", _convert_alpaca, ("instruction", "input", "output"))
     pair = next((pair for pair in COMPLETION_COLUMNS if fields.keys() >= set(pair)), None)
     if pair is not None:
         names = zip(("prompt", "completion"), pair, strict=True)
         return _build_renaming_shape({name: column for name, column in names if name != column})
-    return None
+    return PLAIN
 
 
 def _is_sharegpt(value: Any) -> bool:
     """Return whether the turns have the keys or the role names of ShareGPT."""
-    if not isinstance(value, list) or not value or not isinstance(value[0], Mapping):
-        return False
-    return "from" in value[0] or value[0].get("role") in ("human", "gpt")
+    turn = value[0] if isinstance(value, list) and value else None
+    return isinstance(turn, Mapping) and ("from" in turn or turn.get("role") in ("human", "gpt"))
 
 
 def _convert_sharegpt(row: Row, column: str) -> Any:
@@ -299,18 +250,17 @@ def _convert_sharegpt(row: Row, column: str) -> Any:
     turns = row.fields.get(column)
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         return turns  # `_check_messages` reports it.
-    messages = []
     for turn in turns:
-        role = turn["role"] if "role" in turn else ROLES.get(str(turn.get("from")))
-        if role is None and "role" not in turn:
+        if "role" not in turn and str(turn.get("from")) not in ROLES:
             raise DataError(
                 f"{row.origin}: a turn is from {turn.get('from')!r}; allowed: {', '.join(ROLES)}. Give a column `messages` for other roles"
             )
-        standard_role = ROLES.get(role, role) if isinstance(role, str) else role
-        messages.append(
-            {**turn, "role": standard_role} if "role" in turn else {"role": role, "content": turn.get("value")}
-        )
-    return messages
+    return [
+        {**turn, "role": ROLES.get(str(turn["role"]), turn["role"])}
+        if "role" in turn
+        else {"role": ROLES[str(turn["from"])], "content": turn.get("value")}
+        for turn in turns
+    ]
 
 
 def _convert_alpaca(row: Row) -> Mapping[str, Any]:
@@ -369,20 +319,18 @@ def _read_template_inputs(row: Row) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     for name in TEMPLATE_COLUMNS:
         value = row.fields.get(name)
-        if _is_empty(value):
+        if is_empty(value):
             continue
         try:
-            value = parse_json(value) if isinstance(value, str) else value
-        except UnreadableError as error:
-            raise DataError(
-                f"{row.origin}: `{name}`: not JSON ({error}); give a list of mappings, or such a list as JSON"
-            ) from None
-        if not isinstance(value, list) or not all(isinstance(entry, Mapping) for entry in value):
+            entries = parse_json(value) if isinstance(value, str) else value
+        except UnreadableError:
+            entries = None
+        if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
             raise DataError(
                 f"{row.origin}: `{name}`: got {_describe_type(value)}; give a list of mappings, or such a list as JSON"
             )
-        if value:
-            inputs[name] = _drop_missing_values(value)
+        if entries:
+            inputs[name] = _drop_missing_values(entries)
     return inputs
 
 
@@ -391,14 +339,6 @@ def _drop_missing_values(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _drop_missing_values(inner) for name, inner in value.items() if inner is not None}
     return [_drop_missing_values(inner) for inner in value] if isinstance(value, list) else value
-
-
-def has_empty_prompt(content: Mapping[str, Any]) -> bool:
-    """Return whether the prompt of an example, or a turn of its user, has no text."""
-    prompt = content.get("prompt", content.get("messages"))
-    if isinstance(prompt, str):
-        return not prompt.strip()
-    return any(turn["role"] == "user" and not turn["content"].strip() for turn in prompt or ())
 
 
 def to_json_value(value: Any) -> Any:
@@ -461,8 +401,8 @@ def _check_messages(value: Any, location: str) -> None:
 
 
 def _describe_type(value: Any) -> str:
-    if value is None or value == "":
-        return "nothing" if value is None else "an empty string"
+    if is_empty(value):
+        return "nothing"
     name = type(value).__name__
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -26,13 +26,12 @@ import pyarrow
 
 from rightrank.data.files import is_encodable
 from rightrank.data.forms import (
-    TEMPLATE_COLUMNS,
     DataForm,
     Example,
     Layout,
     build_example,
     detect_form,
-    has_empty_prompt,
+    is_empty,
     to_json_value,
 )
 from rightrank.data.rows import MAX_DETECTION_ROWS, Row, RowsBySplit, are_instructions, read_held_out_rows, read_rows
@@ -84,12 +83,13 @@ class _HashSample:
     """The `limit` distinct examples with the smallest hashes, so that few examples change when the data set grows."""
 
     def __init__(self, limit: int) -> None:
-        self.ids = array("Q")  # of all examples that were added
+        self.ids, self.groups = array("Q"), array("Q")  # of all examples that were added
         self._limit = limit
         self._examples_by_id: dict[str, Example] = {}
 
     def add(self, example: Example) -> None:
         self.ids.append(int(example.example_id, 16))
+        self.groups.append(example.group)
         self._examples_by_id[example.example_id] = example
         if len(self._examples_by_id) > 2 * self._limit + 1000:
             self._examples_by_id = {example.example_id: example for example in self.select_examples()}
@@ -139,9 +139,7 @@ class DataSplits:
 
     @property
     def form(self) -> DataForm:
-        assert self.summary.form != "custom"
-        assert self.summary.form != "ranking"
-        return self.summary.form
+        return cast(DataForm, self.summary.form)
 
     def exclude_training_examples(self, trained: Iterable[Example], source: Path) -> DataSplits:
         """Return the splits of `load_held_out` without examples that adapters were trained on, whatever their white space and case.
@@ -181,16 +179,14 @@ def load_data(
         rows = _add_validation(rows, Path(settings.validation), name)
     layout, rows = detect_form(rows, name, settings.columns)
     by_prompt, rows = detect_prompt_groups(rows)
-    form, shape, reader = layout.form, layout.shape, _ExampleReader(layout, settings, by_prompt)
+    reader = _ExampleReader(layout, settings, by_prompt)
     train_examples = ExampleStore(reader.read_training_examples(rows), folder)
     examples: dict[SplitName, Sequence[Example]] = {"train": train_examples}
     limit = settings.compute_max_eval_examples(len(train_examples))
     examples |= {split: sample.select_examples()[:limit] for split, sample in reader.held_out.items()}
-    are_splits_given = None not in rows
     held_out = sum(len(sample.ids) for sample in reader.held_out.values())
     count = len(train_examples) + held_out + reader.unreadable + reader.equal_pairs
-    reader.grouping.require_groups(name)
-    _require_split_sizes(examples, settings, name, None if are_splits_given else count, reader.grouping.num_groups)
+    _require_sizes(reader, examples, settings, name, count)
     evaluated = [example for split in HELD_OUT for example in examples[split]]
     grouped = {split: number_groups(examples[split]) for split in HELD_OUT}
     validation, test = (np.unique(np.frombuffer(reader.held_out[split].ids, np.uint64)) for split in HELD_OUT)
@@ -204,25 +200,23 @@ def load_data(
     ]
     distinct_hashes = np.unique(np.array(near_hashes, np.uint64))
     summary = DataSummary(
-        form=form,
+        form=layout.form,
         splits={},
-        splits_given=are_splits_given,
+        splits_given=None not in rows,
         # distinct validation examples that are in train, and test examples that are in either
         duplicates_across_splits=int(
             np.isin(validation, leaked).sum() + np.isin(test, np.union1d(validation, leaked)).sum()
         ),
         near_duplicates_across_splits=int(_find_members(distinct_hashes, train_examples.numbers("near_hash")).sum()),
-        classes=_list_classes(reader.labels, examples, name, classes) if form == "classification" else None,
+        classes=_list_classes(reader.labels, examples, name, classes) if layout.form == "classification" else None,
         unreadable=reader.unreadable,
         rows=count,
         repeated=held_out - distinct,
         not_evaluated=distinct - len(evaluated),
-        shape=None if shape is None else shape.name,
-        renamed={} if shape is None else dict(shape.renamed),
+        shape=layout.shape.name or None,
         unused_columns=list(layout.unused_columns),
-        empty_prompts=reader.empty_prompts,
         equal_pairs=reader.equal_pairs,
-        grouped_by=reader.grouping.grouped_by if any(grouped.values()) else None,
+        grouped_by=reader.grouped_by if any(grouped.values()) else None,
         groups_across_splits=int(_find_members(groups, train_examples.numbers("group")).sum())
         if any(grouped.values())
         else 0,
@@ -259,45 +253,51 @@ class _ExampleReader:
             split: _HashSample(settings.max_eval_examples or DEFAULT_MAX_EVAL_EXAMPLES) for split in HELD_OUT
         }
         self.labels: Counter[str] = Counter()  # classification: counts of the training examples' labels
-        self.unreadable = 0
-        self.equal_pairs = 0
-        self.empty_prompts = 0
-        self.grouping = Grouping(settings.group, by_prompt)
-        self._form, self._columns, self._settings = layout.form, layout.columns, settings
+        self.unreadable, self.equal_pairs = 0, 0
+        self.grouped_by = settings.group or ("prompt" if by_prompt else "group")
+        self._layout, self._settings, self._by_prompt = layout, settings, by_prompt
 
     def read_training_examples(self, rows: RowsBySplit) -> Iterator[Example]:
-        """Yield the training examples. Held-out examples are added to the samples in `num_held_out`."""
+        """Yield the training examples. Held-out examples are added to the samples in `held_out`."""
+        form, columns = self._layout.form, self._layout.columns
         for split in (None, *SPLITS):
             for row in rows.get(split, ()):
-                cells = [row.fields.get(name) for name in (*self._columns, *TEMPLATE_COLUMNS)]
-                if not all(map(is_encodable, _iterate_strings(cells))):
+                example = build_example(row, form, columns)
+                if not is_encodable(_serialize_content(example)):
                     self.unreadable += 1  # A lone surrogate cannot be encoded as UTF-8.
                     continue
-                example = build_example(row, self._form, self._columns)
-                if self._form == "preference" and example.content["chosen"] == example.content["rejected"]:
+                if form == "preference" and example.content["chosen"] == example.content["rejected"]:
                     self.equal_pairs += 1  # Such a pair has no preference to learn.
                     continue
-                self.empty_prompts += has_empty_prompt(example.content)
-                example = replace(example, group=self.grouping.compute_group(row, example))
+                example = replace(example, group=self._compute_group(row, example))
                 assigned_split = _assign_split(split, example, rows, self._settings)
                 if assigned_split != "train":
                     self.held_out[assigned_split].add(example)
                     continue
-                if self._form == "classification":
+                if form == "classification":
                     self.labels[str(example.content["label"])] += 1
                 yield example
 
+    def _compute_group(self, row: Row, example: Example) -> int:
+        """Return a hash of the row's value in the group column, else of the prompt, else of the example."""
+        column = self._settings.group
+        value = row.fields.get(column or "group")
+        if not (is_empty(value) or (isinstance(value, float) and math.isnan(value))):
+            self.grouped_by = column or "group"
+            key = f"group:{value if isinstance(value, str) else _serialize(value)}"
+        elif column:
+            raise DataError(
+                f"{row.origin}: the row has no value in column {column!r}, which --columns names for `group`; its columns are {', '.join(row.fields)}. Name "
+                "a column that every row has, or leave `group` out"
+            )
+        else:
+            prompt = _extract_prompt(example.content) if self._by_prompt else None
+            key = example.example_id if prompt is None else f"prompt:{_serialize(prompt)}"
+        return int(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16], 16)
 
-def _iterate_strings(value: Any) -> Iterator[str]:
-    """Yield all strings in a cell or example, at any depth."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _iterate_strings(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _iterate_strings(inner)
+
+def _serialize(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=to_json_value)
 
 
 def _add_validation(rows: RowsBySplit, file: Path, name: str) -> RowsBySplit:
@@ -332,27 +332,32 @@ def _assign_split(
     return "train"
 
 
-def _require_split_sizes(
-    examples: Mapping[SplitName, Sequence[Example]], settings: SelectSettings, name: str, rows: int | None, groups: int
+def _require_sizes(
+    reader: _ExampleReader,
+    examples: Mapping[SplitName, Sequence[Example]],
+    settings: SelectSettings,
+    name: str,
+    rows: int,
 ) -> None:
-    """Raise if a split has too few examples.
-
-    `rows` and `groups` count the rows and groups that were divided into splits. `rows` is None if the data had splits.
-    """
+    """Raise if a split has too few examples, or if the column of groups has the same value in all rows, or a different one in each."""
+    train, samples = cast(ExampleStore, examples["train"]), reader.held_out.values()
+    distinct = len(np.unique(np.concatenate([*train.numbers(), *(np.array(sample.ids) for sample in samples)])))
+    groups = len(np.unique(np.concatenate([*train.numbers("group"), *(np.array(sample.groups) for sample in samples)])))
+    if settings.group and distinct and groups in (1, distinct):
+        fault = "all rows share" if groups < distinct else "no two rows share"
+        raise DataError(
+            f"{name}: {fault} a value of {settings.group!r}, which --columns names for `group`; name a column in which several "
+            "rows share each value, or leave it out: rows are then treated as independent"
+        )
     min_test_size = 2 if settings.test_fraction or examples["test"] else 0
     min_sizes: dict[SplitName, int] = {"train": settings.examples_per_step, "validation": 2, "test": min_test_size}
     for split, min_size in min_sizes.items():
         if len(examples[split]) < min_size:
-            larger_fraction = "" if split == "train" else f", or a larger {split}_fraction"
-            group_count = f" in {groups:,} groups" if groups else ""
-            origin = "" if rows is None else f", from {rows:,} rows{group_count}"
-            remedy = (
-                f"give a {split} split of {min_size} or more"
-                if rows is None
-                else f"give more {'groups' if groups else 'rows that differ'}{larger_fraction}"
-            )
+            group_count = f" in {groups:,} groups" if groups < distinct else ""
             raise DataError(
-                f"{name}: {len(examples[split])} distinct examples for the {split} split, at least {min_size} needed{origin}; {remedy}"
+                f"{name}: {len(examples[split])} distinct examples for the {split} split, at least {min_size} needed, from {rows:,} "
+                f"rows{group_count}; give more rows that differ{' and belong to other groups' if group_count else ''}, or another fraction for "
+                "the split"
             )
 
 
@@ -363,91 +368,22 @@ def _list_classes(
     classes: Sequence[str] | None = None,
 ) -> list[str]:
     """Return `classes`, or else the labels in train: numbers by size, names in alphabetical order."""
-    if classes is not None:
-        _require_known_labels(examples, classes)
-        return list(classes)
-    if len(labels) < 2:
-        raise DataError(
-            f"{name}: the train split has only the label {next(iter(labels))!r}; give examples of two or more labels"
-        )
-    for split in HELD_OUT:
-        for example in examples[split]:
-            if str(example.content["label"]) not in labels:
-                raise DataError(
-                    f"{example.origin}: label {example.content['label']!r} of the {split} split does not occur in train; add examples of it to train"
-                )
-    return sorted(labels, key=int) if all(map(_NUMBER.fullmatch, labels)) else sorted(labels)
-
-
-def _require_known_labels(examples: Mapping[SplitName, Sequence[Example]], classes: Sequence[str]) -> None:
+    checked = chain.from_iterable(examples[split] for split in (HELD_OUT if classes is None else SPLITS))
+    if classes is None:
+        if len(labels) < 2:
+            raise DataError(
+                f"{name}: the train split has only the label {next(iter(labels))!r}; give examples of two or more labels"
+            )
+        classes = sorted(labels, key=int) if all(map(_NUMBER.fullmatch, labels)) else sorted(labels)
     class_names = set(classes)
-    for example in chain.from_iterable(examples.values()):
+    for example in checked:
         if str(example.content["label"]) not in class_names:
             shown = ", ".join(classes[:MAX_SHOWN_CLASSES]) + (", …" if len(classes) > MAX_SHOWN_CLASSES else "")
             raise DataError(
-                f"{example.origin}: label {example.content['label']!r} is not one of the classifier's {len(classes)} labels ({shown}); "
-                "give rows with its labels, or list the labels in classifier.json next to the adapter"
+                f"{example.origin}: label {example.content['label']!r} is none of the {len(classes)} labels of the classifier or of the train "
+                f"split ({shown}); add examples of it to train, or give rows with these labels"
             )
-
-
-MAX_COUNTED_GROUPS = 1000  # with more groups no split is too small
-
-
-class Grouping:
-    """The group of each row: by the column that the settings name, else by a column `group`, else by the prompt."""
-
-    def __init__(self, column: str, by_prompt: bool) -> None:
-        self.grouped_by = column or ("prompt" if by_prompt else "group")
-        self._column, self._by_prompt = column, by_prompt
-        # Maps each group to its first example. It stops growing at `MAX_COUNTED_GROUPS`, once some group has two examples.
-        self._first_example_ids: dict[int, str] = {}
-        self._is_shared = False  # whether a group has several examples
-
-    def compute_group(self, row: Row, example: Example) -> int:
-        """Return a hash of the row's value in the group column, else of the prompt, else of the example."""
-        column = self._column
-        value = row.fields.get(column or "group")
-        is_missing = value is None or (isinstance(value, str) and not value)
-        is_missing |= isinstance(value, float) and math.isnan(value)
-        if is_missing and column:
-            raise DataError(
-                f"{row.origin}: the row has no value in column {column!r}, which --columns names for `group`; its columns are {', '.join(row.fields)}. Name "
-                "a column that every row has, or leave `group` out"
-            )
-        prompt = _extract_prompt(example.content) if self._by_prompt and is_missing else None
-        if is_missing:
-            key = (
-                example.example_id
-                if prompt is None
-                else f"prompt:{json.dumps(prompt, sort_keys=True, default=to_json_value)}"
-            )
-        else:
-            key = (
-                f"group:{value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=to_json_value)}"
-            )
-            self.grouped_by = column or "group"
-        group = int(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16], 16)
-        if len(self._first_example_ids) < MAX_COUNTED_GROUPS or (column and not self._is_shared):
-            first = self._first_example_ids.setdefault(group, example.example_id)
-            self._is_shared |= first != example.example_id
-        return group
-
-    @property
-    def num_groups(self) -> int:
-        """Return the number of groups, or 0 if there are `MAX_COUNTED_GROUPS` or more, or if every group has one example."""
-        return (
-            len(self._first_example_ids) if self._is_shared and len(self._first_example_ids) < MAX_COUNTED_GROUPS else 0
-        )
-
-    def require_groups(self, name: str) -> None:
-        """Raise if the group column has the same value in all rows, or a different value in each row."""
-        column = self._column
-        if column and (len(self._first_example_ids) == 1 or (self._first_example_ids and not self._is_shared)):
-            fault = "all rows share" if self._is_shared else "no two rows share"
-            raise DataError(
-                f"{name}: {fault} a value of {column!r}, which --columns names for `group`; name a column in which several "
-                "rows share each value, or leave it out: rows are then treated as independent"
-            )
+    return list(classes)
 
 
 def detect_prompt_groups(rows: RowsBySplit) -> tuple[bool, RowsBySplit]:
@@ -457,9 +393,7 @@ def detect_prompt_groups(rows: RowsBySplit) -> tuple[bool, RowsBySplit]:
     """
     for split, in_split in rows.items():
         if first_rows := list(islice(in_split, MAX_DETECTION_ROWS)):
-            prompts = {
-                json.dumps(_extract_prompt(row.fields), sort_keys=True, default=to_json_value) for row in first_rows
-            }
+            prompts = {_serialize(_extract_prompt(row.fields)) for row in first_rows}
             return not are_instructions(len(prompts), len(first_rows)), {**rows, split: chain(first_rows, in_split)}
     return True, rows
 

@@ -324,7 +324,6 @@ def describe_data_issues(data: DataSummary) -> list[str]:
         (data.not_evaluated, "held-out rows not evaluated, beyond --max-eval-examples"),
         (sum(summary.truncated for summary in splits), "cut to the maximum length"),
         (sum(summary.dropped for summary in splits), "dropped because no label token is left"),
-        (data.empty_prompts, "with an empty prompt"),
         (data.equal_pairs, "pairs left out because `chosen` and `rejected` are the same"),
         (
             sum(summary.equal for summary in splits),

@@ -55,10 +55,7 @@ class DataSummary(Record):
     repeated: BoundedInt = 0  # held-out rows skipped because another row is equal
     not_evaluated: BoundedInt = 0  # held-out rows beyond the number that is evaluated
     shape: str | None = None  # how rows of another shape were converted to the form, for the user
-    # Columns of the form that have another name in the file → that name.
-    renamed: dict[str, str] = Field(default_factory=dict)
     unused_columns: list[str] = Field(default_factory=list)  # of the first row
-    empty_prompts: BoundedInt = 0  # examples whose prompt has no text
     equal_pairs: BoundedInt = 0  # rows skipped because `chosen` and `rejected` are the same
 
     # The column that defines groups of held-out rows, or `prompt`; None: rows are treated as independent.
