@@ -52,22 +52,6 @@ def test_files_are_flushed_before_their_folder_is_renamed(tmp_path: Path, monkey
     assert calls[-1] == tmp_path.name
 
 
-def test_a_rename_whose_answer_was_lost_counts_as_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accept a repeated rename: NFS repeats it if the answer was lost, and then finds nothing to rename."""
-    real = Path.replace
-
-    def rename_twice(self: Path, target: Path) -> Path:
-        real(self, target)
-        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(self))
-
-    monkeypatch.setattr(Path, "replace", rename_twice)
-    write_text(tmp_path / "decision.json", "new")
-    assert (tmp_path / "decision.json").read_text() == "new"
-    with replace_folder(tmp_path / "adapter") as temporary:
-        (temporary / "weights").write_text("w")
-    assert (tmp_path / "adapter" / "weights").read_text() == "w"
-
-
 def test_a_rename_that_was_not_done_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_text(tmp_path / "decision.json", "old")
 
@@ -114,18 +98,9 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     assert list((tmp_path / "trials").iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("number", "advice"),
-    [
-        (errno.ENOSPC, "make room and run the same command again"),
-        (errno.EROFS, "give a folder that you may write to"),
-        (errno.EACCES, "give a folder that you may write to"),
-    ],
-)
-def test_a_disk_error_names_what_helps(number: int, advice: str, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=advice) as caught, report_disk_errors(tmp_path):
-        raise OSError(number, "can't")
-    assert ("make room" in str(caught.value)) == (number == errno.ENOSPC)
+def test_a_disk_error_says_what_helps(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="make room or give a folder"), report_disk_errors(tmp_path):
+        raise OSError(errno.EROFS, "can't")
 
 
 def generate_examples(count: int) -> Iterator[Example]:

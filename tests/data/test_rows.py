@@ -83,14 +83,6 @@ def saved_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_all_broken_lines_are_named_at_once(tmp_path: Path) -> None:
-    lines = [json.dumps(row) for row in TEXT_ROWS]
-    lines[3], lines[10], lines[50] = '{"text": ', "[1]", "nonsense"
-    (tmp_path / "d.jsonl").write_text("\n".join(lines))
-    with pytest.raises(DataError, match=r"d\.jsonl:4: not JSON \(.*\) \(2 more: 11, 51\); give one JSON object"):
-        load_data(tmp_path / "d.jsonl", build_small_settings())
-
-
 BAD_FILES: list[tuple[str, bytes, str]] = [
     ("empty.jsonl", b"", r"empty\.jsonl: the file is empty"),
     ("blank.jsonl", b"\n\n", r"blank\.jsonl: no rows"),

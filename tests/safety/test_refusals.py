@@ -304,7 +304,7 @@ def test_a_saved_dataset_that_names_files_elsewhere(tmp_path: Path, filename: st
     datasets.Dataset.from_list([{"text": text} for text in generate_sentences(30)]).save_to_disk(tmp_path / "d")
     state = json.loads((tmp_path / "d" / "state.json").read_text())
     (tmp_path / "d" / "state.json").write_text(json.dumps(state | {"_data_files": [{"filename": filename}]}))
-    require_refused(lambda: load_data(tmp_path / "d", build_small_settings()), "which is outside its folder", DataError)
+    require_refused(lambda: load_data(tmp_path / "d", build_small_settings()), "or some outside the folder", DataError)
 
 
 def test_a_saved_dataset_s_images_are_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,9 +380,7 @@ def test_an_adapter_in_a_model_s_folder_does_not_name_another_base(tmp_path: Pat
 def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "data.jsonl")
     for path in (tmp_path / "data.jsonl", Path("/dev/zero")):
-        require_refused(
-            lambda path=path: load_data(path, build_small_settings()), "neither a regular file nor", DataError
-        )  # type: ignore[misc]
+        require_refused(lambda path=path: load_data(path, build_small_settings()), "no such file or folder", DataError)  # type: ignore[misc]
         require_refused(lambda path=path: decide(path), "no such file or folder", ResultsError)  # type: ignore[misc]
     require_refused(lambda: read_config(Path("/dev/zero")), "not a regular file", SettingsError)
     folder = write_adapter(tmp_path / "adapter")

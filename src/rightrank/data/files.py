@@ -22,7 +22,6 @@ from rightrank.schema.errors import RunError, RunFolderError, SettingsError
 _DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE,
 }  # fmt: skip
-_PERMISSION_ERRORS = {errno.EROFS, errno.EACCES, errno.EPERM}  # Freeing space does not help.
 _UNSUPPORTED_SYNC_ERRORS = {
     errno.EINVAL,
     errno.ENOTSUP,
@@ -43,7 +42,7 @@ def replace_file(path: Path, flush: bool = True) -> Iterator[Path]:
         yield temporary
         if flush:
             flush_to_disk(temporary)
-        _replace_path(temporary, path)
+        temporary.replace(path)
         if flush:
             flush_to_disk(path.parent)
     finally:
@@ -66,8 +65,8 @@ def replace_folder(path: Path) -> Iterator[Path]:
             flush_to_disk(inside)
         flush_to_disk(temporary)
         if path.exists():
-            _replace_path(path, old)
-        _replace_path(temporary, path)
+            path.replace(old)
+        temporary.replace(path)
         flush_to_disk(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -144,20 +143,6 @@ def _build_temporary_path(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{number}.rightrank-{kind}")
 
 
-def _replace_path(source: Path, target: Path) -> None:
-    """Rename `source` to `target` and replace an existing file.
-
-    NFS repeats a rename whose reply was lost, and the repetition does not find the source. If the target is then the former
-    source, the rename has succeeded.
-    """
-    source_status = source.stat()
-    try:
-        source.replace(target)
-    except FileNotFoundError:
-        if source.exists() or not target.exists() or not os.path.samestat(source_status, target.stat()):
-            raise
-
-
 @contextmanager
 def report_disk_errors(folder: Path) -> Iterator[None]:
     """Report a full or failing disk as a `RunError` of one line. Files that were already written stay.
@@ -165,10 +150,7 @@ def report_disk_errors(folder: Path) -> Iterator[None]:
     Raises:
         RunError: instead of the operating system's error.
     """
-    advice = "make room and run the same command again to resume"
-    permission = (
-        "give a folder that you may write to, or change its permissions and run the same command again to resume"
-    )
+    advice = "make room or give a folder that you may write to, and run the same command again to resume"
     try:
         yield
     except _list_safetensors_errors() as error:
@@ -178,9 +160,7 @@ def report_disk_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        raise RunError(
-            f"{folder}: can't write there ({error.strerror}); {permission if error.errno in _PERMISSION_ERRORS else advice}"
-        ) from None
+        raise RunError(f"{folder}: can't write there ({error.strerror}); {advice}") from None
 
 
 def _list_safetensors_errors() -> tuple[type[Exception], ...]:

@@ -21,6 +21,7 @@ from rightrank.schema.errors import DataError, suggest_name
 from rightrank.schema.trials import SplitName
 
 FILE_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+ALLOWED_SOURCES = f"a file ending in {', '.join(FILE_TYPES)}, a folder of such files, or a saved `datasets` folder"
 SPLIT_NAMES: dict[str, SplitName] = {
     "train": "train",
     "training": "train",
@@ -33,9 +34,11 @@ SPLIT_NAMES: dict[str, SplitName] = {
     "test": "test",
 }
 MAX_LINE_CHARACTERS = 2**26  # of a JSONL line; a longer line is a mistake
-MAX_SHOWN_LINES = 20
 ROWS_PER_CONVERSION = 1000
 _CSV_FIELD_LIMIT = 2**24  # characters
+MAX_DETECTION_ROWS = 256  # rows that are read to tell prompts that are questions from a few repeated instructions
+MIN_ROWS_PER_INSTRUCTION = 16  # prompts that so many rows share on average are instructions
+SAMPLE_STREAM = int.from_bytes(b"rightrank")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +67,14 @@ def read_rows(source: Path | Any) -> RowsBySplit:
     if not isinstance(source, Path):
         return _read_memory(source)
     path_kind = detect_path_kind(source)
-    if path_kind == "missing":
+    if path_kind in ("missing", "other"):
         siblings = source.parent.iterdir() if source.parent.is_dir() else ()
         suggestion = suggest_name(source.name, [file.name for file in siblings])
-        raise DataError(f"{source}: no such file or folder{suggestion}; give {_describe_allowed_types()}")
-    if path_kind == "other":
-        raise DataError(f"{source}: this is neither a regular file nor a folder; give {_describe_allowed_types()}")
+        raise DataError(f"{source}: no such file or folder{suggestion}; give {ALLOWED_SOURCES}")
     suffix = source.suffix.lower()
     if path_kind == "file" and suffix not in FILE_TYPES:
         raise DataError(
-            f"{source}: files of type {suffix or '(no extension)'!r} are not supported; give {_describe_allowed_types()}"
+            f"{source}: files of type {suffix or '(no extension)'!r} are not supported; give {ALLOWED_SOURCES}"
         )
     if path_kind == "file":
         return {None: _read_file(source)}
@@ -81,7 +82,7 @@ def read_rows(source: Path | Any) -> RowsBySplit:
         return _read_saved_dataset(source)
     files = sorted(path for path in source.iterdir() if path.suffix.lower() in FILE_TYPES and path.is_file())
     if not files:
-        raise DataError(f"{source}: the folder contains no data file; give {_describe_allowed_types()}")
+        raise DataError(f"{source}: the folder contains no data file; give {ALLOWED_SOURCES}")
     by_split: dict[SplitName | None, list[Path]] = {}
     for path in files:
         by_split.setdefault(parse_split_name(path.stem), []).append(path)
@@ -159,7 +160,7 @@ def _read_file(path: Path) -> Iterator[Row]:
             yield from _read_jsonl(path)
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: not UTF-8 text (byte {error.start}: {error.reason}); convert it to UTF-8, or give {_describe_allowed_types()}"
+            f"{path}: not UTF-8 text (byte {error.start}: {error.reason}); convert it to UTF-8, or give {ALLOWED_SOURCES}"
         ) from None
     except OSError as error:
         raise DataError(f"{path}: can't read it ({error.strerror or error}); give a file that can be read") from None
@@ -167,34 +168,20 @@ def _read_file(path: Path) -> Iterator[Row]:
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig") as file:
-        lines = enumerate(iter(lambda: file.readline(MAX_LINE_CHARACTERS + 1), ""), start=1)
-        for number, line in lines:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_CHARACTERS + 1), ""), start=1):
             if len(line) > MAX_LINE_CHARACTERS:
                 raise DataError(
                     f"{path}:{number}: a line of over {MAX_LINE_CHARACTERS:,} characters; give one object a line"
                 )
             if not line.strip():
                 continue
-            fields, problem = _parse_object(line)
-            if problem:
-                broken_lines = [
-                    broken_number for broken_number, text in lines if text.strip() and _parse_object(text)[1]
-                ]
-                shown = ", ".join(map(str, broken_lines[:MAX_SHOWN_LINES])) + (
-                    ", …" if len(broken_lines) > MAX_SHOWN_LINES else ""
-                )
-                more_lines = f" ({len(broken_lines):,} more: {shown})" if broken_lines else ""
-                raise DataError(f"{path}:{number}: {problem}{more_lines}; give one JSON object a line")
+            try:
+                fields = parse_json(line)
+            except UnreadableError as error:
+                raise DataError(f"{path}:{number}: not JSON ({error}); give one JSON object a line") from None
+            if not isinstance(fields, dict):
+                raise DataError(f"{path}:{number}: got a {type(fields).__name__}; give one JSON object a line")
             yield Row(fields, f"{path}:{number}")
-
-
-def _parse_object(line: str) -> tuple[dict[str, Any], str]:
-    """Return `(object, problem)` for a line of JSON. One of them is empty."""
-    try:
-        fields = parse_json(line)
-    except UnreadableError as error:
-        return {}, f"not JSON ({error})"
-    return (fields, "") if isinstance(fields, dict) else ({}, f"got a {type(fields).__name__}")
 
 
 def _read_json_list(path: Path) -> Iterator[Row]:
@@ -293,16 +280,12 @@ def _read_names(file: Path, key: str, folder: Path) -> list[str]:
         entries = read_json_object(file).get(key)
     except UnreadableError as error:
         raise DataError(f"{folder}: {_SAVED_FAULT} ({error}); save the dataset again") from None
-    listed = entries if isinstance(entries, list) else []
-    stated = [entry.get("filename") if isinstance(entry, Mapping) else entry for entry in listed]
-    names = [name for name in stated if isinstance(name, str)]
-    if not names or len(names) < len(stated):
-        raise DataError(f"{folder}: {_SAVED_FAULT} ({file.name} lists no {key}); save the dataset again")
-    for name in names:
-        if Path(name).name != name or name == "..":
-            raise DataError(
-                f"{folder}: the dataset names {name!r}, which is outside its folder; save the dataset again"
-            )
+    listed = entries if isinstance(entries, list) else ()
+    names: list[Any] = [entry.get("filename") if isinstance(entry, Mapping) else entry for entry in listed]
+    if not names or not all(isinstance(name, str) and Path(name).name == name != ".." for name in names):
+        raise DataError(
+            f"{folder}: {_SAVED_FAULT} ({file.name} lists no {key}, or some outside the folder); save the dataset again"
+        )
     return names
 
 
@@ -320,15 +303,6 @@ def _read_arrow_files(folder: Path, files: Sequence[Path]) -> Iterator[dict[str,
 def parse_split_name(stem: str) -> SplitName | None:
     """Return the split that a file's name begins with, or None."""
     return SPLIT_NAMES.get(re.split("[-_. ]", stem)[0].lower())
-
-
-def _describe_allowed_types() -> str:
-    return f"a file ending in {', '.join(FILE_TYPES)}, a folder of such files, or a saved `datasets` folder"
-
-
-MAX_DETECTION_ROWS = 256  # rows that are read to tell prompts that are questions from a few repeated instructions
-MIN_ROWS_PER_INSTRUCTION = 16  # prompts that so many rows share on average are instructions
-SAMPLE_STREAM = int.from_bytes(b"rightrank")
 
 
 def sample_indices(population: int, count: int) -> list[int]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, overload
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -70,11 +70,8 @@ class Store(Sequence[Entry]):
         if hasattr(mmap, "MADV_DONTNEED"):
             self._mapped.madvise(mmap.MADV_DONTNEED)
 
-    @overload
-    def __getitem__(self, index: int) -> Entry: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Entry]: ...
-    def __getitem__(self, index: int | slice) -> Entry | list[Entry]:
+    def __getitem__(self, index: Any) -> Any:
+        """Return the entry at a number, or the list of those in a slice."""
         numbers = range(len(self))[index]
         if isinstance(numbers, range):
             return [self[number] for number in numbers]
@@ -124,10 +121,6 @@ class TokenStore(Store[EncodedExample]):
 
     def entry(self, row: Mapping[str, Any]) -> EncodedExample:
         return EncodedExample(**row)
-
-    @property
-    def example_ids(self) -> set[str]:
-        return {example_id for batch in self.batches() for example_id in batch["example_id"].to_pylist()}
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
