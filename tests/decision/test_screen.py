@@ -14,7 +14,7 @@ from rightrank.decision.table import ScoreTable
 from rightrank.report.answer import build_evidence_table, build_margin_steps
 from rightrank.schema.results import Decision, RankEvidence
 from tests.decision.tables import build_example_table, build_value_table
-from tests.decision.worlds import World, build_world_table, build_worlds, draw_world
+from tests.decision.worlds import World, build_worlds, decide_world, draw_world
 
 RANDOM = 150
 
@@ -69,7 +69,7 @@ def _require_consistent_sentence(
 @pytest.mark.parametrize("shard", range(4))
 def test_no_two_lines_of_a_screen_contradict_each_other(shard: int) -> None:
     for name, world in list(draw_random_worlds().items())[shard::4]:
-        decision = decide_table(build_world_table(world), world.margin)
+        decision = decide_world(world)
         try:
             require_consistent_screen(decision)
         except AssertionError as error:

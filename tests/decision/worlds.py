@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rightrank.decision.evidence import Evidence
 from rightrank.decision.rule import decide_table
 from rightrank.decision.table import ScoreTable, build_table
 from rightrank.schema.metrics import infer_metric_kind
@@ -60,7 +61,11 @@ class World:
 
 
 def decide_world(world: World) -> Decision:
-    return decide_table(build_world_table(world), world.margin)
+    """Decide at the margin of the world, or at 1% of the best value where a metric without a default margin has no base."""
+    table, margin = build_world_table(world), world.margin
+    if margin is None and world.base is None and table.kind == "other":
+        margin = 0.01 * Evidence(table).unit.reference
+    return decide_table(table, margin)
 
 
 def build_world_table(world: World) -> ScoreTable:

@@ -14,7 +14,6 @@ from rich.cells import cell_len
 
 from rightrank import Selected
 from rightrank.cli import cli
-from rightrank.decision.rule import decide_table
 from rightrank.decision.run_answers import (
     build_criterion,
     build_trained_answer,
@@ -28,7 +27,7 @@ from rightrank.schema.events import Records, RunKind
 from rightrank.schema.results import Decision
 from rightrank.schema.settings import Goal
 from tests.commands import COMMANDS
-from tests.decision.worlds import build_world_table, build_worlds
+from tests.decision.worlds import build_worlds, decide_world
 from tests.report.runs import make_adapter_without_gain, make_answered_run, make_run
 
 Case = Callable[[], tuple[Records, Goal]]
@@ -185,8 +184,7 @@ def test_each_goal_shows_its_curve_and_its_adapter_in_eighty_columns(case: Case)
 
 @pytest.mark.parametrize("name", build_worlds())
 def test_every_verdict_has_a_short_sentence(name: str) -> None:
-    world = build_worlds()[name]
-    decision = decide_table(build_world_table(world), world.margin)
+    decision = decide_world(build_worlds()[name])
     sentence = describe_result(Answers(decision, trainings=3.2))
     assert len(sentence) < 160
     assert f"rank {decision.recommended_rank}" in sentence or decision.verdict == "no_gain"

@@ -25,7 +25,7 @@ def build_result(task: TrialTask) -> TrialResult:
 
 
 def run(train: Callable[[TrialTask], Any], out: Path, **settings: Any) -> Records:
-    select_rank_with(train, out, ranks=(1, 4), learning_rates=(1e-3,), metric="reward", **settings)
+    select_rank_with(train, out, ranks=(1, 4), learning_rates=(1e-3,), metric="reward", margin=0.1, **settings)
     return read_run_records(out)
 
 
@@ -66,7 +66,9 @@ def report_bad_values(task: TrialTask) -> TrialResult:
 
 def test_an_invalid_evaluation_fails_only_its_trial(tmp_path: Path) -> None:
     ranks = (1, 2, 4, 8, 16)
-    select_rank_with(report_bad_values, tmp_path / "run", ranks=ranks, learning_rates=(1e-3,), metric="reward")
+    select_rank_with(
+        report_bad_values, tmp_path / "run", ranks=ranks, learning_rates=(1e-3,), metric="reward", margin=0.1
+    )
     outcomes = {outcome.rank: outcome for outcome in read_run_records(tmp_path / "run").outcomes}
     expected = {
         2: (TrialDiverged, "train gave value = nan"),

@@ -54,7 +54,8 @@ def test_the_name_of_a_metric_says_whether_higher_is_better(tmp_path: Path, metr
     def train(task: TrialTask) -> Mapping[str, float]:
         return {metric: 0.5 + 0.1 * task.rank / 16}
 
-    decision = select_rank_with(train, tmp_path / "run", ranks=RANKS, learning_rates=(1e-3,), metric=metric).decision
+    arguments = {"ranks": RANKS, "learning_rates": (1e-3,), "metric": metric, "margin": 0.005}
+    decision = select_rank_with(train, tmp_path / "run", **arguments).decision
     assert decision.higher_is_better is higher
     assert decision.reference_rank == (16 if higher else 1)
 
@@ -207,6 +208,8 @@ def test_scores_of_other_examples_are_refused(tmp_path: Path) -> None:
         ({"max_steps": -1}, "max_steps: got -1"),
         ({"goal": "adapter"}, "needs evaluate="),
         ({"ranks": 4}, "ranks: got 4 only"),
+        ({"ranks": (1, 4), "metric": "reward"}, "add rank 0, or give a margin in the metric's unit"),
+        ({"ranks": (1, 4), "margin": "2%"}, "add rank 0, or give a margin in the metric's unit"),
     ],
 )
 def test_bad_arguments_start_nothing(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -215,6 +218,25 @@ def test_bad_arguments_start_nothing(tmp_path: Path, changes: dict[str, Any], me
         select_rank_with(**arguments)
     assert message in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("margin", ["2%", None])
+def test_a_failing_base_that_the_margin_needs_ends_the_selection_before_the_first_training(
+    tmp_path: Path, margin: str | None
+) -> None:
+    calls: list[int] = []
+
+    def train(task: TrialTask) -> float:
+        calls.append(task.rank)
+        return 1 - 1 / task.rank
+
+    with pytest.raises(
+        SettingsError, match=r"rank 0: train raised ZeroDivisionError: .*; without a result of the base"
+    ):
+        select_rank_with(train, tmp_path / "run", learning_rates=(1e-3,), metric="reward", margin=margin)
+    assert calls == [0]
+    assert select_rank_with(train, tmp_path / "run", learning_rates=(1e-3,), metric="reward", margin=0.1).decision.rank
 
 
 def make_adapter_result(rank: int) -> TrialResult:

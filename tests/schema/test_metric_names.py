@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from rightrank.schema.errors import ResultsError
 from rightrank.schema.metrics import (
     BUILT_IN_METRICS,
     HIGHER_IS_BETTER,
@@ -360,8 +361,10 @@ def test_the_margin_without_a_base_or_without_a_gain() -> None:
         ("other", 0.3, [0.3], 0.003),
         ("other", 27.0, [27.0], 0.27),
     ]:
-        for gain in (None, -0.1):
+        for gain in (-0.1, *([] if kind == "other" else [None])):
             assert compute_margin(None, kind, reference, values, gain) == pytest.approx(margin)
+    with pytest.raises(ResultsError, match="only losses and shares of right answers have a default margin; add rank 0"):
+        compute_margin(None, "other", 27.0, [27.0], None)
 
 
 def test_a_metric_is_named_by_its_text() -> None:

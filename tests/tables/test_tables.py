@@ -483,7 +483,7 @@ def test_a_metric_without_a_known_direction_is_refused(name: str) -> None:
     rows = [{"rank": rank, name: loss} for rank, loss in LOSSES.items()]
     with pytest.raises(ResultsError, match="give --higher-is-better or --lower-is-better"):
         decide(rows, metric=name)
-    with pytest.raises(ResultsError, match="give --margin in the unit of"):
+    with pytest.raises(ResultsError, match="add rank 0, or give a margin in the metric"):
         decide(rows, metric=name, higher_is_better=False)
     assert decide(rows, metric=name, higher_is_better=False, margin=0.01).decision.reference_rank == 64
     assert decide(rows, metric=name, higher_is_better=True, margin=0.01).decision.rank == 4

@@ -47,7 +47,7 @@ def select_rank_with(
         metric: the name of the deciding metric, after `max:` or `min:` if its direction is not known from the name
             (`accuracy`, `reward`, `loss`, … are known).
         margin: the loss of quality that you accept: a share of the gain over rank 0 such as "2%", or a number in the metric's unit;
-            None for 1% of the gain.
+            None for 1% of the gain. A metric that is neither a loss nor a share of right answers needs rank 0 or a number.
         evaluate: called with a PEFT adapter folder and a `TrialTask`; returns the same as `train`. With it, the adapter that
             `train` saved for the largest rank is truncated to every lower rank, and the smallest one within the margin is
             exported (the deployment rank).

@@ -57,7 +57,7 @@ from rightrank.decision.table import (
     pair_cells,
     select_contender,
 )
-from rightrank.schema.metrics import LOSS_KINDS, Margin, MetricKind, compute_margin
+from rightrank.schema.metrics import LOSS_KINDS, Margin, MetricKind, compute_default_margin, compute_margin
 from rightrank.schema.results import Basis
 from rightrank.schema.trials import Floats, Groups
 
@@ -96,11 +96,10 @@ class Evidence:
         """
         base_loss = self.base.loss if self.base is not None else base_loss
         gain = None if base_loss is None else self.unit.convert_difference(base_loss - self.reference.loss)
-        return self._compute_margin(margin, gain)
+        return compute_margin(margin, self.table.kind, self.unit.reference, self._list_values(), gain)
 
-    def _compute_margin(self, margin: Margin | None, gain: float | None) -> float:
-        values = [cell.value for cell in self.table.cells.values()]
-        return compute_margin(margin, self.table.kind, self.unit.reference, values, gain)
+    def _list_values(self) -> list[float]:
+        return [cell.value for cell in self.table.cells.values()]
 
     def convert_margin(self, margin: Margin | None, base_loss: float | None = None) -> float:
         """Return the margin in the oriented unit."""
@@ -108,8 +107,10 @@ class Evidence:
 
     @property
     def margin_without_base(self) -> float:
-        """Return the default margin of a table without a base, in the oriented unit."""
-        return self.unit.convert_margin(self._compute_margin(None, None))
+        """Return the gain that one number must have over another to count as one, in the oriented unit."""
+        return self.unit.convert_margin(
+            compute_default_margin(self.table.kind, self.unit.reference, self._list_values())
+        )
 
     def is_within(self, rank: int, margin: float) -> bool:
         """Return whether the value of the rank is within the margin (oriented unit) of the reference; False without a result."""

@@ -187,7 +187,7 @@ class View(Hook):
         self._console = console
         self._quiet = quiet
         self._progress = Progress()
-        self._last_line = time.monotonic()
+        self._last_line, self._last_text = time.monotonic(), ""
 
     def __enter__(self) -> Self:
         return self
@@ -216,10 +216,11 @@ class View(Hook):
             self._console.print(text, highlight=False, markup=False, soft_wrap=not self._console.is_terminal)
 
     def _redraw(self) -> None:
-        """Show the current progress."""
-        if time.monotonic() - self._last_line > PLAIN_SECONDS:
-            self._last_line = time.monotonic()
-            self.print_line(self._progress.format_progress())
+        """Show the current progress, if it differs from what was shown last."""
+        text = self._progress.format_progress()
+        if text != self._last_text and time.monotonic() - self._last_line > PLAIN_SECONDS:
+            self._last_line, self._last_text = time.monotonic(), text
+            self.print_line(text)
 
 
 class LiveView(View):

@@ -167,7 +167,11 @@ DEFAULT_SHARE = 0.01  # of the gain over the base
 # Margins without a base, and so without a gain, in the metric's unit.
 LOSS_MARGIN = 0.005  # nats
 SCORE_MARGIN = 0.005  # half a point of a score that is a fraction; of a percentage, a hundred times as much
-OTHER_MARGIN = 0.01  # of the best value of a metric that is neither
+OTHER_GAIN = 0.01  # of the best value of a metric that is neither: a smaller gain of one number over another is none
+MISSING_BASE = (
+    "without a result of the base there is no gain to take a share of, and only losses and shares of right answers have a default margin; "
+    "add rank 0, or give a margin in the metric's unit"
+)
 
 _PERPLEXITY = re.compile(r"perplexity|\bppl\b")
 _ACCURACY = re.compile(
@@ -217,6 +221,11 @@ def get_margin_share(margin: Margin | None) -> float | None:
     return float(margin.removesuffix("%")) / 100 if isinstance(margin, str) else None
 
 
+def requires_base(margin: Margin | None, kind: MetricKind) -> bool:
+    """Return whether a margin needs the base's result: a given share of the gain, or none for a metric without a default margin."""
+    return isinstance(margin, str) or (margin is None and kind == "other")
+
+
 def compute_margin(
     margin: Margin | None, kind: MetricKind, reference: float, values: Iterable[float], gain: float | None
 ) -> float:
@@ -229,19 +238,22 @@ def compute_margin(
             a share is as without a base.
 
     Raises:
-        ResultsError: A share of the gain without a base.
+        ResultsError: There is no base, and the margin needs it.
     """
     share = get_margin_share(margin)
     if share is None:
         return float(cast(float, margin))
     if gain is not None and gain > 0:
         return share * gain
-    if margin is not None and gain is None:
-        raise ResultsError(
-            f"margin {margin}: a share of the gain needs the base's result, which is missing; add rank 0, or give a number in the metric's unit"
-        )
+    if gain is None and requires_base(margin, kind):
+        raise ResultsError(f"margin {100 * share:g}%: {MISSING_BASE}")
+    return compute_default_margin(kind, reference, values)
+
+
+def compute_default_margin(kind: MetricKind, reference: float, values: Iterable[float]) -> float:
+    """Compute the margin without a gain, in the metric's unit; arguments as in `compute_margin`."""
     if kind == "perplexity":
         return abs(reference) * LOSS_MARGIN
     if kind == "other":
-        return abs(reference) * OTHER_MARGIN
+        return abs(reference) * OTHER_GAIN
     return LOSS_MARGIN if kind in LOSS_KINDS else SCORE_MARGIN * (100 if has_percentages(list(values)) else 1)

@@ -187,8 +187,12 @@ class Trials:
     def margin(self) -> float:
         """Return the margin in the unit of the losses. There must be a result."""
         assert self.evidence is not None
+        return self.convert_margin(self.evidence)
+
+    def convert_margin(self, evidence: Evidence) -> float:
+        """Return the margin in the unit of the losses, with the gain over the base of these outcomes."""
         base = find_base(self.outcomes.values(), self.space.criterion)
-        return self.evidence.convert_margin(self.space.criterion.margin, None if base is None else base.cell.loss)
+        return evidence.convert_margin(self.space.criterion.margin, None if base is None else base.cell.loss)
 
     def is_within_margin(self, rank: int) -> bool:
         """Return whether the rank is within the margin of the best by the values. The search uses no bounds."""

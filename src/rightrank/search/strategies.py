@@ -25,7 +25,7 @@ import numpy as np
 from rightrank.decision.adapter import ReferenceComparison
 from rightrank.decision.comparison import is_within, walk_down
 from rightrank.decision.evidence import NOISE, Evidence, compute_detectable_difference, compute_needed_seeds
-from rightrank.decision.run_answers import score_trials
+from rightrank.decision.run_answers import find_base, score_trials
 from rightrank.schema.errors import SettingsError, suggest_name
 from rightrank.schema.results import AdapterAnswer
 from rightrank.schema.settings import LONGER_TRAININGS
@@ -239,7 +239,7 @@ def _find_smallest_likely_truncation(trials: Trials, learning_rate: float) -> in
     if not truncations:
         return None
     evidence = Evidence(trials.build_table([parent, *truncations]), NOISE)
-    margin = evidence.convert_margin(space.criterion.margin)
+    margin = trials.convert_margin(evidence)
     if evidence.lacks_uncertainty:
         return evidence.pick_by_values(margin)
     return walk_down(
@@ -299,7 +299,8 @@ def find_deployment_rank(trials: Trials, learning_rate: float) -> Requests:
     if long_training is None:
         return
     adapters = score_trials([parent, long_training], space.criterion)
-    reference_comparison = ReferenceComparison(adapters[parent.trial_id], adapters, space.criterion)
+    base = find_base(trials.outcomes.values(), space.criterion, parent.trial_id)
+    reference_comparison = ReferenceComparison(adapters[parent.trial_id], adapters, space.criterion, base)
     compared = reference_comparison.build_candidate(adapters[long_training.trial_id])
     low, high = compared.difference_low, compared.difference_high
     bounds = "" if low is None or high is None else f" (95% bounds {low:+.2g} and {high:+.2g})"

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 
 from rightrank.schema.errors import MAX_EXACT_INTEGER, ResultsError, quote_value
-from rightrank.schema.metrics import Margin, format_unknown_direction, has_percentages, infer_metric_kind
+from rightrank.schema.metrics import (
+    MISSING_BASE,
+    Margin,
+    format_unknown_direction,
+    has_percentages,
+    infer_metric_kind,
+    requires_base,
+)
 from rightrank.schema.trials import Arm, EvalPoint, Floats, TrialFailed, TrialFinished, TrialOutcome
 from rightrank.tables.roles import Roles, identify_roles, infer_column_direction, is_label, is_setting
 from rightrank.tables.sources import Codes, Table, format_cell, format_names, is_blank, parse_number, read_table
@@ -261,11 +268,8 @@ def read_result_table(
         raise ResultsError(f"{table.name}: a perplexity of {lowest:g} is not possible; perplexities are above 0")
     if kind == "accuracy":
         _require_one_unit(finished, roles.metric, table.name)
-    if kind == "other" and margin is None and all(outcome.rank for outcome in finished):
-        raise ResultsError(
-            f"{table.name}: no row has rank 0, so there is no gain over the base to take 1% of, and only losses and shares have a default "
-            f"margin; add rank 0, or give --margin in the unit of {roles.metric}"
-        )
+    if requires_base(margin, kind) and all(outcome.rank for outcome in finished):
+        raise ResultsError(f"{table.name}: {MISSING_BASE}")
     readings = [
         f"{role} from column {name}"
         for role, name in sorted(roles.columns.items())

@@ -35,7 +35,13 @@ from rightrank.schema.errors import (
     quote_value,
 )
 from rightrank.schema.events import DataSummary, JournalRecord, Listener, Records, RunKind, RunStarted
-from rightrank.schema.metrics import format_unknown_direction, infer_direction
+from rightrank.schema.metrics import (
+    MISSING_BASE,
+    format_unknown_direction,
+    infer_direction,
+    infer_metric_kind,
+    requires_base,
+)
 from rightrank.schema.settings import SelectSettings, select_identity_settings
 from rightrank.schema.trials import (
     Arm,
@@ -179,15 +185,12 @@ def build_custom_request(
         values, evaluates_base = {**values, "ranks": [rank for rank in ranks if rank]}, True
     settings = SelectSettings(**values, checkpoint="last")  # the trainer's adapter is that of its last step
     make_strategy(settings.strategy, build_space(settings, 1))  # an unknown name is refused first
-    if isinstance(settings.margin, str) and not evaluates_base:
-        raise SettingsError(
-            f"margin {settings.margin}: a share of the gain needs the base; add 0 to the ranks, for which train returns the base's result, or "
-            "give a number in the metric's unit"
-        )
     direction, _, name = metric.partition(":")
     higher = {"max": True, "min": False}.get(direction) if name else infer_direction(metric)
     if higher is None:
         raise SettingsError(f"{format_unknown_direction(metric)}; give metric='max:{metric}' or 'min:{metric}'")
+    if requires_base(settings.margin, infer_metric_kind(name or metric, higher)) and not evaluates_base:
+        raise SettingsError(f"margin: {MISSING_BASE}")
     if settings.goal != "training-rank" and evaluate is None:
         raise SettingsError(
             f"goal {settings.goal!r} needs evaluate=, a function that takes an adapter folder and a TrialTask and returns held-out scores; "
@@ -230,8 +233,14 @@ class _FunctionExecutor:
         self._first_fault: str | None = None  # the description of the first result that can't be used
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
+        needs_base = requires_base(
+            self._request.settings.margin, infer_metric_kind(self._request.metric, self._request.higher_is_better)
+        )
         for ended, called in enumerate(self._run_calls(trials), 1):
-            yield self._build_outcome(*called)
+            outcome = self._build_outcome(*called)
+            if outcome.rank == 0 and needs_base and not isinstance(outcome, TrialFinished):
+                raise SettingsError(f"rank 0: {outcome.reason}; {MISSING_BASE}")
+            yield outcome
             if self._first_fault is None and self._listener.should_stop():
                 raise InterruptedRun(f"stopped after {ended} trials")
         if self._first_fault is not None:
