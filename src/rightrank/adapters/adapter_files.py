@@ -41,7 +41,9 @@ from rightrank.adapters.adapter_folders import (
     MLX_FILE,
     PEFT_PREFIX,
     WEIGHTS_FILE,
+    WRAPPER_SUFFIX,
     is_single_file,
+    name_experts,
     read_adapter_config,
     require_adapter_folder,
 )
@@ -71,7 +73,6 @@ MAGNITUDE_KEYS = (
     "lora_magnitude_vector",
     "lora_magnitude_vector.weight",
 )  # suffixes of the module's name in PEFT's files
-WRAPPER_SUFFIX = ".base_layer"  # PEFT's suffix for each nested wrapper
 LAST_PARAMETERS = ("down", "w2", "output")  # names of parameters that modules register last
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -346,11 +347,6 @@ def find_expert_parameter(module: str, config: Mapping[str, Any]) -> str | None:
         return None
     parameters.sort(key=lambda name: any(last_name in name for last_name in LAST_PARAMETERS))
     return f"{holder}.{parameters[max(0, len(parameters) - 1 - module.count(WRAPPER_SUFFIX))]}"
-
-
-def name_experts(parameter: str, experts: int) -> list[str]:
-    """Return the names of the matrices of a parameter that holds this number of experts."""
-    return [parameter] if experts == 1 else [f"{parameter}.{expert}" for expert in range(experts)]
 
 
 def unpack_factors(a: Floats, b: Floats, rank: int) -> list[Factors]:

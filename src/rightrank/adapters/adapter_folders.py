@@ -16,6 +16,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 MLX_FILE = "adapters.safetensors"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_PREFIX = "base_model.model."  # the prefix of PEFT's keys
+WRAPPER_SUFFIX = ".base_layer"  # PEFT's suffix for each nested wrapper
 MAX_CONFIG_BYTES = 16 * 2**20
 BASE_FILE = "base.json"  # beside an adapter: values that identify its base model
 CLASSIFIER_FILE = "classifier.json"  # beside an adapter: the labels of a classifier
@@ -27,6 +28,11 @@ TRAINER_STATE = "trainer_state.json"  # written by transformers
 RESULTS_FOLDER = "rightrank"  # in a trainer's output: the measurement at its end
 # Initializations that leave the base's weights as they are. With any other, ΔW may not be s·B·A alone.
 BASE_KEEPING_INITS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
+
+
+def name_experts(parameter: str, experts: int) -> list[str]:
+    """Return the names of the matrices of a parameter that holds this number of experts."""
+    return [parameter] if experts == 1 else [f"{parameter}.{expert}" for expert in range(experts)]
 
 
 def require_adapter_folder(path: Path) -> None:

@@ -51,7 +51,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
-from rightrank.adapters.adapter_files import name_experts
+from rightrank.adapters.adapter_folders import name_experts
 from rightrank.data.token_store import IGNORED
 from rightrank.schema.errors import MultiLoraError
 from rightrank.schema.settings import SelectSettings

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 
-from rightrank.adapters.adapter_files import WRAPPER_SUFFIX
+from rightrank.adapters.adapter_folders import WRAPPER_SUFFIX
 from rightrank.adapters.rank_math import convert_scaling
 from rightrank.bases.base_models import find_device
 from rightrank.schema.errors import ModelError, get_first_line, suggest_name
