@@ -106,4 +106,3 @@ def test_a_resumed_run_counts_what_is_done(tmp_path: object) -> None:
     progress.record_event(StepDone(trial_id="t4", step=15, steps=20, loss=3.0, seconds=15 * STEP_SECONDS))
     assert progress.estimate_remaining_seconds() == pytest.approx(5 * STEP_SECONDS + full_seconds, abs=EVAL_SECONDS)
     assert progress.format_progress().startswith("4.8 of about 6.0 trainings · rank 16, ")
-    assert [rank for rank, _ in progress.get_curves()[0]] == [1, 2, 4, 8]

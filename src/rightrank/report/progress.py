@@ -6,14 +6,12 @@ over the remaining work is the remaining time, however many adapters train per p
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+import math
 from typing import TYPE_CHECKING
 
-from rightrank.report.format import format_bytes, format_duration, format_metric_label, format_quantity
+from rightrank.report.format import format_bytes, format_duration, format_quantity
 from rightrank.schema.events import (
     DataSummary,
-    DurationEstimated,
     EvaluationProgress,
     Event,
     RunStarted,
@@ -35,53 +33,35 @@ if TYPE_CHECKING:
     from rightrank.schema.results import Preflight, PreflightCost
 
 
-@dataclass(slots=True)
-class _RunningTrial:
-    """A running trial."""
-
-    arm: TrialStarted
-    since: float  # by the monotonic clock
-    step: StepDone | None = None  # the last step
-    evaluation: TrialEvaluated | None = None  # the last report of a custom trainer
-
-
 class Progress:
     """Follows a selection by its events, and reports its progress as text and in seconds."""
 
     def __init__(self) -> None:
         self._expected = 0.0  # trainings
-        self._first_pace: float | None = None  # expected seconds of a full training, used before the first step
         self._full_steps = 0  # steps of a full training; 0: a custom trainer chooses the number
-        self._spent = 0.0  # ended trainings, where a stage counts as a fraction
-        self._running: dict[str, _RunningTrial] = {}
-        # By trial: the last step, and the seconds including those of the trial that it continued.
-        self._ended: dict[str, tuple[int, float]] = {}
-        self._costs: list[float] = []  # seconds of each training
+        self._trainings = 0.0  # ended ones, where a stage counts as a fraction
+        self._seconds = 0.0  # of them
+        self._ended: dict[str, tuple[int, float]] = {}  # by trial: its last step, and its seconds as in `StepDone`
+        self._running: dict[str, TrialStarted] = {}
+        self._reports: dict[str, StepDone | TrialEvaluated] = {}  # the last one of each running trial
         self._evaluation: EvaluationProgress | None = None  # an evaluation outside of trials
-        self._metric, self._higher_is_better = "loss", False
-        self._best: dict[int, float] = {}
-        self._truncated: dict[int, float] = {}
-        self._peak_bytes = 0
 
     def record_event(self, event: Event) -> str | None:
         """Record the event; return a line for the log if a training ended. The final screen shows the truncations."""
         match event:
             case SelectionPlanned():
                 self._record_plan(event)
-            case DurationEstimated() if self._expected:
-                self._first_pace = event.expected_seconds / self._expected
             case EvaluationProgress():
                 self._evaluation = event
             case TrialStarted():
                 self._evaluation = None
-                self._running[event.trial_id] = _RunningTrial(event, time.monotonic())
-            case StepDone() if event.trial_id in self._running:
-                self._running[event.trial_id].step = event
-            case TrialEvaluated() if event.trial_id in self._running:
-                self._running[event.trial_id].evaluation = event
+                self._running[event.trial_id] = event
+            case StepDone() | TrialEvaluated() if event.trial_id in self._running:
+                self._reports[event.trial_id] = event
             case TrialFinished() | TrialDiverged() | TrialFailed():
-                line = self._format_outcome(event)
-                return line if event.arm.is_direct or not isinstance(event, TrialFinished) else None
+                seconds = self._record_end(event)
+                if event.is_direct or not isinstance(event, TrialFinished):
+                    return _format_outcome(event, seconds)
         return None
 
     def _record_plan(self, planned: SelectionPlanned) -> None:
@@ -91,143 +71,89 @@ class Progress:
         """
         self._full_steps = planned.steps
         self._expected = planned.expected_trainings
-        self._metric, self._higher_is_better = planned.started.metric, planned.started.higher_is_better
         for outcome in planned.outcomes:
             self._record_end(outcome)
         top = max(planned.started.select_settings.ranks)
-        if self._spent > 0 and not any(outcome.rank == top for outcome in planned.outcomes):
-            self._expected += self._spent
+        if self._trainings > 0 and not any(outcome.rank == top for outcome in planned.outcomes):
+            self._expected += self._trainings
 
-    def get_curves(self) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-        """Return the best trained value of each rank so far, and the best truncation."""
-        return sorted(self._best.items()), sorted(self._truncated.items())
+    def _record_end(self, outcome: TrialOutcome) -> float:
+        """Record an outcome; return the seconds of this trial alone."""
+        self._running.pop(outcome.trial_id, None)
+        report = self._reports.pop(outcome.trial_id, None)
+        seconds = report.seconds if isinstance(report, StepDone) else 0.0
+        if isinstance(outcome, TrialFinished):
+            seconds = outcome.seconds
+        trainings, added_seconds = self._measure(outcome, outcome.end, seconds)
+        self._ended[outcome.trial_id] = outcome.end, seconds
+        self._trainings += trainings
+        self._seconds += added_seconds if outcome.rank > 0 else 0.0
+        return added_seconds
 
-    def format_curve_label(self) -> str:
-        """Return the name of the values of `get_curves`, with the better direction."""
-        return format_metric_label(self._metric, self._higher_is_better)
+    def _measure(self, arm: ArmFields, step: int, seconds: float) -> tuple[float, float]:
+        """Return the trainings, as a fraction, and the seconds that an arm has added at this step to the arm that it continues."""
+        previous_step, previous_seconds = self._ended.get(arm.continue_from or "", (0, 0.0))
+        trainings = max(0, step - previous_step) / self._full_steps if self._full_steps else float(arm.rank > 0)
+        return trainings, max(0.0, seconds - previous_seconds)
+
+    def _measure_all(self) -> tuple[float, float]:
+        """Return the trainings so far, with running ones in proportion to their steps, and their seconds."""
+        trainings, seconds = self._trainings, self._seconds
+        for report in self._reports.values():
+            if isinstance(report, StepDone):
+                arm = self._running[report.trial_id]
+                added_trainings, added_seconds = self._measure(arm, report.step, report.seconds)
+                trainings += added_trainings
+                seconds += added_seconds
+        return trainings, seconds
+
+    def estimate_remaining_seconds(self) -> float | None:
+        """Estimate the seconds left at the pace so far; None before the first step."""
+        trainings, seconds = self._measure_all()
+        return max(0.0, self._expected - trainings) * seconds / trainings if trainings and seconds else None
 
     def format_progress(self) -> str:
         if (work := self._evaluation) is not None:
             remaining_text = format_duration(work.seconds / work.examples * (work.total_examples - work.examples))
             return f"{work.label}: {work.examples:,} of {work.total_examples:,} examples, about {remaining_text} left"
-        remaining = self.estimate_remaining_seconds()
+        trainings, remaining = self._measure_all()[0], self.estimate_remaining_seconds()
+        position = f"{trainings:.1f} of about {self._expected:.1f} trainings"
+        if trainings > self._expected:
+            position = f"{trainings:.1f} trainings, more than the {self._expected:.1f} expected"
         # The planned trainings can be done while truncations remain, which are not planned.
         time_left = [f"about {format_duration(remaining)} left"] if remaining is not None and remaining >= 1 else []
-        return " · ".join([self._format_position(), *self._format_running(), *time_left])
-
-    def format_best_rank(self) -> str:
-        """Return the best rank so far and the peak memory; empty before the first result."""
-        if not self._best:
-            return ""
-        pick = max if self._higher_is_better else min
-        rank = pick(self._best, key=lambda rank: self._best[rank])
-        memory = f" · peak memory {format_bytes(self._peak_bytes)}" if self._peak_bytes else ""
-        return f"best so far: rank {rank} ({self._best[rank]:.4f}){memory}"
-
-    def estimate_remaining_seconds(self) -> float | None:
-        """Estimate the seconds left for running and, at the mean cost, for future trials; None before the first step."""
-        pace = self._estimate_pace()
-        if pace is None:
-            return None
-        shares = sum(self._compute_share(trial.arm, trial.arm.end) for trial in self._running.values())
-        to_come = max(0.0, self._expected - self._spent - shares)
-        return to_come * pace + sum(_estimate_seconds_left(trial, pace) for trial in self._running.values())
-
-    def _estimate_pace(self) -> float | None:
-        """Return the seconds of a full training with its evaluations: from ended trials, from running ones, or as expected."""
-        if self._costs and self._spent > 0:
-            return sum(self._costs) / self._spent
-        steps = [trial.step for trial in self._running.values() if trial.step is not None and trial.step.step > 0]
-        if not steps or not self._full_steps:
-            return self._first_pace
-        return self._full_steps * sum(step.seconds / step.step for step in steps) / len(steps)
-
-    def _compute_share(self, arm: ArmFields, until: int) -> float:
-        """Return the trainings, as a fraction, that an arm adds up to step `until` to the arm that it continues."""
-        previous_step, _ = self._ended.get(arm.continue_from or "", (0, 0.0))
-        return max(0, until - previous_step) / self._full_steps if self._full_steps else float(arm.rank > 0)
-
-    def _format_position(self) -> str:
-        """Return `1.4 of about 3.8 trainings`, with running trials in proportion."""
-        spent = self._spent
-        if self._full_steps:
-            spent += sum(
-                self._compute_share(trial.arm, trial.step.step)
-                for trial in self._running.values()
-                if trial.step is not None
-            )
-        if not self._expected:
-            return "measuring before the first training"
-        if spent > self._expected:
-            return f"{spent:.1f} trainings, more than the {self._expected:.1f} expected"
-        return f"{spent:.1f} of about {self._expected:.1f} trainings"
+        start = position if self._expected else "measuring before the first training"
+        return " · ".join([start, *self._format_running(), *time_left])
 
     def _format_running(self) -> list[str]:
-        """Return the running arms, and the step or the evaluation of the slowest one."""
-        running = list(self._running.values())
-        if not running:
+        """Return the first running arm, the number of the others, and its step or evaluation."""
+        if not self._running:
             return []
-        if len(running) == 1:
-            arm = running[0].arm.arm
-            label = _name_base(arm) if arm.rank == 0 else f"rank {arm.rank}, learning rate {arm.learning_rate:g}"
-        else:
-            ranks = sorted({trial.arm.rank for trial in running})
-            label = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-        if steps := [trial.step for trial in running if trial.step is not None]:
-            slowest = min(steps, key=lambda step: step.step / step.steps)
-            return [label, f"step {slowest.step}/{slowest.steps}, loss {slowest.loss:.3f}"]
-        if evaluations := [trial.evaluation for trial in running if trial.evaluation is not None]:
-            evaluation = min(evaluations, key=lambda evaluation: evaluation.step)
-            return [label, f"step {evaluation.step}, held-out {evaluation.value:.4g}"]
-        return [label]
-
-    def _record_end(self, event: TrialOutcome) -> float:
-        """Record an outcome; return the seconds of this trial alone."""
-        running = self._running.pop(event.trial_id, None)
-        total = running.step.seconds if running is not None and running.step is not None else 0.0
-        if isinstance(event, TrialFinished):
-            total = event.seconds
-            self._peak_bytes = max(self._peak_bytes, event.peak_bytes)
-            if event.rank > 0 and event.stop_at is None:
-                values = self._best if event.arm.is_direct else self._truncated
-                better = max if self._higher_is_better else min
-                values[event.rank] = better(event.value, values.get(event.rank, event.value))
-        self._spent += self._compute_share(event, event.end)
-        _, previous_seconds = self._ended.get(event.continue_from or "", (0, 0.0))
-        self._ended[event.trial_id] = event.end, total
-        seconds = max(0.0, total - previous_seconds)
-        if event.rank > 0 and total > 0:
-            self._costs.append(seconds)
-        return seconds
-
-    def _format_outcome(self, event: TrialOutcome) -> str:
-        if isinstance(event, TrialFinished):
-            text = f"held-out {event.value:.4f}" + (f" ({event.value_metric})" if event.value_metric else "")
-            if event.rank == 0 and event.answer_seconds >= 1:
-                text += f"; generating answers took {format_duration(event.answer_seconds)}, and will take as long after each training"
-        else:
-            text = event.end_text
-        seconds = self._record_end(event)
-        name = (
-            _name_base(event.arm)
-            if event.rank == 0
-            else f"rank {event.rank:>3}  lr {event.learning_rate:<7g} seed {event.seed}"
-        )
-        stage = event.arm.format_stage()
-        return f"{name:<32} {text}  ({stage + ', ' if stage else ''}{format_duration(seconds)})"
+        trial_id, arm = next(iter(self._running.items()))
+        others = f" and {len(self._running) - 1} more" if len(self._running) > 1 else ""
+        report = self._reports.get(trial_id)
+        texts = [f"{_name_arm(arm.arm)}{others}"]
+        if isinstance(report, StepDone):
+            texts.append(f"step {report.step}/{report.steps}, loss {report.loss:.3f}")
+        elif report is not None:
+            texts.append(f"step {report.step}, held-out {report.value:.4g}")
+        return texts
 
 
-def _name_base(arm: Arm) -> str:
-    return "base model" if arm.is_direct else "base with the trained head"
+def _format_outcome(outcome: TrialOutcome, seconds: float) -> str:
+    if isinstance(outcome, TrialFinished):
+        text = f"held-out {outcome.value:.4f}" + (f" ({outcome.value_metric})" if outcome.value_metric else "")
+    else:
+        text = outcome.end_text
+    stage = outcome.arm.format_stage()
+    return f"{_name_arm(outcome.arm):<38} {text}  ({stage + ', ' if stage else ''}{format_duration(seconds)})"
 
 
-def _estimate_seconds_left(trial: _RunningTrial, pace: float) -> float:
-    """Estimate the seconds left of a trial. A custom trainer reports no steps, so `pace`, that of a full training, is used."""
-    if trial.arm.rank == 0:
-        return 0.0
-    if trial.step is None:
-        return max(0.0, pace - (time.monotonic() - trial.since))
-    return trial.step.seconds / trial.step.step * max(0, trial.arm.end - trial.step.step)
+def _name_arm(arm: Arm) -> str:
+    if arm.rank == 0:
+        return "base model" if arm.is_direct else "base with the trained head"
+    seed = f", seed {arm.seed}" if arm.seed else ""
+    return f"rank {arm.rank}, learning rate {arm.learning_rate:g}{seed}"
 
 
 def format_preflight(preflight: Preflight) -> str:
@@ -289,15 +215,10 @@ def format_memory(preflight: Preflight) -> str:
 
 def format_time_estimate(expected_seconds: float, max_seconds: float, budget_hours: float | None) -> str:
     """Describe the expected and the largest time of the selection, limited by its time budget."""
-    if budget_hours is None or max_seconds <= budget_hours * 3600:
-        return f"about {format_duration(expected_seconds)}, at most {format_duration(max_seconds)}"
-    budget_seconds = budget_hours * 3600
-    text = f"about {format_duration(min(expected_seconds, budget_seconds))}, at most {format_duration(budget_seconds)}"
-    return (
-        text
-        if expected_seconds <= budget_seconds
-        else f"{text}, without the time budget about {format_duration(expected_seconds)}"
-    )
+    limit = math.inf if budget_hours is None else 3600 * budget_hours
+    text = f"about {format_duration(min(expected_seconds, limit))}, at most {format_duration(min(max_seconds, limit))}"
+    beyond = f", without the time budget about {format_duration(expected_seconds)}"
+    return text + (beyond if expected_seconds > limit else "")
 
 
 def format_plan(started: RunStarted, steps: int) -> str:

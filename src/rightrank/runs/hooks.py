@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self, TextIO
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
@@ -27,7 +27,7 @@ from rightrank.data.files import replace_file, write_text
 from rightrank.decision.run_answers import decide_if_possible
 from rightrank.report.answer import Answers, build_answers
 from rightrank.report.figures import Figure, build_spectrum_figure, write_figures
-from rightrank.report.format import draw_terminal_curve, format_quantity
+from rightrank.report.format import format_quantity
 from rightrank.report.html import build_figures, render_model_card, render_report
 from rightrank.report.progress import Progress, format_plan
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
@@ -224,7 +224,7 @@ class View(Hook):
 
 
 class LiveView(View):
-    """Redraws the progress and the curve in place; lines of finished trials scroll by above them."""
+    """Redraws the progress in place; lines of finished trials scroll by above it."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -241,13 +241,7 @@ class LiveView(View):
         self._console.print(Text.from_ansi(text), highlight=False)
 
     def _redraw(self) -> None:
-        lines = [Text.from_ansi(self._format_curve()), Text(self._progress.format_best_rank())]
-        self._live.update(Group(*lines, Text(self._progress.format_progress(), style="bold")))
-
-    def _format_curve(self) -> str:
-        trained, truncated = self._progress.get_curves()
-        label = self._progress.format_curve_label()
-        return "\n".join(draw_terminal_curve(trained, self._console.width, truncated, label=label))
+        self._live.update(Text(self._progress.format_progress(), style="bold"))
 
 
 def make_view(quiet: bool, console: Console | None = None) -> View:
