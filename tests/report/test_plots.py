@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
-from click.testing import CliRunner
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
@@ -18,7 +17,6 @@ from matplotlib.figure import Figure as Canvas
 import rightrank
 from rightrank import Selected, plots
 from rightrank.api.folders import write_report
-from rightrank.cli import cli
 from rightrank.decision.run_answers import compare_run_adapters, decide_run
 from rightrank.report.answer import build_answers
 from rightrank.report.figures import Figure, build_rank_figure
@@ -180,9 +178,6 @@ def test_without_matplotlib_the_report_has_its_tables_and_one_line(
     assert {path.suffix for path in (run / "figures").iterdir()} == {".csv"}
     links = [attributes.get("href") or "" for tag, attributes in elements.tags if tag == "a"]
     assert [link for link in links if link.startswith("figures") and not (run / link).exists()] == []
-    shown = CliRunner().invoke(cli, ["report", str(run), "--figures", "pdf"])
-    assert isinstance(shown.exception, MissingExtraError)
-    assert (str(shown.exception), shown.exception.exit_status) == (hint, 2)
     with pytest.raises(MissingExtraError, match=re.escape(hint)):
         plots.rank_curve(run)
     assert "<img" not in rightrank.decide(run)._repr_html_()

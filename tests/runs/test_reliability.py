@@ -144,7 +144,7 @@ def test_out_of_memory_anywhere_is_one_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def raise_error(_run: Path, _figures: object) -> Path:
+    def raise_error(_run: Path) -> Path:
         raise error
 
     monkeypatch.setattr("rightrank.api.folders.write_report", raise_error)

@@ -25,22 +25,17 @@ if TYPE_CHECKING:
     from rightrank.exports.servers import ExportResult
 
 
-def write_report(run: str | Path, figures: Sequence[str] = ()) -> Path:
+def write_report(run: str | Path) -> Path:
     """Write `report.html` and the figures of a run again, from its journal alone.
-
-    Args:
-        figures: additional formats of the figures besides SVG: pdf, png.
 
     Raises:
         RunFolderError: there is no run.
-        SettingsError: another format.
-        MissingExtraError: a format is given, and matplotlib is not installed.
     """
     from rightrank.runs.hooks import write_report as write_views
 
     folder, records, decision = read_run(run, is_live=False)
     with report_disk_errors(folder.path):
-        write_views(folder, records, build_answers(records, decision, records.settings.goal), figures)
+        write_views(folder, records, build_answers(records, decision, records.settings.goal))
     return folder.report
 
 

@@ -34,16 +34,15 @@ def _status(run: Path, as_json: bool) -> None:
     "report", short_help="Write the report and figures of a run again.", epilog="Example: rightrank report run"
 )
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--figures", callback=split_commas, help="Write the figures in these formats too: pdf, png.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report's path as one JSON object.")
-def _report(run: Path, figures: list[str] | None, as_json: bool) -> None:
+def _report(run: Path, as_json: bool) -> None:
     """Write report.html and the figures of RUN again, from its journal alone.
 
     While a selection runs, the report shows the results so far.
     """
     from rightrank.api import folders as api
 
-    path = api.write_report(run, figures or ())
+    path = api.write_report(run)
     click.echo(format_json({"report": str(path)}) if as_json else str(path))
 
 

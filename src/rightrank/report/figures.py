@@ -19,9 +19,9 @@ from statistics import fmean, median
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from rightrank.data.files import replace_file, write_text
+from rightrank.data.files import write_text
 from rightrank.report.format import ENOUGH, format_interval_label, format_metric_label, make_visible
-from rightrank.schema.errors import MissingExtraError, SettingsError
+from rightrank.schema.errors import MissingExtraError
 from rightrank.schema.events import Records, RunStarted
 from rightrank.schema.results import (
     AdapterAnswer,
@@ -40,11 +40,9 @@ if TYPE_CHECKING:
 
 
 TableCell: TypeAlias = str | float | int | None
-FORMATS = ("svg", "pdf", "png")
 INSTALL_HINT = "figures need matplotlib; install it with: pip install 'rightrank[plots]'"
 WIDTH, HEIGHT, LEGEND_ROW_HEIGHT = 5.0, 3.4, 0.21  # inches
 TITLE_WIDTH, LABEL_WIDTH, LEGEND_WIDTH = 50, 38, 58  # characters
-PNG_DPI = 200
 MAX_TICKS = 10  # of a logarithmic axis
 RANK = "LoRA rank"  # the label of an axis
 Interval: TypeAlias = tuple[float, float, float, float]  # x, the value, and both ends of its whisker
@@ -110,12 +108,6 @@ class Figure:
             canvas.savefig(drawing, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         return drawing.getvalue()
 
-    def save(self, path: Path) -> None:
-        """Write the drawing as PDF or PNG, in the format that the file's ending names."""
-        with replace_file(path) as temporary, self._open_canvas(LIGHT) as canvas:
-            metadata = {"CreationDate": None} if path.suffix == ".pdf" else {"Software": None}
-            canvas.savefig(temporary, format=path.suffix[1:], dpi=PNG_DPI, metadata=metadata)
-
     @contextmanager
     def _open_canvas(self, colours: Mapping[str, str]) -> Iterator[Canvas]:
         """Draw the figure in the style of the report, with its legend below the axes."""
@@ -164,29 +156,14 @@ def escape_label(text: str) -> str:
     return make_visible(text).replace("$", r"\$")
 
 
-def write_figures(folder: Path, figures: Sequence[Figure], formats: Collection[str] = ()) -> None:
-    """Write the numbers of each figure as `folder/<name>.csv`, its drawing as SVG if matplotlib is installed, and in the requested formats.
-
-    Raises:
-        SettingsError: a format is neither pdf nor png.
-        MissingExtraError: a requested format needs matplotlib, which is not installed.
-    """
-    unknown_format = next((suffix for suffix in formats if suffix not in FORMATS), None)
-    if unknown_format is not None:
-        raise SettingsError(
-            f"{unknown_format!r} is not a supported figure format; give pdf, png or both (svg is always written)"
-        )
-    if formats:
-        require_matplotlib()
+def write_figures(folder: Path, figures: Sequence[Figure]) -> None:
+    """Write the numbers of each figure as `folder/<name>.csv`, and its drawing as SVG if matplotlib is installed."""
     for figure in figures:
         numbers = StringIO()
         csv.writer(numbers, lineterminator="\n").writerows([figure.columns, *figure.rows])
         write_text(folder / f"{figure.name}.csv", numbers.getvalue())
         if figure.svg:
             write_text(folder / f"{figure.name}.svg", figure.svg)
-        for suffix in formats:
-            if suffix != "svg":
-                figure.save(folder / f"{figure.name}.{suffix}")
 
 
 def compute_limits(values: Collection[float], base: float | None = None) -> tuple[float, float]:

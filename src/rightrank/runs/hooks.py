@@ -10,7 +10,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -430,18 +430,10 @@ def _write_card(folder: RunFolder, records: Records, decision: Decision | None) 
     write_text(folder.adapter / "README.md", render_model_card(records, decision, images))
 
 
-def write_report(folder: RunFolder, records: Records, answers: Answers, formats: Collection[str] = ()) -> None:
-    """Write the figures and the report of the answers.
-
-    Args:
-        formats: formats of the figures besides SVG: pdf, png.
-
-    Raises:
-        SettingsError: another format.
-        MissingExtraError: a format is given, and matplotlib is not installed.
-    """
+def write_report(folder: RunFolder, records: Records, answers: Answers) -> None:
+    """Write the figures and the report of the answers."""
     figures = [*build_figures(records, answers.decision), *_build_spectrum_figures(folder.adapter)]
-    write_figures(folder.figures, figures, formats)
+    write_figures(folder.figures, figures)
     exports = folder.path / "exports"
     page = render_report(
         records,
