@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
 from html import unescape
 
@@ -40,14 +38,14 @@ def test_what_comes_from_data_is_shown_as_text() -> None:
     elements = Elements(render_page(records))
     shown = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7*7}}␀␛[31m��end"
     assert shown in elements.text
-    assert [tag for tag, _ in elements.tags].count("script") == 1
+    assert [tag for tag, _ in elements.tags].count("script") == 0
     sources = [attributes["src"] for tag, attributes in elements.tags if tag == "img"]
     assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
     assert not [tag for tag, attributes in elements.tags if "onerror" in attributes]
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2028]", render_page(records))
 
 
-def test_the_policy_names_exactly_the_scripts_of_the_file() -> None:
+def test_the_policy_allows_no_script() -> None:
     page = render_page(make_run())
     policy = next(
         attributes["content"]
@@ -56,9 +54,7 @@ def test_the_policy_names_exactly_the_scripts_of_the_file() -> None:
     )
     assert policy is not None
     assert policy.startswith("default-src 'none'")
-    scripts = re.findall(r"<script>(.*?)</script>", page, flags=re.DOTALL)
-    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-    assert re.findall(r"'sha256-([^']+)'", policy) == hashes
+    assert "script" not in policy
     assert len(page.encode()) < 300_000
 
 

@@ -81,7 +81,8 @@ def load_templates(autoescape: bool = True) -> Environment:
         lstrip_blocks=True,
         finalize=lambda value: make_visible(value) if autoescape and type(value) is str else value,
     )
-    environment.globals |= {"max_numbers": MAX_NUMBER_ROWS, "style": read_asset("report.css")}
+    style = files("rightrank.report").joinpath("templates", "report.css").read_text(encoding="utf-8")
+    environment.globals |= {"max_numbers": MAX_NUMBER_ROWS, "style": style.strip("\n")}
     environment.filters["cell"] = _format_cell
     return environment
 
@@ -90,9 +91,3 @@ def _format_cell(value: Any) -> str:
     if value is None:
         return "–"
     return f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-@cache
-def read_asset(name: str) -> str:
-    """Read a file from the templates folder."""
-    return files("rightrank.report").joinpath("templates", name).read_text(encoding="utf-8").strip("\n")

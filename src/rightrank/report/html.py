@@ -1,14 +1,12 @@
 """Render `report.html`: one file that opens from disk without a network and shows all values from data as text.
 
 Figures are SVG images, one for each colour scheme of the system.
-The Content-Security-Policy allows only this file's own script, by its hash. The model card of an adapter and the page of
+The Content-Security-Policy allows no script. The model card of an adapter and the page of
 its truncations use the same templates.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import re
 import shlex
@@ -24,7 +22,7 @@ from rightrank.adapters.adapter_folders import (
     format_loading_code,
 )
 from rightrank.decision.run_answers import compare_run_adapters, describe_run_learning_rate, format_provenance
-from rightrank.report.adapter_page import build_candidate_table, load_templates, read_asset
+from rightrank.report.adapter_page import build_candidate_table, load_templates
 from rightrank.report.answer import (
     Answers,
     build_certainty_rows,
@@ -162,14 +160,11 @@ def _list_decision_values(decision: Decision) -> dict[str, Any]:
 
 
 def _list_trial_values(outcomes: Sequence[TrialOutcome]) -> dict[str, Any]:
-    """Return what the template of the trials shows, with the script that sorts them."""
-    script = read_asset("page.js")
+    """Return what the template of the trials shows."""
     return {
         "rows": [_build_trial_row(outcome) for outcome in outcomes[-MAX_ROWS:]],
         "trials": len(outcomes),
         "fold_rows": len(outcomes) > MAX_VISIBLE_ROWS,
-        "script": script,
-        "script_hash": f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
     }
 
 
