@@ -11,7 +11,7 @@ from rightrank.data.files import report_disk_errors, write_text
 from rightrank.decision import rule
 from rightrank.decision.run_answers import decide_run, list_comparable_outcomes
 from rightrank.decision.table import build_table
-from rightrank.report.answer import Answers, build_next_rows, render_notebook_html
+from rightrank.report.answer import Answers, build_next_rows
 from rightrank.report.format import format_labelled_rows
 from rightrank.runs.folder import RunFolder, build_trials_frame
 from rightrank.schema.errors import ResultsError, RunFolderError
@@ -113,11 +113,6 @@ class DecisionResult:
         answers = Answers(self.decision, next_commands=self.next_commands)
         rows = [("decision", self.decision.sentence), *build_next_rows(answers)]
         return "\n".join([*self.input_notes, *format_labelled_rows(rows, 10)])
-
-    def _repr_html_(self) -> str:
-        from rightrank.report.figures import build_rank_figure
-
-        return render_notebook_html(Answers(self.decision), "", build_rank_figure(self.decision).svg)
 
 
 def decide(

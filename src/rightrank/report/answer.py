@@ -1,10 +1,9 @@
-"""Both answers of a run in words, and the evidence for them as tables: what terminal, status, notebook, report and model card print."""
+"""Both answers of a run in words, and the evidence for them as tables: what terminal, status, report and model card print."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from itertools import zip_longest
 from typing import Any
 
@@ -18,7 +17,6 @@ from rightrank.decision.run_answers import (
     describe_learning_rate,
     format_provenance,
 )
-from rightrank.report.figures import encode_image
 from rightrank.report.format import (
     ENOUGH,
     format_duration,
@@ -26,7 +24,6 @@ from rightrank.report.format import (
     format_quantity,
     format_training_settings,
     get_metric_unit,
-    make_visible,
 )
 from rightrank.schema.events import AdapterRecorded, Records, RunKind, RunStarted, build_next_commands
 from rightrank.schema.results import (
@@ -271,31 +268,6 @@ def _format_test_result(handed_over: ExportedAdapter) -> str:
 def format_brief(value: float | None) -> str:
     """Format a number with two significant digits; return "" for None."""
     return "" if value is None else "0" if abs(value) < 1e-12 else format_number(value)
-
-
-def render_notebook_html(answers: Answers, adapters: str, ranks: str) -> str:
-    """Render each answer with its drawing (SVG) for a notebook. An answer that is not available is left out."""
-    decision, footer = answers.decision, ""
-    if decision is not None:
-        flags = f" ({', '.join(decision.flags)})" if decision.flags else ""
-        footer = f"<p>Verdict: {_escape_html(f'{decision.verdict}{flags}. Next: {answers.next_runs[0].sentence}')}</p>"
-    sections = [
-        (answers.adapter_headline, answers.adapter_sentence, adapters, ""),
-        (answers.rank_headline if decision is not None else "", answers.training_rank, ranks, footer),
-    ]
-    return "".join(
-        f"<div><p><strong>{_escape_html(headline)}</strong>. {_escape_html(sentence)}</p>{_format_image(drawing)}{footer}</div>"
-        for headline, sentence, drawing, footer in sections
-        if headline
-    )
-
-
-def _format_image(svg: str) -> str:
-    return f"<img alt='' style='max-width: 40em; width: 100%' src='{encode_image(svg)}'>" if svg else ""
-
-
-def _escape_html(value: str) -> str:
-    return escape(make_visible(value))
 
 
 def build_evidence_table(decision: Decision) -> list[list[str]]:

@@ -196,13 +196,3 @@ class Selected:
         """Return the trials as a table, or the scores of their held-out examples; see `rightrank.to_pandas`."""
         records = read_records(RunFolder(self.run).journal.read_complete_lines(), str(self.run))
         return build_trials_frame(records, examples)
-
-    def _repr_html_(self) -> str:
-        """Return the result as HTML, with the figures of the run folder."""
-        from rightrank.report.answer import render_notebook_html
-
-        folder = RunFolder(self.run).figures
-        names = ["adapters", *(["rank_curve"] if self.decision_or_none is not None else [])]
-        files = {name: folder / f"{name}.svg" for name in names}
-        drawings = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
-        return render_notebook_html(self.answers, drawings.get("adapters", ""), drawings.get("rank_curve", ""))
