@@ -16,6 +16,9 @@ def test_what_is_committed_agrees_with_its_locks() -> None:
         assert locks[key] == {name: hash_file(lock.HERE / name) for name in names}
     for name, entry in locks["grids"].items():
         assert hash_file(lock.GRIDS / name) == entry["sha256"], name
+    kinds = lock.HERE / "kinds"
+    for name, digest in json.loads((kinds / "lock.json").read_text()).items():
+        assert name.endswith((".py", ".md", ".jsonl")) or hash_file(kinds / name) == digest, name
 
 
 def test_the_tool_states_the_judged_share_of_good_learning_rates() -> None:
