@@ -59,7 +59,7 @@ def read_judged(path: Path) -> ScoredRanks:
 
 
 def read_kind(path: Path, metric: Literal["loss", "accuracy"]) -> ScoredRanks:
-    """Read scores of `kinds.py`: of preference pairs by loss or by accuracy, and of classifiers by accuracy."""
+    """Read scores of `kinds/`: of preference pairs by loss or by accuracy, and of classifiers by accuracy."""
     name, unit = ("losses", 1000) if metric == "loss" else ("scores", 2)
     with np.load(path) as arrays:
         validation, test = ({int(rank): row / unit for rank, row in zip(arrays["ranks"], arrays[f"{name}_{split}"], strict=True)} for split in ("validation", "test"))  # fmt: skip
