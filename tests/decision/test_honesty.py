@@ -40,7 +40,7 @@ def test_one_seed_gives_an_indication(verdict: str) -> None:
     assert (decision.verdict, decision.confidence) == (verdict, None)
     assert "one_seed" in decision.flags
     assert "confidence" not in decision.sentence
-    assert "an indication from one seed" in decision.sentence
+    assert "one seed is an indication" in decision.sentence
     assert "noise over seeds is unknown" in decision.basis_note
     if verdict != "no_gain":
         run = next(run for run in decision.next_runs if run.action == "seeds")

@@ -54,11 +54,9 @@ def test_the_others_are_compared_with_the_chosen_one_at_a_quarter() -> None:
     assert (lost.learning_rate, lost.value) == (1e-2, None)
     for words in (
         "is 0.003",
-        "step 25 of 100, loss of rank 64 was worse with the others",
+        "step 25 of 100, loss of rank 64 was worse with the others by +0.1 with 0.0003",
         "0.01 diverged at step 3: the loss is NaN.",
     ):
-        assert words in answer.sentence
-    for words in "one seed":
         assert words in answer.sentence
 
 
@@ -82,7 +80,6 @@ def test_learning_rates_are_compared_with_the_mean_of_the_factors() -> None:
     ]
     answer = describe_learning_rate(make_trial(3e-3, -0.4, 100), quarters, CRITERION)
     assert answer is not None
-    assert "with the mean of its last factors, was worse with the others" in answer.sentence
     values = [(candidate.value, candidate.current_value) for candidate in answer.candidates]
     assert all(mean is not None and current is not None and mean < current for mean, current in values)
 

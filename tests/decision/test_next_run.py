@@ -158,9 +158,7 @@ def test_the_smallest_rank_is_recommended_if_no_run_is_enough() -> None:
     }
     (run,) = decide_table(replace(table, cells={**table.cells, **tilted}), 1e-9).next_runs
     assert (run.action, run.ranks, run.trials) == ("none", [4], 0)
-    assert re.search(
-        r"Neither 50,000 held-out examples nor 32 seeds .* take rank 4, or choose another margin", run.sentence
-    )
+    assert run.sentence.endswith("take rank 4, or choose another margin.")
 
 
 @pytest.mark.parametrize("margin", [0.001, 0.005, 0.01, 0.05])

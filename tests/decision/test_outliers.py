@@ -86,7 +86,7 @@ def test_of_two_seeds_the_one_that_is_far_from_all_others_is_left_out() -> None:
     decision = decide_scores(scores)
     assert (decision.rank, "outlier" in decision.flags, "one_seed" in decision.flags) == (8, True, True)
     assert decision.sentence.endswith(
-        "Seed 1 of rank 8 at learning rate 0.001 ended at 9.5, far from its other seeds (2.025), and is left out."
+        "Seed 1 of rank 8 ended at 9.5, far from its other seeds (2.025), and is left out."
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 from rightrank.decision.comparison import is_within
 from rightrank.decision.rule import decide_table
 from rightrank.decision.table import ScoreTable
-from rightrank.report.answer import build_evidence_table, build_margin_steps
+from rightrank.report.answer import build_evidence_table
 from rightrank.schema.results import Decision, RankEvidence
 from tests.decision.tables import build_example_table, build_value_table
 from tests.decision.worlds import World, build_worlds, decide_world, draw_world
@@ -31,8 +31,8 @@ def require_consistent_screen(decision: Decision) -> None:
     _require_consistent_bounds(decision, enough_column, by_rank)
     _require_consistent_sentence(decision, enough_column, by_rank)
     if decision.verdict not in ("no_gain", "undecided"):
-        enough_from = build_margin_steps(decision)
-        assert [rank for needed, rank in enough_from if needed <= decision.margin * (1 + 1e-8)][-1] == decision.rank
+        enough_ranks = [step.rank for step in decision.staircase if step.margin <= decision.margin * (1 + 1e-8)]
+        assert enough_ranks[-1] == decision.rank
 
 
 def _require_consistent_bounds(
@@ -41,14 +41,14 @@ def _require_consistent_bounds(
     for rank, word in enough_column.items():
         evidence = by_rank[rank]
         if rank == decision.reference_rank:
-            assert word in ("yes", "best so far")
-        elif decision.basis not in ("std", "values"):
+            assert word == "yes"
+        elif decision.basis != "values":
             assert evidence.difference_low is not None
             assert evidence.difference_high is not None
             assert (word == "no") == (not is_within(evidence.difference_low, decision.margin * (1 + 1e-7)))
             assert word != "yes" or is_within(evidence.difference_high, decision.margin * (1 + 1e-7))
         else:
-            assert (word == "perhaps") == is_within(evidence.difference or 0.0, decision.margin * (1 + 1e-7))
+            assert word == "inconclusive"
 
 
 def _require_consistent_sentence(
@@ -58,12 +58,13 @@ def _require_consistent_sentence(
     if match := re.match(r"Rank (\d+) (is|looks) enough", sentence):
         assert int(match[1]) == decision.rank
         likely = {"inconclusive"} if match[2] == "looks" else set()  # by the bounds, which are beside the probability
-        assert enough_column[int(match[1])] in {"yes", "perhaps", "best so far"} | likely
-    if lower := re.search(r"the next lower rank \((\d+)\) is \S+ worse", sentence):
-        assert enough_column[int(lower[1])] in ("no", "unlikely")
+        assert enough_column[int(match[1])] in {"yes"} | likely
+    doubtful = {"no"} if decision.basis not in ("std", "values") else {"no", "inconclusive"}
+    if lower := re.search(r"; rank (\d+) is \S+ worse", sentence):
+        assert enough_column[int(lower[1])] in doubtful
     if sentence.startswith("Still rising"):
         likely = {"inconclusive"} if "is probably better" in sentence else set()
-        assert {word for rank, word in enough_column.items() if rank != decision.rank} <= {"no", "unlikely"} | likely
+        assert {word for rank, word in enough_column.items() if rank != decision.rank} <= doubtful | likely
 
 
 @pytest.mark.parametrize("shard", range(4))

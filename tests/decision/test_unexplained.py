@@ -74,7 +74,7 @@ def test_a_failed_rank_is_repeated_at_a_lower_rate_or_with_another_seed() -> Non
     )
     assert lower.action == "rates"
     assert lower.learning_rates == [pytest.approx(1e-3 / 3, rel=0.15)]
-    assert "(now 0.001)" in lower.sentence
+    assert "now 0.001)" in lower.sentence
     assert (seed.action, seed.seeds) == ("seeds", 2)
     assert (
         decide_table(build_value_table(DIVERGED), 0.02).next_run

@@ -62,7 +62,7 @@ def test_goal_adapter_ends_with_the_deployment_rank(answered: Path) -> None:
     assert (document["goal"], document["rank"], document["confidence"]) == ("adapter", None, None)
     assert document["cost"]["trainings"] == document["cost"]["trainings_to_adapter"] < 2
     text = Elements((answered / "report.html").read_text(encoding="utf-8")).text
-    assert "Training rank: not measured." in text
+    assert "Training rank: not measured:" in text
     assert write_report(answered).read_text(encoding="utf-8") == (answered / "report.html").read_text(encoding="utf-8")
     assert status(answered).state == "done"
     assert export(answered, "vllm").files == ["vllm.sh"]

@@ -278,13 +278,8 @@ def build_truncation_answer(
     chosen: ScoredAdapter,
     truncations: Iterable[ScoredAdapter],
     comparison: ReferenceComparison,
-    notes: Sequence[str] = (),
 ) -> AdapterAnswer:
-    """Build the answer for the chosen adapter among the truncations of the reference, or for the reference itself.
-
-    Args:
-        notes: on the training of the reference.
-    """
+    """Build the answer for the chosen adapter among the truncations of the reference, or for the reference itself."""
     top, descending = comparison.reference, sorted(truncations, key=lambda adapter: -adapter.rank)
     candidates = [comparison.build_candidate(adapter) for adapter in descending]
     answer, steps = comparison.build_candidate(chosen), build_share_steps(candidates)
@@ -294,7 +289,7 @@ def build_truncation_answer(
         comparison,
         [comparison.build_candidate(top), *candidates],
         _format_answer(answer, comparison, candidates, descending) + format_steps(steps, answer.rank),
-        notes=[*_collect_notes(answer, candidates, comparison), *notes, *filter(None, [top.cell.assumption])],
+        notes=[*_collect_notes(answer, candidates, comparison), *filter(None, [top.cell.assumption])],
         staircase=steps,
     )
 

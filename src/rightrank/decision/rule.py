@@ -143,105 +143,78 @@ def format_sentence(
 ) -> str:
     """Format the answer in a sentence or two. `margin` is in the metric's unit."""
     sentences = [_format_answer(comparison, margin, verdict, unit)]
-    base = comparison.by_rank[0].probability if 0 in comparison.by_rank and verdict != "no_gain" else None
-    if base is not None and comparison.confidence is not None and base > 1 - comparison.confidence:
-        sentences.append(f"The base model itself is {format_probability(base)} likely to be within the margin.")
     if is_default_margin and comparison.evidence.base is None:
         sentences.append("Without a result of the base (rank 0), the margin is the default in the metric's unit.")
     return " ".join([*sentences, *map(_format_outlier, comparison.evidence.outliers)])
 
 
 def _format_outlier(outlier: Outlier) -> str:
-    """Name a training that is left out, with its value and those of the other seeds."""
-    rate = f" at learning rate {outlier.learning_rate:g}" if outlier.learning_rate else ""
-    lowest, highest = (f"{pick(outlier.other_values):.4g}" for pick in (min, max))
-    others = lowest if lowest == highest else f"{lowest} to {highest}"
-    return (
-        f"Seed {outlier.seed} of rank {outlier.rank}{rate} ended at {outlier.value:.4g}, far from its other seeds ({others}), and is left "
-        "out."
-    )
+    others = ", ".join(f"{value:.4g}" for value in outlier.other_values)
+    return f"Seed {outlier.seed} of rank {outlier.rank} ended at {outlier.value:.4g}, far from its other seeds ({others}), and is left out."
 
 
 def _format_answer(comparison: Comparison, margin: float, verdict: Verdict, unit: MetricUnit) -> str:
     evidence, chosen, reference = comparison.evidence, comparison.chosen, comparison.reference.rank
-    margin_text = format_amount(f"{margin:.4g}", evidence)
+    margin_text, caution = format_amount(f"{margin:.4g}", evidence), _format_caution(comparison)
     is_sure = comparison.is_sure(verdict)
-    verb = "is" if is_sure else "looks"
-    caution = "; this is an indication from one seed, and more seeds may change it" if comparison.is_indication else ""
-    if evidence.lacks_uncertainty:
-        caution = "; one number per rank suggests this but does not show it"
-    if len(steps := evidence.list_lengths()) > 1:
-        caution += f"; the trainings have {min(steps):,} to {max(steps):,} steps, so the comparison is not fair"
-    conclusion = f"Rank {chosen} {verb} enough{_format_probabilities(comparison)}"
     qualifier = "probably " if comparison.confidence is not None and not is_sure else ""
     match verdict:
-        case "no_gain":
-            return (
-                f"No gain: the base model itself is {qualifier}within {margin_text} of the best adapter (rank {reference}), "
-                f"so there is no rank to choose{caution}."
-            )
         case "undecided":
             return _format_undecided(comparison, margin_text, unit)
-        case "overfitting":
-            return f"{conclusion}: above rank {reference} held-out results get worse while training results still improve{caution}."
+        case "no_gain":
+            return f"No gain: the base model is {qualifier}within {margin_text} of the best adapter (rank {reference}){caution}."
         case "rising":
             return f"Still rising: rank {chosen}, the largest tried, is {qualifier}better than every smaller one by more than {margin_text}{caution}."
-    best = (
-        "the best of the ranks tried" if chosen == reference else f"within {margin_text} of the best (rank {reference})"
-    )
-    if (lower := comparison.next_lower_rank) is None:
-        return f"{conclusion}: it is {best}, and the smallest tried{caution}."
-    likely = None if comparison.by_rank[lower].non_inferior is False else comparison.by_rank[lower].probability
-    worse = _format_difference(comparison, lower, unit) if likely is None else f"{format_probability(likely)} likely"
-    return f"{conclusion}: it is {best}, and the next lower rank ({lower}) is {worse}{caution}."
+        case "overfitting":
+            reason = f"above rank {reference} held-out results get worse while training results still improve"
+        case _ if chosen == reference:
+            reason = "the best of those tried"
+        case _:
+            reason = f"within {margin_text} of the best (rank {reference})"
+    likely = comparison.by_rank[chosen].probability
+    likely_text = "" if likely is None else f" ({format_probability(likely)} likely)"
+    if verdict != "overfitting" and (lower := comparison.next_lower_rank) is not None:
+        reason += f"; rank {lower} is {_format_worse(comparison, lower, unit)}"
+    return f"Rank {chosen} {'is' if is_sure else 'looks'} enough{likely_text}: {reason}{caution}."
 
 
-def _format_difference(comparison: Comparison, rank: int, unit: MetricUnit) -> str:
-    """Format the difference of the rank's mean from the reference's, such as `0.014 worse` or `0.002 better`."""
-    difference = unit.convert_difference(comparison.by_rank[rank].difference.mean)
+def _format_caution(comparison: Comparison) -> str:
+    """Say what limits the answer: one number per rank, one seed, or trainings of different lengths."""
+    texts = []
+    if comparison.evidence.lacks_uncertainty:
+        texts.append("; one number per rank suggests this but does not show it")
+    elif comparison.is_indication:
+        texts.append("; one seed is an indication")
+    if len(steps := comparison.evidence.list_lengths()) > 1:
+        texts.append(f"; the trainings have {min(steps):,} to {max(steps):,} steps, so the comparison is not fair")
+    return "".join(texts)
+
+
+def _format_worse(comparison: Comparison, rank: int, unit: MetricUnit) -> str:
+    """Say how much worse the rank is than the reference or, if that is not shown, how likely it is to be enough."""
+    compared = comparison.by_rank[rank]
+    if compared.probability is not None and compared.non_inferior is not False:
+        return f"{format_probability(compared.probability)} likely"
+    difference = unit.convert_difference(compared.difference.mean)
     return f"{format_number(abs(difference))} {'better' if difference < 0 else 'worse'}"
 
 
-def _format_probabilities(comparison: Comparison) -> str:
-    """Format the probabilities of the chosen rank and of the likeliest larger one: ` (71% likely; rank 16: 96%)`."""
-    compared = [(rank, comparison.by_rank[rank].probability) for rank in comparison.ranks]
-    probabilities = {rank: likely for rank, likely in compared if likely is not None}
-    if comparison.chosen not in probabilities:
-        return ""
-    larger_ranks = [
-        rank
-        for rank in probabilities
-        if rank > comparison.chosen and probabilities[rank] > probabilities[comparison.chosen]
-    ]
-    likeliest = max(larger_ranks, key=lambda rank: (probabilities[rank], -rank), default=None)
-    likeliest_text = "" if likeliest is None else f"; rank {likeliest}: {format_probability(probabilities[likeliest])}"
-    return f" ({format_probability(probabilities[comparison.chosen])} likely{likeliest_text})"
-
-
 def _format_undecided(comparison: Comparison, margin_text: str, unit: MetricUnit) -> str:
-    """Name the rank that may have failed, or else the indistinguishable ranks and the margin at which the recommended one would be enough."""
+    """Name the rank that may have failed, or else the likeliest rank and the margin at which it would be enough."""
+    evidence, recommended, confidence = comparison.evidence, comparison.chosen, comparison.confidence
     unexplained = find_unexplained_rank(comparison)
     if unexplained is not None:
-        remark = f" Without it, rank {comparison.chosen} looks enough{_format_probabilities(comparison)}."
         return (
-            f"Undecided: rank {unexplained} is {_format_difference(comparison, unexplained, unit)} than rank {comparison.reference.rank}, "
-            f"although a larger rank should be about as good: its training may have failed.{'' if comparison.is_open else remark}"
+            f"Undecided: rank {unexplained} is worse than rank {comparison.reference.rank}, although a larger rank should be about as good: "
+            f"its training may have failed.{'' if comparison.is_open else f' Without it, rank {recommended} looks enough.'}"
         )
-    evidence, recommended, confidence = comparison.evidence, comparison.chosen, comparison.confidence
     assert confidence is not None  # values without uncertainty can tell
-    indistinguishable = comparison.list_indistinguishable_ranks()
-    worse_ranks = [rank for rank in comparison.ranks if rank not in indistinguishable]
     margin = format_number(unit.convert_difference(evidence.compute_margins(confidence)[recommended]))
     likely = format_probability(comparison.by_rank[recommended].probability or 0.0)
-    sentences = [
-        f"Take rank {recommended}: it is {likely} likely to be within {margin_text} of the best, and {confidence:.0%} likely to be within {margin}."
-    ]
-    if worse_ranks:
-        verb = "is" if len(worse_ranks) == 1 else "are"
-        sentences.insert(0, f"{format_rank_names(worse_ranks).capitalize()} {verb} probably worse.")
-    if len(indistinguishable) > 1:
-        sentences.insert(0, f"{format_rank_names(indistinguishable).capitalize()} cannot be distinguished.")
-    return " ".join(sentences)
+    return (
+        f"Undecided: no rank is {confidence:.0%} likely to be within {margin_text} of the best. Take rank {recommended}, the likeliest "
+        f"({likely}): it is {confidence:.0%} likely to be within {margin}."
+    )
 
 
 # What the intervals cover, and what they leave out.
@@ -281,23 +254,22 @@ def plan_next_runs(comparison: Comparison, verdict: Verdict) -> list[NextRun]:
     position = 1 if verdict in ("rising", "undecided") else 0
     runs[position:position] = [run for run in rate_runs if run is not None][:1]
     if verdict != "undecided":
-        runs.append(_plan_confirmation(comparison, is_last=not runs))
+        runs.append(_plan_confirmation(comparison))
     return runs
 
 
 def _plan_repetition(comparison: Comparison, rank: int) -> NextRun:
     """Plan to repeat the training that probably failed: at a lower learning rate if none was tried, else with another seed."""
-    evidence, start = comparison.evidence, f"Train rank {rank} again"
+    evidence = comparison.evidence
     if evidence.has_lower_rate(rank):
+        sentence = f"Train rank {rank} again with another seed ({_format_cost(1)}): it may have failed."
         seeds = len(evidence.contenders[rank].cells) + 1
-        sentence = f"{start} with another seed ({_format_cost(1)}): it may have failed."
         return NextRun(action="seeds", ranks=[rank], seeds=seeds, trials=1, sentence=sentence)
     rate = evidence.contenders[rank].learning_rate
     lower = [extrapolate_rate(rate, EDGE_FACTOR * rate, _collect_tried_rates(evidence.table))] if rate > 0 else []
-    at = f"at learning rate {lower[0]:.2g} (now {rate:.2g})" if lower else "at a lower learning rate"
-    return NextRun(
-        action="rates", ranks=[rank], learning_rates=lower, trials=1, sentence=f"{start} {at}: it may have failed."
-    )
+    lower_text = f" ({lower[0]:.2g}, now {rate:.2g})" if lower else ""
+    sentence = f"Train rank {rank} again at a lower learning rate{lower_text}: it may have failed."
+    return NextRun(action="rates", ranks=[rank], learning_rates=lower, trials=1, sentence=sentence)
 
 
 def _plan_runs_for_confidence(comparison: Comparison) -> list[NextRun]:
@@ -317,15 +289,17 @@ def _plan_runs_for_confidence(comparison: Comparison) -> list[NextRun]:
         sentence = f"To test the margin, score about {needed_examples:,} held-out examples (now {examples:,}) at {format_rank_names(ranks)}."
         runs.append(NextRun(action="examples", ranks=ranks, examples=needed_examples, sentence=sentence))
     if needed_seeds is not None:
-        sentence = (
-            f"Train {format_rank_names(ranks)} with {needed_seeds} seeds (now {seeds}) to test the margin ({{cost}})."
-        )
-        runs.append(_build_seed_run(evidence, ranks, needed_seeds, sentence))
+        runs.append(_plan_seeds(evidence, ranks, needed_seeds, "test the margin"))
     if not runs:
-        more = f"Neither {sizes[-1]:,} held-out examples nor" if sizes else "Not even"
-        sentence = f"{more} {MAX_SEEDS} seeds would settle it at this noise: take rank {comparison.chosen}, or choose another margin."
+        sentence = f"No more seeds or examples would settle it at this noise: take rank {comparison.chosen}, or choose another margin."
         runs.append(NextRun(action="none", ranks=[comparison.chosen], sentence=sentence))
     return runs
+
+
+def _plan_seeds(evidence: Evidence, ranks: list[int], seeds: int, purpose: str) -> NextRun:
+    trials = _count_missing_trainings(evidence, ranks, seeds)
+    sentence = f"Train {format_rank_names(ranks)} with {seeds} seeds to {purpose} ({_format_cost(trials)})."
+    return NextRun(action="seeds", ranks=ranks, seeds=seeds, trials=trials, sentence=sentence)
 
 
 def _plan_larger_rank(evidence: Evidence) -> NextRun:
@@ -356,22 +330,16 @@ def _collect_tried_rates(table: ScoreTable) -> set[float]:
     return {rate for rank in table.list_ranks() for rate in table.list_tried_rates(rank)}
 
 
-def _plan_confirmation(comparison: Comparison, is_last: bool) -> NextRun:
-    """Plan `CONFIRM_SEEDS` paired seeds at the answer, the next lower rank and the reference.
-
-    Args:
-        is_last: no other run is planned.
-    """
+def _plan_confirmation(comparison: Comparison) -> NextRun:
+    """Plan `CONFIRM_SEEDS` paired seeds at the answer, the next lower rank and the reference."""
     ranks = sorted({comparison.chosen, comparison.reference.rank, comparison.next_lower_rank or comparison.chosen})
     if comparison.evidence.basis == "values":
         sentence = f"One number per rank can't show the answer: score {format_rank_names(ranks)} by example, with {CONFIRM_SEEDS} seeds or more."
         return NextRun(action="examples", ranks=ranks, seeds=CONFIRM_SEEDS, sentence=sentence)
     if _count_missing_trainings(comparison.evidence, ranks, CONFIRM_SEEDS) == 0:
-        start = "No more training is needed: evaluate" if is_last else "Then evaluate"
-        sentence = f"{start} {format_rank_names(ranks)} once on held-out data that was not used for any choice."
+        sentence = f"Evaluate {format_rank_names(ranks)} once on held-out data that was not used for any choice."
         return NextRun(action="test", ranks=ranks, sentence=sentence)
-    sentence = f"Train {format_rank_names(ranks)} with {CONFIRM_SEEDS} seeds to confirm it ({{cost}})."
-    return _build_seed_run(comparison.evidence, ranks, CONFIRM_SEEDS, sentence)
+    return _plan_seeds(comparison.evidence, ranks, CONFIRM_SEEDS, "confirm it")
 
 
 def _plan_after_no_gain(evidence: Evidence) -> NextRun:
@@ -389,13 +357,6 @@ def _plan_after_no_gain(evidence: Evidence) -> NextRun:
 def _count_missing_trainings(evidence: Evidence, ranks: list[int], seeds: int) -> int:
     """Count the additional trainings with which each of the ranks has `seeds` seeds."""
     return sum(max(0, seeds - len(evidence.contenders[rank].cells)) for rank in ranks)
-
-
-def _build_seed_run(evidence: Evidence, ranks: list[int], seeds: int, sentence: str) -> NextRun:
-    """Return a run of the ranks with `seeds` seeds each. `sentence` has `{cost}` for the number of trainings."""
-    trials = _count_missing_trainings(evidence, ranks, seeds)
-    sentence = sentence.format(cost=_format_cost(trials))
-    return NextRun(action="seeds", ranks=ranks, seeds=seeds, trials=trials, sentence=sentence)
 
 
 def _format_cost(trials: int) -> str:

@@ -89,14 +89,6 @@ def find_base(
     )
 
 
-def describe_checkpoint(trial: TrialFinished) -> list[str]:
-    """Say which evaluation of a training is used, if it is not the last one."""
-    if trial.checkpoint_step is None:
-        return []
-    mean = ", the mean of the factors since the warm-up" if trial.checkpoint_is_mean else ""
-    return [f"The best checkpoint of rank {trial.rank} is used: step {trial.checkpoint_step} of {trial.steps}{mean}."]
-
-
 def build_trained_answer(
     trial: TrialFinished,
     criterion: Criterion,
@@ -230,10 +222,6 @@ def format_provenance(trial: TrialFinished, trained: TrialFinished) -> str:
     return f"{text}, truncated to rank {trial.rank} by {TRUNCATION_METHODS[trial.truncation or 'svd']}"
 
 
-# From benchmarks/early_rates/judged.json: at rank 64, a rate that was chosen at a quarter ended within .005 nats of the best of four.
-NEAR_BEST_GRIDS, JUDGED_GRIDS = 20, 31
-
-
 def describe_learning_rate(
     trained: TrialFinished, outcomes: Sequence[TrialOutcome], criterion: Criterion
 ) -> LearningRateAnswer | None:
@@ -319,29 +307,19 @@ def describe_run_learning_rate(records: Records) -> LearningRateAnswer | None:
 
 
 def _format_sentence(answer: LearningRateAnswer) -> str:
-    when = f"at step {answer.step} of {answer.steps}" if answer.step < answer.steps else "at the end"
+    when = f"At step {answer.step} of {answer.steps}" if answer.step < answer.steps else "At the end"
     others = [candidate for candidate in answer.candidates if candidate.learning_rate != answer.learning_rate]
-    measured = [candidate for candidate in others if candidate.difference is not None]
-    sentences = [f"The learning rate is {answer.learning_rate:g}."]
-    is_mean = any(candidate.current_value is not None for candidate in answer.candidates)
-    subject = f"{answer.metric} of rank {answer.rank}" + (", with the mean of its last factors," if is_mean else "")
-    if measured:
-        is_best = all(candidate.difference > 0 for candidate in measured if candidate.difference is not None)
-        verb = "was worse with the others" if is_best else "differed with the others (below 0 is better)"
-        results = ", ".join(map(_format_result, measured))
-        sentences.append(f"{when.capitalize()}, {subject} {verb}: {results}.")
-    sentences += [
-        f"{candidate.learning_rate:g} {candidate.failure}." for candidate in others if candidate.failure is not None
-    ]
+    results = ", ".join(_format_result(candidate) for candidate in others if candidate.difference is not None)
     tried_rates = [candidate.learning_rate for candidate in answer.candidates]
-    for edge, name in ((tried_rates[0], "lowest"), (tried_rates[-1], "highest")):
-        if answer.learning_rate == edge:
-            sentences.append(f"It is the {name} one that was tried: --learning-rates tries others.")
-    if is_mean:
-        sentences.append(
-            f"Chosen like this, the rate was within .005 nats of the best of four in {NEAR_BEST_GRIDS} of {JUDGED_GRIDS} judged grids."
-        )
-    return " ".join([*sentences, "This is one seed, and another seed may favor another learning rate."])
+    is_at_edge = answer.learning_rate in (tried_rates[0], tried_rates[-1])
+    sentences = (
+        f"The learning rate is {answer.learning_rate:g}.",
+        f"{when}, {answer.metric} of rank {answer.rank} was worse with the others by {results}." if results else "",
+        *(f"{candidate.learning_rate:g} {candidate.failure}." for candidate in others if candidate.failure is not None),
+        "It is the lowest or the highest one that was tried: --learning-rates tries others." if is_at_edge else "",
+        "This is one seed, and another seed may favor another learning rate.",
+    )
+    return " ".join(filter(None, sentences))
 
 
 def _format_result(candidate: LearningRateCandidate) -> str:

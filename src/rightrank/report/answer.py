@@ -8,7 +8,6 @@ from itertools import zip_longest
 from typing import Any
 
 from rightrank.adapters.rank_math import convert_scaling
-from rightrank.decision.comparison import is_within
 from rightrank.decision.rule import format_number, format_probability, plan_rate_run
 from rightrank.decision.run_answers import (
     build_criterion,
@@ -27,7 +26,6 @@ from rightrank.report.format import (
 )
 from rightrank.schema.events import AdapterRecorded, Records, RunKind, RunStarted, build_next_commands
 from rightrank.schema.results import (
-    AdapterAnswer,
     AdapterCandidate,
     Decision,
     ExportedAdapter,
@@ -103,11 +101,7 @@ class Answers:
         """Return the training rank in a sentence; until it is available, what is missing."""
         if self.decision is not None:
             return self.decision.sentence
-        if self.goal == "training-rank":
-            so_far = format_quantity(self.trainings, "training")
-            return f"{so_far} so far. A comparison needs two ranks with a result."
-        to_measure = " To measure it: the same command with --goal training-rank." if is_built_in(self.started) else ""
-        return f"not measured.{to_measure}"
+        return "not measured: it needs two ranks with a result, and --goal training-rank."
 
     @property
     def next_runs(self) -> list[NextRun]:
@@ -127,13 +121,16 @@ class Answers:
         started, adapter = self.started, self.adapter
         fields: dict[str, Any] = dict.fromkeys(("rank", "verdict", "confidence", "sentence"))
         fields |= _dump_record(self.decision) or {}
+        shares: dict[str, Any] = dict.fromkeys(("gain", "share_kept", "share_kept_low"))
+        if adapter is not None:
+            shares = adapter.answer.model_dump(include=set(shares))
         of_run = {} if started is None else started.model_dump(include={"metric", "higher_is_better"})
         return (
             {**of_run, "goal": self.goal}
             | fields
             | {
                 "adapter_sentence": adapter and adapter.answer.sentence,
-                **_dump_shares(None if adapter is None else adapter.answer),
+                **shares,
                 "cost": self.cost,
                 "adapter_provenance": self.provenance,
                 "adapter_flags": ["lr_edge"] * (self.adapter_run is not None)
@@ -179,13 +176,6 @@ def build_answers(
     return replace(answers, candidates=compare_run_adapters(records), next_commands=commands)
 
 
-def _dump_shares(answer: AdapterAnswer | None) -> dict[str, Any]:
-    """Return what the adapter keeps of the gain."""
-    if answer is None:
-        return dict.fromkeys(("gain", "share_kept", "share_kept_low"))
-    return answer.model_dump(include={"gain", "share_kept", "share_kept_low"})
-
-
 def _dump_record(record: Record | None) -> Any:
     return record and record.model_dump()
 
@@ -206,22 +196,8 @@ def _format_adapter_notes(answers: Answers) -> list[str]:
         f"{2 * answer.rank} too, with --ranks, takes about the cost of this answer."
         if answer.is_top_rank_required
         else "",
-        "Its learning rate is the lowest or the highest that was tried (lr_edge), so another one may be better."
-        if answers.adapter_run
-        else "",
         _format_test_result(handed_over),
-        _format_repetition(answers, handed_over),
     ]
-
-
-def _format_repetition(answers: Answers, handed_over: ExportedAdapter) -> str:
-    """Describe the ranks at which to train again."""
-    trained, decided = handed_over.trained_rank, None if answers.decision is None else answers.decision.rank
-    is_truncated = handed_over.method == "truncated" and handed_over.rank < trained
-    ways = [f"start at rank {trained} and truncate" if is_truncated else f"train at rank {trained}"]
-    if decided is not None and decided != trained:
-        ways.append(f"train at rank {decided}")
-    return f"To train again, {', or '.join(ways)}."
 
 
 def describe_training(answers: Answers) -> str:
@@ -302,41 +278,10 @@ def _build_evidence_row(evidence: RankEvidence, decision: Decision, with_learnin
 def _format_enough(evidence: RankEvidence, decision: Decision) -> str:
     """Return whether a rank is enough, as one word.
 
-    Without an uncertainty (one number for each rank) nothing is proven, so the words are weaker: "perhaps" and "unlikely". A rank below one that
-    failed, or next to a higher one that may be better, is inconclusive, whatever its own bound says.
+    A rank below one that failed, or next to a higher one that may be better, is inconclusive, whatever its own bound says.
     """
-    is_reading = decision.basis in ("std", "values")
-    if evidence.rank == decision.reference_rank and (is_reading or decision.rank is None):
-        return "best so far"
-    if evidence.non_inferior and not is_reading and 0 < evidence.rank < decision.recommended_rank:
-        return ENOUGH[None]
-    if not is_reading or evidence.non_inferior is False:
-        return ENOUGH[evidence.non_inferior]
-    return "perhaps" if is_within(evidence.difference or 0.0, decision.margin) else "unlikely"
-
-
-def build_margin_steps(decision: Decision) -> list[tuple[float, int]]:
-    """Return `(margin, rank)` pairs: from each margin on, this rank is enough. The first margin is 0."""
-    steps = [(step.margin, step.rank) for step in decision.staircase]
-    return steps if steps and steps[0][0] == 0 else [(0.0, decision.reference_rank), *steps]
-
-
-def explain_probabilities(decision: Decision) -> str:
-    """Explain why a rank whose bounds are within the margin is not the answer; empty if there is no such rank."""
-    requested = decision.requested_confidence
-    unlikely = [
-        evidence.rank
-        for evidence in decision.ranks
-        if evidence.non_inferior and evidence.rank != decision.reference_rank
-        if requested is not None and evidence.probability is not None and evidence.probability < requested
-    ]
-    if not unlikely:
-        return ""
-    return (
-        f"The bounds compare a rank with rank {decision.reference_rank} alone. The probability is that of being within the margin of every "
-        f"rank at once, with the noise of seeds and of the chosen learning rates, so rank {unlikely[0]} is within its bounds and yet below "
-        f"{requested:.0%}."
-    )
+    is_doubtful = evidence.non_inferior and 0 < evidence.rank < decision.recommended_rank
+    return ENOUGH[None if is_doubtful else evidence.non_inferior]
 
 
 def build_certainty_rows(decision: Decision) -> list[tuple[str, str]]:
@@ -347,7 +292,6 @@ def build_certainty_rows(decision: Decision) -> list[tuple[str, str]]:
     )
     rows = [
         ("basis", decision.basis_note),
-        ("likely", explain_probabilities(decision)),
         ("optimism", optimism if decision.selection_bias else ""),
         *(("flag", f"{flag}: {FLAGS.get(flag, '')}") for flag in decision.flags),
     ]

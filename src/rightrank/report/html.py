@@ -27,7 +27,6 @@ from rightrank.report.answer import (
     Answers,
     build_certainty_rows,
     build_evidence_table,
-    build_margin_steps,
     describe_training,
     format_cost,
 )
@@ -40,7 +39,7 @@ from rightrank.report.figures import (
     plot_adapters,
     plot_learning_rates,
 )
-from rightrank.report.format import format_bytes, format_quantity, get_metric_unit
+from rightrank.report.format import format_bytes, get_metric_unit
 from rightrank.schema.events import Records, RunStarted, TestEvaluated
 from rightrank.schema.results import Decision
 from rightrank.schema.settings import build_reproduce_command
@@ -114,13 +113,11 @@ def render_report(
             answers=answers,
             adapter=adapter,
             candidates=build_candidate_table(adapter.answer, started.metric) if adapter else [],
-            confidence=_format_confidence(records, decision) if decision else "",
             cost=format_cost(records),
             plots=plots,
             extra_plots=[figure for name, figure in plots.items() if name not in SECTION_FIGURES],
             **_list_trial_values(records.outcomes),
             tests=_build_test_rows(records),
-            limits=_describe_limits(records, decision),
             has_files=True,
             command=build_reproduce_command(started.model_name, started.data_name, records.settings),
         )
@@ -154,7 +151,6 @@ def _list_decision_values(decision: Decision) -> dict[str, Any]:
         "evidence": build_evidence_table(decision),
         "certainty": build_certainty_rows(decision),
         "margin": f"{decision.margin:.4g} {get_metric_unit(decision.metric)}",
-        "margin_steps": build_margin_steps(decision),
         "figure_hint": "" if is_matplotlib_installed() else INSTALL_HINT,
     }
 
@@ -241,20 +237,6 @@ def _format_loading_code(records: Records) -> str:
     return "\n".join(["from transformers import AutoTokenizer", *loading, tokenizer])
 
 
-def _format_confidence(records: Records, decision: Decision) -> str:
-    """Describe the confidence level and the evidence behind it."""
-    examples = len(records.started.evaluation_examples)
-    groups = records.started.data.groups
-    how = f" in {format_quantity(groups, 'group')}" if groups else ""
-    held_out = f", paired over {format_quantity(examples, 'held-out example')}{how}" if examples else ""
-    level = "An indication" if decision.confidence is None else f"{decision.confidence:.0%} confidence"
-    return f"{level}{held_out} and {format_quantity(_count_seeds(decision), 'seed')} per rank"
-
-
-def _count_seeds(decision: Decision) -> int:
-    return max((e.seeds for e in decision.ranks if e.rank > 0), default=1)
-
-
 def _build_test_rows(records: Records) -> list[tuple[str, TestEvaluated]]:
     """Return `(adapter, result on the test split)` rows; the adapter is "base", "rank 16", or "rank 4, truncated"."""
     stages = {trial.trial_id: trial.arm.format_stage() for trial in records.list_finished()}
@@ -263,33 +245,3 @@ def _build_test_rows(records: Records) -> list[tuple[str, TestEvaluated]]:
         (", ".join(filter(None, [name, stages.get(test.trial_id)])), test)
         for name, test in zip(names, records.tests, strict=True)
     ]
-
-
-def _describe_limits(records: Records, decision: Decision | None) -> list[str]:
-    """Describe the limits of the evidence, one sentence each."""
-    settings = records.settings
-    ranks = sorted({trial.rank for trial in records.list_finished() if trial.rank > 0 and trial.arm.is_direct})
-    limits: list[str] = []
-    if ranks:
-        limits.append(f"Ranks other than {', '.join(map(str, ranks))}.")
-    steps = max((trial.steps for trial in records.list_finished()), default=0)
-    if steps:
-        limits.append(
-            f"Trainings longer than {steps} steps. Low ranks tend to fall behind late in training, so a longer training may need a higher rank."
-        )
-    limits.append(f"Metrics other than {records.started.metric}; other data, prompts or models.")
-    if "target_modules" in settings.model_fields_set:
-        limits.append(
-            f"Target modules other than {','.join(settings.target_modules)}; scalings other than "
-            f"{settings.scaling} with alpha {settings.lora_alpha:g}."
-        )
-    if decision is not None and _count_seeds(decision) < 2:
-        limits.append("Variation between seeds: each rank has one seed.")
-    missing = sum(outcome.rank > 0 and not isinstance(outcome, TrialFinished) for outcome in records.outcomes)
-    if missing:
-        limits.append(
-            f"{format_quantity(missing, 'training')} without a result; these do not count for or against a rank."
-        )
-    if not records.tests:
-        limits.append("The test split. It is evaluated at the end of the run.")
-    return limits

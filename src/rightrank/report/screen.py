@@ -13,7 +13,6 @@ from rich.cells import cell_len
 
 from rightrank.adapters.adapter_folders import format_loading_code
 from rightrank.adapters.rank_math import format_slot
-from rightrank.decision.comparison import CONFIDENCE
 from rightrank.decision.rule import format_probability
 from rightrank.report.answer import (
     Answers,
@@ -23,6 +22,7 @@ from rightrank.report.answer import (
     describe_training,
     format_brief,
     format_cost,
+    is_built_in,
 )
 from rightrank.report.format import (
     CURVE_LINES,
@@ -122,46 +122,21 @@ def collect_curves(answers: Answers) -> tuple[Points, Points]:
 
 
 def describe_result(answers: Answers, is_done: bool = True) -> str:
-    """Describe the result in a sentence: the rank, the learning rate, the certainty and the cost."""
+    """Describe the result in a few sentences: the training rank, the adapter and the cost."""
     trainings = format_quantity(round(answers.trainings, 1), "training")
     cost = f"It took {trainings}." if is_done else f"{trainings} so far."
     if not is_done and answers.decision is None and answers.adapter is None:
         return f"No answer yet; {cost}"
-    decision = answers.decision
-    is_hopeless = decision is not None and decision.verdict == "no_gain"  # the adapter's sentence would repeat it
-    saved = "" if answers.adapter is None or is_hopeless else answers.adapter.answer.sentence
-    if decision is None and not saved:
-        saved = "The trainer saved no adapter."
-    decided = "" if decision is None else f"{_describe_decision(decision)}."
-    return " ".join(filter(None, [decided, saved, cost]))
-
-
-def _describe_decision(decision: Decision) -> str:
-    """Describe the training rank and how certain it is."""
-    margin = _format_amount(f"{decision.margin:.4g}", decision.metric)
-    reference, rank = decision.reference_rank, decision.recommended_rank
-    if decision.verdict == "no_gain":
-        base = next((evidence.probability or 0.0 for evidence in decision.ranks if evidence.rank == 0), 0.0)
-        likely = "" if decision.confidence is not None and base >= CONFIDENCE else "probably "
-        return f"No gain: the base model is {likely}within {margin} of the best adapter (rank {reference})"
-    probability = next((evidence.probability for evidence in decision.ranks if evidence.rank == rank), None)
-    likely = "" if probability is None else f"{format_probability(probability)} likely "
-    rate = f"learning rate {decision.learning_rate:g}" if decision.learning_rate else ""
-    seed = "one seed" if "one_seed" in decision.flags else ""
-    if decision.rank is None:
-        details = ", ".join(filter(None, [f"{likely}within {margin} of the best", seed]))
-        return f"Undecided; use rank {rank} until it is settled ({details})"
-    evidence = f"{likely}within {margin} of the best"
-    if decision.verdict == "rising":
-        evidence = f"the largest tried, better than all others by more than {margin}"
-    elif rank == reference and probability is None:
-        evidence = "the best of those tried"
-    return f"Train at rank {rank} ({', '.join(filter(None, [evidence, rate, seed]))})"
-
-
-def _format_amount(number: str, metric: str) -> str:
-    """Format a number with its unit, if the metric has one."""
-    return f"{number} nats" if metric == "loss" else number
+    decision, adapter = answers.decision, "" if answers.adapter is None else answers.adapter.answer.sentence
+    if decision is None:
+        return f"{adapter or 'The trainer saved no adapter.'} {cost}"
+    if adapter and decision.verdict != "no_gain":  # the adapter's sentence would repeat it
+        likely = "" if decision.probability is None else f" ({format_probability(decision.probability)} likely)"
+        return f"{answers.rank_headline}{likely}. {adapter} {cost}"
+    # The settings of a built-in training are in another line.
+    has_rate = decision.rank and decision.learning_rate and not is_built_in(answers.started)
+    rate = f" Its learning rate is {decision.learning_rate:g}." if has_rate else ""
+    return f"{decision.sentence}{rate} {cost}"
 
 
 def _format_loading(answers: Answers, folder: Path | None) -> str:

@@ -16,7 +16,7 @@ from typing import TypeAlias
 from rightrank.adapters.find_smallest import find_smallest
 from rightrank.decision.adapter import Criterion, ReferenceComparison, build_truncation_answer
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.run_answers import describe_checkpoint, find_base, score_trials
+from rightrank.decision.run_answers import find_base, score_trials
 from rightrank.decision.table import Contender, ScoreTable, build_table
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.metrics import LossKind
@@ -348,5 +348,4 @@ def choose_adapter(
     smallest = find_smallest(top, by_rank, by_rank.get, lambda adapter: adapter, criterion)
     comparison = ReferenceComparison(top, adapters, criterion, base)
     # A pass over the base evaluates all truncations together, so the answer also lists those below the first that fails.
-    notes = describe_checkpoint(trials[top.name])
-    return build_truncation_answer(smallest.adapter, truncations, comparison, notes)
+    return build_truncation_answer(smallest.adapter, truncations, comparison)
