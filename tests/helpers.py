@@ -13,10 +13,10 @@ from peft.utils import ModulesToSaveWrapper
 
 from rightrank.bases.base_models import load_base
 from rightrank.data.splits import load_data
-from rightrank.schema.events import Event, StepDone
+from rightrank.schema.events import Event, Listener, StepDone
 from rightrank.schema.settings import SelectSettings
-from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.training.loop import TrialFolders, run_trial
+from rightrank.schema.trials import Arm, Trial, TrialFinished, TrialOutcome
+from rightrank.training.loop import TrialFolders, train_trials
 from rightrank.training.multi_lora import MultiLora
 from rightrank.training.peft_models import ADAPTER, find_lora_modules
 from rightrank.training.runtime import Runtime
@@ -30,6 +30,13 @@ def make_runtime(model: Path, data: Path, settings: SelectSettings, cache: Path 
     loaded = load_base(str(model), settings, splits.summary.classes)
     encoded = encode_splits(splits, loaded, settings)
     return Runtime(loaded, encoded, settings, settings.count_training_steps(len(encoded.splits["train"])), cache)
+
+
+def run_trial(
+    runtime: Any, trial: Trial, base_loss: float | None, folders: TrialFolders, listener: Listener
+) -> TrialOutcome:
+    """Train one trial alone."""
+    return next(train_trials(runtime, [trial], base_loss, lambda _: folders, listener))
 
 
 @contextmanager

@@ -45,7 +45,7 @@ from rightrank.schema.errors import InterruptedRun, SettingsError
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
 from rightrank.training import targets
-from rightrank.training.loop import TrialFolders, run_trial, train_trials
+from rightrank.training.loop import TrialFolders, train_trials
 from rightrank.training.loss import chunked_cross_entropy
 from rightrank.training.pace import choose_adapters_per_pass, measure_pace
 from rightrank.training.runtime import Runtime
@@ -136,7 +136,7 @@ def run_other_ends(runtime: Runtime, base_loss: float, folder: Path) -> dict[str
     def end(name: str, arm: Arm, listener: Listener = SILENT, base: float = base_loss) -> TrialOutcome:
         previous_checkpoint = None if arm.continue_from is None else folder / f"{arm.continue_from}.ckpt"
         folders = TrialFolders(folder / f"{name}.ckpt", folder / name, previous_checkpoint)
-        return run_trial(runtime, Trial(trial_id=name, arm=arm), base, folders, listener)
+        return next(train_trials(runtime, [Trial(trial_id=name, arm=arm)], base, lambda _: folders, listener))
 
     with contextlib.suppress(InterruptedRun):
         end("stopped", arm, StopListener())

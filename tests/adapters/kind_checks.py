@@ -26,12 +26,12 @@ from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.events import Listener, StepDone
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.training.loop import TrialFolders, run_trial
+from rightrank.training.loop import TrialFolders
 from rightrank.training.pace import find_multi_lora_obstacle
 from rightrank.training.peft_models import suppress_peft_warnings
 from rightrank.training.runtime import Runtime
 from rightrank.training.tokens import encode_splits
-from tests.helpers import attach_fresh_adapter, list_trainable_parameters
+from tests.helpers import attach_fresh_adapter, list_trainable_parameters, run_trial
 from tests.tiny import GPT2_SIZES, SIZES, build_small_settings, make_tokenizer, write_completions
 from tests.watch import Watch
 

@@ -23,7 +23,7 @@ from rightrank.schema.events import Listener
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial
 from rightrank.training.adapter_runtime import attach_adapter, gather_unseen_moments, make_adapter_runtime
-from rightrank.training.loop import TrialFolders, run_trial
+from rightrank.training.loop import TrialFolders
 from tests.adapters.adapters import (
     compute_deltas,
     load_strictly,
@@ -31,7 +31,7 @@ from tests.adapters.adapters import (
     make_adapter,
     make_base,
 )
-from tests.helpers import make_runtime
+from tests.helpers import make_runtime, run_trial
 from tests.tiny import build_small_settings, write_completions
 
 pytestmark = pytest.mark.trains

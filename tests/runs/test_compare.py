@@ -17,9 +17,9 @@ from rightrank.schema.errors import DataError, ModelError
 from rightrank.schema.events import Listener
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial
-from rightrank.training.loop import TrialFolders, run_trial
+from rightrank.training.loop import TrialFolders
 from tests.adapters.adapters import edit_config
-from tests.helpers import make_runtime
+from tests.helpers import make_runtime, run_trial
 from tests.tiny import build_small_settings, write_jsonl
 
 SETTINGS = {"seq_len": 32, "device": "cpu"}

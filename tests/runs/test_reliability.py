@@ -19,11 +19,10 @@ from rightrank.runs.hooks import SignalHandler
 from rightrank.schema.errors import TerminatedRun
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished, TrialStarted
-from rightrank.training import loop as training_loop
 from rightrank.training.loop import TrialFolders
 from rightrank.training.optimizer import load_checkpoint
 from tests.commands import SELECT, run, start, wait_for_trial
-from tests.helpers import make_runtime
+from tests.helpers import make_runtime, run_trial
 from tests.tiny import build_small_settings
 from tests.watch import Watch, wait_until
 
@@ -168,7 +167,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_found_and_the_trial_starts_again(
     steps = iter(range(1000))
     stopper = Watch(should_stop=lambda: next(steps) == 3)
     with pytest.raises(Exception, match="stopped at step 4"):
-        training_loop.run_trial(runtime, trial, 20.0, folders, stopper)
+        run_trial(runtime, trial, 20.0, folders, stopper)
     content = folders.checkpoint.read_bytes()
     assert load_checkpoint(folders.checkpoint) is not None
     length = 8 + int.from_bytes(content[:8], "little")
@@ -177,6 +176,6 @@ def test_a_flipped_bit_in_a_checkpoint_is_found_and_the_trial_starts_again(
         damaged[position] ^= 2
         folders.checkpoint.write_bytes(bytes(damaged))
         assert load_checkpoint(folders.checkpoint) is None, position
-    outcome = training_loop.run_trial(runtime, trial, 20.0, folders, Listener())
+    outcome = run_trial(runtime, trial, 20.0, folders, Listener())
     assert isinstance(outcome, TrialFinished)
     assert len(outcome.train_losses) == 8

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.events import Event, StepDone
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.training.loop import TrialFolders, run_trial, train_trials
+from rightrank.training.loop import TrialFolders, train_trials
 from tests.adapters.kind_checks import copy_initial_values, train_plain_loop
-from tests.helpers import attach_fresh_adapter, make_runtime, train_ours
+from tests.helpers import attach_fresh_adapter, make_runtime, run_trial, train_ours
 from tests.tiny import build_small_settings, write_jsonl, write_pairs
 from tests.watch import Watch
 

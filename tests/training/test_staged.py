@@ -10,9 +10,9 @@ import torch
 from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.training.loop import TrialFolders, run_trial
+from rightrank.training.loop import TrialFolders
 from rightrank.training.optimizer import load_checkpoint, save_checkpoint
-from tests.helpers import make_runtime
+from tests.helpers import make_runtime, run_trial
 from tests.tiny import build_small_settings
 from tests.watch import Watch
 

@@ -371,13 +371,6 @@ def evaluate_adapters(
 FolderFactory = Callable[[Trial], TrialFolders]
 
 
-def run_trial(
-    runtime: Runtime, trial: Trial, base_loss: float | None, folders: TrialFolders, listener: Listener
-) -> TrialOutcome:
-    """Train one trial alone, or evaluate the base for rank 0; see `train_trials`."""
-    return next(train_trials(runtime, [trial], base_loss, lambda _: folders, listener))
-
-
 def train_trials(
     runtime: Runtime,
     trials: Sequence[Trial],
