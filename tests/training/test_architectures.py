@@ -44,7 +44,7 @@ def test_an_architecture_is_planned_trained_loaded_and_truncated_as_by_peft(name
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_trained_is_refused_in_one_line_before_a_weight_is_read(name: str, tmp_path: Path) -> None:
+def test_what_cannot_be_trained_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
     row = check_configuration(name, 0, tmp_path)
     assert row.outcome == "refused", row.reason
     assert ARCHITECTURES[name].refused in row.reason

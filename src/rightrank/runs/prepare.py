@@ -38,7 +38,7 @@ from rightrank.training.device import describe_environment
 from rightrank.training.loop import TrialFolders, train_trials
 from rightrank.training.loss import MetricResults
 from rightrank.training.pace import choose_adapters_per_pass
-from rightrank.training.runtime import Runtime, build_causality_error
+from rightrank.training.runtime import Runtime
 from rightrank.training.targets import Targets, find_targets
 from rightrank.training.tokens import EncodedData, encode_splits
 
@@ -49,8 +49,6 @@ METRIC_DATA_FORMS = (  # kind of metric, the form of data that it needs, and the
     ("classes", "classification", "`text` and `label`"),
     ("pairs", "preference", "`prompt`, `chosen` and `rejected`"),
 )
-# Values in the configurations of BERT, XLM and XLNet, whose tokens attend to later ones.
-BIDIRECTIONAL_VALUES = (("is_decoder", False), ("causal", False), ("attn_type", "bi"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,10 +262,6 @@ def _find_targets(model: str, splits: DataSplits, settings: SelectSettings) -> T
     classification = splits.form == "classification"
     trusted, count = settings.trust_remote_code, len(splits.summary.classes or ()) if classification else None
     skeleton = build_meta_model(load_model_config(model, trusted, classification), trusted, count)
-    causal = any(getattr(module, "is_causal", False) for module in skeleton.modules())
-    sees_later = any(getattr(skeleton.config, name, None) == value for name, value in BIDIRECTIONAL_VALUES)
-    if not classification and sees_later and not causal:
-        raise build_causality_error(model)
     has_given_ranks = "ranks" in settings.model_fields_set  # the plan leaves out default ranks that a matrix can't have
     return find_targets(
         skeleton, settings if has_given_ranks else settings.model_copy(update={"ranks": ()}), classification

@@ -70,7 +70,10 @@ class Runtime:
         if data.is_classification:  # transformers uses it to find an example's last token
             self.model.config.get_text_config().pad_token_id = self._pad_id
         if self._can_see_later_tokens(probe):
-            raise build_causality_error(loaded.name)
+            raise ModelError(
+                f"{loaded.name}: it sees the tokens that follow, so a label is visible where it is predicted, as in BERT; "
+                "give a causal model, or `text` and `label` to train a classifier"
+            )
         self._likelihood = make_likelihood(self.model, probe, data.is_classification)
         self.fast_paths = self._find_fast_paths(probe, cache_folder)
         self.objective: Objective = self._likelihood
@@ -301,11 +304,3 @@ class Runtime:
             *map(self.plan_batches, self.settings.seeds[1:]),
         ]
         return {index for plan in plans for indices in plan for index in indices}
-
-
-def build_causality_error(name: str) -> ModelError:
-    """Build the error for an encoder that is given as a language model."""
-    return ModelError(
-        f"{name}: it sees the tokens that follow, so a label is visible where it is predicted, as in BERT; "
-        "give a causal model, or `text` and `label` to train a classifier"
-    )
