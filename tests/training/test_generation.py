@@ -10,7 +10,7 @@ import torch
 
 from rightrank.schema.trials import Arm
 from rightrank.training.answers import generate_answers
-from rightrank.training.multi_lora import MultiLora
+from rightrank.training.multi_lora import MultiLora, Routing
 from rightrank.training.runtime import Runtime
 from rightrank.training.tokens import Chat
 from tests.helpers import make_runtime
@@ -65,14 +65,14 @@ def test_each_adapter_of_several_generates_its_own_answers(runtime: Runtime) -> 
             perturb(multi_lora.add(f"arm{number}", arm, runtime.make_config(arm)), number)
         batched = []
         for number in range(2):
-            with multi_lora.route_alone(f"arm{number}"):
+            with multi_lora.use_routing(Routing((f"arm{number}",), (None,))):
                 batched.append([answer.completion for answer in generate_answers(runtime, "validation")])
     assert batched[0] != batched[1]
     assert plain not in batched
     for number, arm in enumerate(arms):
         with MultiLora(runtime.model, runtime.settings) as multi_lora:
             perturb(multi_lora.add("only", arm, runtime.make_config(arm)), number)
-            with multi_lora.route_alone("only"):
+            with multi_lora.use_routing(Routing(("only",), (None,))):
                 assert [answer.completion for answer in generate_answers(runtime, "validation")] == batched[number]
     assert [answer.completion for answer in generate_answers(runtime, "validation")] == plain
 

@@ -18,7 +18,7 @@ from rightrank.schema.settings import PEFT_OPTIONS, PlanSettings, SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.training.peft_models import suppress_peft_warnings
 from rightrank.training.targets import find_targets, make_lora_config, require_targets
-from tests.tiny import build_small_settings, make_tokenizer
+from tests.tiny import GPT2_SIZES, build_small_settings, make_tokenizer
 from tests.training.architectures import BERT, MODELS, make_model
 
 ARM = Arm(rank=2, learning_rate=1e-2, lora_alpha=32.0, seed=0, steps=1)
@@ -161,14 +161,19 @@ def test_a_name_that_matches_nothing_is_refused(option: str) -> None:
         find_our_modules(architecture("llama"), **{option: ["q_porj"]})
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-def test_a_whole_name_of_another_layer_is_refused() -> None:
-    """Check a case that PEFT adapts in any layer."""
-    names = ["model.layers.0.self_attn.q_proj", "v_proj"]
-    with pytest.raises(
-        ModelError, match=r"'model.layers.0.self_attn.q_proj' is in none of the layers of layers_to_transform"
-    ):
-        find_our_modules(architecture("llama"), target_modules=names, layers_to_transform=[1])
+def test_a_convolution_is_refused() -> None:
+    """Check a layer that PEFT adapts, and whose adapter has no truncation here."""
+    config = transformers.GPT2Config(vocab_size=len(make_tokenizer()), **GPT2_SIZES)
+    with pytest.raises(ModelError, match=r"^transformer.mix is a Conv1d, and .* leave it out with exclude_modules$"):
+        find_our_modules(Convolved(config), target_modules=["c_attn", "mix"])
+
+
+class Convolved(transformers.GPT2LMHeadModel):
+    """A GPT-2 that also holds a convolution."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.transformer.mix = torch.nn.Conv1d(8, 8, 3)
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")

@@ -43,7 +43,7 @@ from rightrank.training.answers import measure_metrics
 from rightrank.training.batches import Batch
 from rightrank.training.device import catch_memory_errors, free_memory, read_peak_bytes, reset_peak_memory
 from rightrank.training.loss import MetricResults, Progress, Scores, build_finished_trial
-from rightrank.training.multi_lora import ArmBatch, MultiLora
+from rightrank.training.multi_lora import ArmBatch, MultiLora, Routing
 from rightrank.training.optimizer import (
     ArmOptimizer,
     MeanName,
@@ -274,7 +274,7 @@ class ArmTraining:
         if self._measured is not None and self._measured[0] == self.progress.step:
             return self._measured[1]
         start_time = time.perf_counter()
-        with self._multi_lora.route_alone(self.adapter):
+        with self._multi_lora.use_routing(Routing((self.adapter,), (None,))):
             metric_results = measure_metrics(self._runtime, "validation", self.folders.answers)
         seconds = time.perf_counter() - start_time
         self.progress.eval_seconds += seconds

@@ -42,6 +42,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from typing import Any, ClassVar
 
 import numpy as np
@@ -81,19 +82,10 @@ class Routing:
     layouts: dict[int, list[RowSpan]] = field(default_factory=dict)  # by the number of rows of the flattened input
 
     @classmethod
-    def from_packed(cls, adapters: Sequence[str], seeds: Sequence[int | None], tokens: Sequence[int]) -> Routing:
-        """Create the routing of packed sequences: arms of `tokens[i]` tokens, one after the other in one row."""
-        spans = [
-            RowSpan(name, count, seed, count, None) for name, seed, count in zip(adapters, seeds, tokens, strict=True)
-        ]
-        return cls(tuple(adapters), tuple(seeds), {sum(tokens): spans})
-
-    @classmethod
     def from_padded(
         cls, adapters: Sequence[str], seeds: Sequence[int | None], rows: Sequence[int], lengths: Sequence[int]
     ) -> Routing:
-        """Create the routing of padded batches: arms of `rows[i]` examples of length `lengths[i]`, all padded to the longest length."""
-        routing = cls(tuple(adapters), tuple(seeds))
+        """Create the routing of arms of `rows[i]` examples of length `lengths[i]`, all padded to the longest length."""
         longest = max(lengths)
         by_example = [
             RowSpan(name, count, seed, count, None) for name, seed, count in zip(adapters, seeds, rows, strict=True)
@@ -105,8 +97,7 @@ class Routing:
                 columns = torch.arange(longest).clamp(max=length - 1)
                 index = (torch.arange(count)[:, None] * length + columns).reshape(-1)
             by_token.append(RowSpan(name, count * longest, seed, count * length, index))
-        routing.layouts = {sum(rows): by_example, sum(rows) * longest: by_token}
-        return routing
+        return cls(tuple(adapters), tuple(seeds), {sum(rows): by_example, sum(rows) * longest: by_token})
 
     def find_spans(self, rows: int) -> list[RowSpan]:
         """Return the span of each arm in a flattened input of `rows` rows.
@@ -144,9 +135,9 @@ class Routing:
 def run_linear_layer(module: Any, routing: Routing, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Run PEFT's linear layer `module` with the adapter of each row."""
     base = module.base_layer
-    groups, names = _group_spans(module, routing, x.shape[:-1].numel())
-    a, b = ([factors[name] for name in names] for factors in (module.lora_A, module.lora_B))
-    tensors = [layer.weight for layer in (*a, *b)]
+    groups = _group_spans(module, routing, x.shape[:-1].numel())
+    adapters = [span.adapter for group in groups for span in group.spans]
+    tensors = [factors[adapter].weight for factors in (module.lora_A, module.lora_B) for adapter in adapters]
     apply: Any = _LoraLinear.apply  # untyped in torch
     # A plain frozen linear layer runs in one operation with its adapters; any other keeps its own forward pass.
     frozen = type(base) is torch.nn.Linear and not any(p.requires_grad for p in base.parameters())
@@ -154,9 +145,8 @@ def run_linear_layer(module: Any, routing: Routing, x: torch.Tensor, *args: Any,
         y: torch.Tensor = apply(x, base.weight, base.bias, module.out_features, groups, *tensors)
         return y
     result: torch.Tensor = base(x, *args, **kwargs)
-    if groups:
-        result = result + apply(x, None, None, module.out_features, groups, *tensors).to(result.dtype)
-    return result
+    update: torch.Tensor = apply(x, None, None, module.out_features, groups, *tensors)
+    return result + update.to(result.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,34 +177,20 @@ class _RowGroup:
         return torch.stack(masks).to(like)
 
 
-def _group_spans(module: Any, routing: Routing, rows: int) -> tuple[list[_RowGroup], list[str]]:
-    """Return the groups of the arms that adapt `module`, and their adapters in order."""
-    runs: list[list[tuple[RowSpan, int]]] = []
-    keys: list[tuple[Any, ...]] = []
+def _group_spans(module: Any, routing: Routing, rows: int) -> list[_RowGroup]:
+    """Group neighbouring arms of equal rank and equally many rows, in order."""
+    groups: list[_RowGroup] = []
     begin = 0
-    for span in routing.find_spans(rows):
-        if span.adapter in module.lora_A and span.rows:
-            dropout = module.lora_dropout[span.adapter]
-            rate = float(dropout.p) if isinstance(dropout, torch.nn.Dropout) and span.dropout_seed is not None else 0.0
-            key = (module.r[span.adapter], span.rows, rate)
-            if runs and keys[-1] == key and runs[-1][-1][1] + span.rows == begin:
-                runs[-1].append((span, begin))
-            else:
-                runs.append([(span, begin)])
-                keys.append(key)
-        begin += span.rows
-    groups = [
-        _RowGroup(
-            run[0][1],
-            run[-1][1] + run[-1][0].rows,
-            tuple(span for span, _ in run),
-            tuple(float(module.scaling[span.adapter]) for span, _ in run),
-            key[2],
-            module.rightrank_salt,
-        )
-        for run, key in zip(runs, keys, strict=True)
-    ]
-    return groups, [span.adapter for run in runs for span, _ in run]
+    spans = routing.find_spans(rows)
+    for (_, num_rows), neighbours in groupby(spans, key=lambda span: (module.r[span.adapter], span.rows)):
+        group = tuple(neighbours)
+        end = begin + num_rows * len(group)
+        dropout = module.lora_dropout[group[0].adapter]
+        rate = float(dropout.p) if isinstance(dropout, torch.nn.Dropout) else 0.0
+        scales = tuple(float(module.scaling[span.adapter]) for span in group)
+        groups.append(_RowGroup(begin, end, group, scales, rate, module.rightrank_salt))
+        begin = end
+    return groups
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -452,7 +428,7 @@ class _UnknownKind(AdapterKind):
             super().initialize(module, adapter, draw)
 
 
-class _Experts(AdapterKind):
+class FusedExperts(AdapterKind):
     """Fused experts, which PEFT adapts through a `ParamWrapper`."""
 
     label = "adapters on fused experts (target_parameters)"
@@ -473,7 +449,7 @@ class _Experts(AdapterKind):
         module.lora_B[adapter].weight.zero_()
 
 
-KINDS: tuple[AdapterKind, ...] = (_Experts(), _Dora(), _Embedding(), Linear(), _UnknownKind())
+KINDS: tuple[AdapterKind, ...] = (FusedExperts(), _Dora(), _Embedding(), Linear(), _UnknownKind())
 """All kinds. The first one that claims a module describes it; the last one claims any module."""
 
 
@@ -538,7 +514,8 @@ class MultiLora:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close()
+        for adapter in list(self._names):
+            self.remove(adapter)
 
     def add(self, adapter: str, arm: Arm, config: LoraConfig) -> dict[str, torch.nn.Parameter]:
         """Add an adapter with initial values; return its trainable tensors under the names that they have with a single PEFT adapter."""
@@ -579,7 +556,8 @@ class MultiLora:
             return
         self._names.remove(adapter)
         if not self._names:
-            self._close()
+            unwrap_base(self.peft_model)
+            self.peft_model = None
             return
         if adapter == self.peft_model.active_adapter:  # PEFT fails if it is deleted
             self.peft_model.set_adapter(
@@ -596,23 +574,19 @@ class MultiLora:
         batch = _concatenate([arm_batch.batch for arm_batch in arm_batches], pad_id)
         names = [arm_batch.adapter for arm_batch in arm_batches]
         seeds = [arm_batch.dropout_seed for arm_batch in arm_batches]
-        if packed:
-            self.routing = Routing.from_packed(names, seeds, [arm_batch.batch.tokens for arm_batch in arm_batches])
-        else:
-            rows = [arm_batch.batch.sequences for arm_batch in arm_batches]
-            lengths = [arm_batch.batch.input_ids.shape[1] for arm_batch in arm_batches]
-            self.routing = Routing.from_padded(names, seeds, rows, lengths)
-        try:
-            yield batch, self.routing
-        finally:
-            self.routing = None
+        rows = [arm_batch.batch.sequences for arm_batch in arm_batches]
+        lengths = [arm_batch.batch.input_ids.shape[1] for arm_batch in arm_batches]
+        if packed:  # each token is a row of its own
+            rows, lengths = [arm_batch.batch.tokens for arm_batch in arm_batches], [1] * len(rows)
+        with self.use_routing(Routing.from_padded(names, seeds, rows, lengths)) as routing:
+            yield batch, routing
 
     @contextmanager
-    def route_alone(self, adapter: str) -> Iterator[None]:
-        """Route every row to this one adapter within the block, without dropout."""
-        self.routing = Routing((adapter,), (None,))
+    def use_routing(self, routing: Routing) -> Iterator[Routing]:
+        """Route the rows of each pass within the block."""
+        self.routing = routing
         try:
-            yield
+            yield routing
         finally:
             self.routing = None
 
@@ -625,13 +599,6 @@ class MultiLora:
         for name, module in self._model.named_modules():
             if isinstance(module, LoraLayer | ModulesToSaveWrapper) and "forward" not in module.__dict__:
                 install_forward(name, module, lambda: self.routing)
-
-    def _close(self) -> None:
-        self._names.clear()
-        if self.peft_model is None:
-            return
-        unwrap_base(self.peft_model)
-        self.peft_model = None
 
 
 def _concatenate(batches: Sequence[Batch], pad_id: int) -> Batch:

@@ -19,7 +19,7 @@ from rightrank.bases.base_models import find_device
 from rightrank.schema.errors import ModelError, get_first_line, suggest_name
 from rightrank.schema.settings import PeftFields, SelectSettings
 from rightrank.schema.trials import Arm
-from rightrank.training.multi_lora import AdapterKind, Linear, find_kind
+from rightrank.training.multi_lora import AdapterKind, FusedExperts, find_kind
 from rightrank.training.peft_models import suppress_peft_warnings
 
 ALL_LINEAR = "all-linear"
@@ -107,11 +107,10 @@ def find_targets(model: Any, settings: SelectSettings, is_classification: bool) 
 def require_targets(model: Any, settings: PeftFields, is_classification: bool) -> None:
     """Check that the task fits the data and that every name of modules and parameters matches one in the layers of the settings.
 
-    PEFT accepts a list if one of its names matches, and accepts the full name of a module in any layer.
+    PEFT accepts a list if one of its names matches.
 
     Raises:
-        ModelError: a name matches nothing (the message lists the names that exist); a module is in another layer; a
-            layer does not exist.
+        ModelError: a name matches nothing (the message lists the names that exist); a layer does not exist.
     """
     names = {name for name, _ in model.named_modules() if name}
     targets = [name for name in settings.target_modules if name != ALL_LINEAR]
@@ -122,11 +121,6 @@ def require_targets(model: Any, settings: PeftFields, is_classification: bool) -
     for target in (*targets, *settings.modules_to_save, *settings.exclude_modules):
         if not any(_has_name(target, name) for name in names):
             raise ModelError(f"no module is named {target!r}; {_describe_linear_modules(model)}")
-    for target in targets:
-        if target in names and "." in target and not _is_in_layers(target, settings):
-            raise ModelError(
-                f"target_modules: {target!r} is in none of the layers of layers_to_transform; leave it out, or add its layer"
-            )
     count = max((layer for name in names if (layer := _parse_layer(name)) is not None), default=-1) + 1
     for layer in settings.layers_to_transform or ():
         if not 0 <= layer < count:
@@ -221,8 +215,15 @@ def find_adapted_matrices(model: Any) -> Iterator[TargetModule]:
 
 
 def _require_trainable(module: TargetModule, skeleton: Any) -> None:
-    """Raise for a layer that returns more than its product, such as Llama 4's router."""
-    layer = skeleton.get_submodule(module.name).get_base_layer() if isinstance(module.kind, Linear) else None
+    """Raise for a convolution, and for a layer that returns more than its product, such as Llama 4's router."""
+    if isinstance(module.kind, FusedExperts):
+        return
+    layer = skeleton.get_submodule(module.name).get_base_layer()
+    if isinstance(layer, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d):
+        raise ModelError(
+            f"{module.name} is a {type(layer).__name__}, and adapters of convolutions in a text model are not trained; leave it out with "
+            "exclude_modules"
+        )
     if isinstance(layer, torch.nn.Linear) and type(layer).forward is not torch.nn.Linear.forward:
         output = layer(torch.empty(1, layer.in_features, device="meta", dtype=layer.weight.dtype))
         if not isinstance(output, torch.Tensor):
