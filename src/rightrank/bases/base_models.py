@@ -30,7 +30,7 @@ from transformers import (
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import logging as transformers_logging
 
-from rightrank.bases.model_sources import ModelSource, find_model
+from rightrank.bases.model_sources import find_model
 from rightrank.bases.safetensors_files import find_shards
 from rightrank.data.files import UnreadableError, read_json_object
 from rightrank.schema.errors import (
@@ -62,7 +62,6 @@ CONFIG_KEYS = (
     "sliding_window",
 )  # fmt: skip
 IDENTITY_MATRICES = 64  # number of matrices whose values identify a base model
-_FINGERPRINT_BYTES = 2**20  # at the beginning and end of each weight file
 # Fragments of the names of weights that the adapter brings itself, or that it replaces.
 ADAPTER_FRAGMENTS = (".lora_", ".modules_to_save.", ".original_module.", "trainable_tokens_")
 MIN_SUFFIX_LENGTH = (
@@ -178,7 +177,7 @@ def load_base(reference: str, settings: SelectSettings, classes: Sequence[str] |
         raise ModelError(f"{reference}: transformers can't load it ({get_first_line(error)}); {hint}") from error
     local = Path(source.name).exists()
     name = str(Path(reference).expanduser().resolve()) if local else reference  # adapters name their base by it
-    return prepare_model(model, tokenizer, name, device, _hash_files(source))
+    return prepare_model(model, tokenizer, name, device)
 
 
 def load_model_config(reference: str, trust_remote_code: bool, classification: bool) -> Any:
@@ -248,9 +247,7 @@ def _load_weights(name: str, classes: Sequence[str] | None, config: Any, argumen
     return AutoModelForSequenceClassification.from_pretrained(name, config=config, **arguments)
 
 
-def prepare_model(
-    model: Any, tokenizer: Any, name: str, device: torch.device, fingerprint: str | None = None
-) -> LoadedModel:
+def prepare_model(model: Any, tokenizer: Any, name: str, device: torch.device) -> LoadedModel:
     """Freeze a model, put it in evaluation mode and move it to `device`."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -268,7 +265,7 @@ def prepare_model(
     if not getattr(model, "is_quantized", False):  # quantised models are loaded on their device and can't be moved
         model.to(device)
     identity = compute_base_identity(model, name)
-    return LoadedModel(model, tokenizer, name, fingerprint or _hash_parameters(model), device, identity)
+    return LoadedModel(model, tokenizer, name, _hash_model(model, identity), device, identity)
 
 
 def adopt_model(model: Any, tokenizer: Any, device: str, classes: list[str] | None) -> LoadedModel:
@@ -352,7 +349,7 @@ def find_device(name: str) -> torch.device:
     """Return the device with a name; `auto` is CUDA if there is one, else MPS, else the CPU.
 
     Raises:
-        SettingsError: The device is unknown or does not exist.
+        SettingsError: The device does not exist.
     """
     available = ["cpu"]
     if torch.backends.mps.is_available():
@@ -361,10 +358,7 @@ def find_device(name: str) -> torch.device:
         available.insert(0, "cuda")
     if name == "auto":
         return torch.device(available[0])
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise SettingsError(f"device {name!r} is not known; this machine has {', '.join(available)}") from None
+    device = torch.device(name)
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     if device.type not in available or (device.index or 0) >= count:
         raise SettingsError(f"device {name!r} does not exist; this machine has {', '.join(available)}")
@@ -376,9 +370,9 @@ def read_device_memory() -> int | None:
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
-def _hash_parameters(model: Any) -> str:
-    """Return a hash of the names, shapes and first values of a model's parameters."""
-    digest = hashlib.sha256()
+def _hash_model(model: Any, identity: BaseIdentity) -> str:
+    """Return a hash of a model's configuration, and of the names, shapes and first values of its parameters."""
+    digest = hashlib.sha256(json.dumps(identity.config, sort_keys=True).encode())
     for name, parameter in model.named_parameters():
         values = parameter.detach().reshape(-1)[:64].float().cpu()
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
@@ -438,26 +432,6 @@ def _find_coarsest_dtype(values: Sequence[float]) -> torch.dtype:
     return next((dtype for dtype in types if torch.equal(exact.to(dtype).double(), exact)), torch.float32)
 
 
-def _hash_files(source: ModelSource) -> str | None:
-    """Return a hash of the configuration and of the size, beginning and end of each weight file, or None for a hub name."""
-    folder = Path(source.name)
-    if not folder.is_dir():
-        return None
-    if source.gguf_file is not None:
-        files = [folder / source.gguf_file]
-    else:
-        files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(json.dumps([path.name, size]).encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_FINGERPRINT_BYTES))
-            file.seek(max(0, size - _FINGERPRINT_BYTES))
-            digest.update(file.read(_FINGERPRINT_BYTES))
-    return digest.hexdigest()
-
-
 def require_named_base(base: Any, name: str, index: int = 0, step: int = 1) -> list[str]:
     """Raise if a base model in memory has other weights than the folder that it names. Return a note on weights that were not compared.
 
@@ -469,6 +443,8 @@ def require_named_base(base: Any, name: str, index: int = 0, step: int = 1) -> l
     Raises:
         ModelError: A weight differs, by more than the rounding to its type or to 16 bits.
     """
+    if not name:
+        return []
     folder = _find_folder(name, getattr(base.config, "_commit_hash", None))
     weights = {
         key.replace(".base_layer.", "."): parameter
@@ -480,7 +456,7 @@ def require_named_base(base: Any, name: str, index: int = 0, step: int = 1) -> l
     except ModelError:  # weights in another format
         files = []
     if not files:
-        return [f"the base model was not compared with {name!r}: no safetensors files were found there"] if name else []
+        return [f"the base model was not compared with {name!r}: no safetensors files were found there"]
     num_values, num_compared = 0, 0
     with ExitStack() as stack, torch.no_grad():
         opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
@@ -490,7 +466,7 @@ def require_named_base(base: Any, name: str, index: int = 0, step: int = 1) -> l
             gather_parameter: Any = getattr(parameter, "full_tensor", None)  # of a sharded one
             value = parameter if gather_parameter is None else gather_parameter()
             num_values += value.numel()
-            candidates = [key] if key in stored else _find_candidates(key, names_by_suffix)
+            candidates = _find_candidates(key, names_by_suffix)
             if not candidates or not value.is_floating_point() or value.is_meta:
                 continue
             num_compared += value.numel()
@@ -510,8 +486,8 @@ def require_named_base(base: Any, name: str, index: int = 0, step: int = 1) -> l
 def _find_folder(name: str, revision: str | None) -> Path | None:
     """Return the folder that holds the files of a model, or None if it is not on this machine."""
     folder = Path(name).expanduser()
-    if not name or folder.is_dir():
-        return folder if name else None
+    if folder.is_dir():
+        return folder
     try:
         config = try_to_load_from_cache(name, "config.json", revision=revision)
     except HFValidationError:
@@ -535,10 +511,8 @@ def _find_candidates(name: str, names_by_suffix: Mapping[str, Sequence[str]]) ->
     for start in range(len(components)):
         suffix = ".".join(components[start:])
         names = names_by_suffix.get(suffix, ())
-        if names and (start == 0 or len(components) - start >= MIN_SUFFIX_LENGTH):
+        if names and (start == 0 or suffix in names or len(components) - start >= MIN_SUFFIX_LENGTH):
             return names
-        if suffix in names:
-            return [suffix]
     return ()
 
 

@@ -188,14 +188,10 @@ def _require_attachable(runtime: Runtime, folder: Path) -> None:
     if method not in PeftType.__members__:
         raise ModelError(f"{folder}: PEFT has no peft_type {quote_value(method)}; correct its {CONFIG_FILE}")
     task = config.get("task_type")
-    if task == "CAUSAL_LM" and runtime.data.is_classification:
+    if task in ("CAUSAL_LM", "SEQ_CLS") and (task == "SEQ_CLS") != runtime.data.is_classification:
         raise ModelError(
-            f"{folder}: this is an adapter of a language model (task_type {task}), but data with `text` and `label` need a "
-            "classifier; give data with `prompt` and `completion`, or with `text` alone"
-        )
-    if task == "SEQ_CLS" and not runtime.data.is_classification:
-        raise ModelError(
-            f"{folder}: this is an adapter of a classifier (task_type {task}); give data with `text` and `label`"
+            f"{folder}: its task_type {task} does not fit data of the form {runtime.data.summary.form}; a classifier (SEQ_CLS) needs `text` "
+            "and `label`, and a language model (CAUSAL_LM) any other form"
         )
 
 
@@ -222,13 +218,18 @@ def gather_moments(
     notices = (note,) if num_excluded else ()
     if not linear_names:
         return GatheredMoments({}, 0, notices)
-    batches = list(_make_micro_batches(runtime, examples, tokens))
 
     def run_passes() -> Iterator[tuple[int, int]]:
-        for indices in batches:
-            runtime.compute_losses("train", runtime.make_batch("train", indices), 1.0, backward=True)
-            encoded = [runtime.data.splits["train"][index] for index in indices]
-            yield sum(example.length for example in encoded), sum(map(runtime.data.get_loss_weight, encoded))
+        """Run training examples in micro-batches until the number of tokens is reached."""
+        read, size = 0, runtime.settings.batch_size
+        for start in range(0, len(examples), size):
+            if read >= tokens:
+                return
+            batch = runtime.make_batch("train", examples[start : start + size])
+            runtime.compute_losses("train", batch, 1.0, backward=True)
+            read += batch.tokens
+            encoded = (runtime.data.splits["train"][index] for index in batch.indices)
+            yield batch.tokens, sum(map(runtime.data.get_loss_weight, encoded))
 
     with catch_memory_errors() as reasons, runtime.use_gradient_checkpointing(), runtime.disable_dropout():
         gathered = accumulate_moments(peft_model, linear_names, run_passes(), ADAPTER)
@@ -269,15 +270,3 @@ def ensure_moments(runtime: Runtime, arm: Arm, adapter: Path, path: Path) -> tup
     with replace_file(path) as temporary:
         save_moments(temporary, gathered.moments)
     return gathered.notices
-
-
-def _make_micro_batches(runtime: Runtime, examples: Sequence[int], tokens: int) -> Iterator[Sequence[int]]:
-    """Yield training examples in micro-batches until the number of tokens is reached."""
-    encoded, size = runtime.data.splits["train"], runtime.settings.batch_size
-    read = 0
-    for start in range(0, len(examples), size):
-        if read >= tokens:
-            return
-        indices = examples[start : start + size]
-        read += sum(encoded[index].length for index in indices)
-        yield indices

@@ -17,8 +17,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from transformers import GenerationConfig
 
 from rightrank.data.files import replace_file
 from rightrank.data.forms import Example, select_template_inputs
-from rightrank.schema.errors import DataError, MetricError, SettingsError, is_out_of_memory, log_traceback
+from rightrank.schema.errors import DataError, MetricError, SettingsError, is_out_of_memory, log_traceback, quote_value
 from rightrank.schema.metrics import MetricSpec
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName
@@ -325,7 +325,7 @@ def score_answers(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> tuple[flo
     for value in scores:
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise MetricError(
-                f"metric {spec.name!r}: the function returned {_shorten(repr(value))}; return finite numbers"
+                f"metric {spec.name!r}: the function returned {quote_value(value)}; return finite numbers"
             )
     values = [float(value) for value in scores]
     return sum(values) / len(values), None if is_single_value else values
@@ -358,9 +358,7 @@ def _call_function(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> Any:
             returned = function(**{name: value for name, value in arguments.items() if accepts_any or name in names})
     except Exception as error:
         log_traceback(error)
-        raise MetricError(
-            f"metric {spec.name!r}: {spec.target} raised {type(error).__name__}: {_shorten(str(error))}"
-        ) from error
+        raise MetricError(f"metric {spec.name!r}: {spec.target} raised {type(error).__name__}: {error}") from error
     return returned.tolist() if hasattr(returned, "tolist") else returned
 
 
@@ -374,31 +372,17 @@ def _load_function(spec: MetricSpec) -> Callable[..., Any]:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        module = _import_file(location) if location.endswith(".py") else importlib.import_module(location)
+        names = run_path(location) if location.endswith(".py") else vars(importlib.import_module(location))
     except Exception as error:  # user code may raise anything on import
         log_traceback(error)
         raise SettingsError(
-            f"metric {spec.name!r}: can't import {location!r} ({type(error).__name__}: {_shorten(str(error))})"
+            f"metric {spec.name!r}: can't import {location!r} ({type(error).__name__}: {error})"
         ) from error
-    function = getattr(module, name, None)
+    function = names.get(name)
     if not callable(function):
-        function_names = [key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_"]
+        function_names = [key for key, value in names.items() if inspect.isfunction(value) and key[0] != "_"]
         raise SettingsError(
             f"metric {spec.name!r}: {location!r} has no function {name!r}; its functions are: {', '.join(function_names) or 'none'}"
         )
     typed: Callable[..., Any] = function
     return typed
-
-
-def _import_file(path: str) -> Any:
-    spec = spec_from_file_location(Path(path).stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _shorten(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 160 else f"{line[:157]}…"

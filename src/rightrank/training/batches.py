@@ -157,9 +157,7 @@ def _replace_entry(table: Any, name: str, function: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        del table[name]
-        if table[name] is not original:  # nested replacements
-            table[name] = original
+        table[name] = original
 
 
 @contextmanager

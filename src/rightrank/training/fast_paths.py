@@ -18,15 +18,14 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from rightrank.data.token_store import IGNORED, EncodedExample
+from rightrank.data.token_store import IGNORED
 from rightrank.schema.errors import is_out_of_memory
 from rightrank.schema.trials import SplitName
 from rightrank.training.batches import (
@@ -59,25 +58,6 @@ def _stop_forward(_module: Any, _inputs: Any, output: Any) -> None:
     raise _ReachedBlock(output)
 
 
-@dataclass(slots=True)
-class _StoredStates:
-    """Hidden states of one split: a flat [tokens, d] tensor of the expected examples, and single tensors of other examples."""
-
-    examples: Sequence[EncodedExample]
-    offsets: dict[int, int]  # first token of each expected example
-    tokens: int  # number of tokens of the expected examples
-    hidden: torch.Tensor | None = None
-    extra_states: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    def get_states(self, index: int) -> torch.Tensor:
-        """Return the hidden states of an example [tokens, d]."""
-        if index in self.extra_states:
-            return self.extra_states[index]
-        assert self.hidden is not None
-        begin = self.offsets[index]
-        return self.hidden[begin : begin + self.examples[index].length]
-
-
 class FrozenPrefix:
     """The lowest blocks of a model, computed once per example in fixed batches. An unexpected example is computed alone."""
 
@@ -94,40 +74,27 @@ class FrozenPrefix:
         self._pad_id = pad_id
         self._device = device
         self._folder = folder
-        self._stores: dict[str, _StoredStates] = {}
-        for split, split_batches in batches.items():
-            ordered = [index for group in split_batches.batches for index in group]
-            lengths = split_batches.examples.lengths[ordered]
-            begins = dict(zip(ordered, (np.cumsum(lengths) - lengths).tolist(), strict=True))
-            self._stores[split] = _StoredStates(split_batches.examples, begins, int(lengths.sum()))
+        self._states: dict[str, dict[int, torch.Tensor]] = {split: {} for split in batches}  # [tokens, d] by example
         self._returns_tuple = False
 
     def compute_missing(self, model: Any, split: SplitName, indices: Iterable[int]) -> Iterator[list[int]]:
         """Compute the missing batches of the examples at `indices`; yield the indices of each."""
         for group in self.batches[split].iterate_missing(indices):
-            self._compute(model, self._stores[split], split, group)
+            self._compute(model, split, group)
             yield group
 
     @contextmanager
     def serve_states(self, model: Any, split: SplitName, batch: Batch) -> Iterator[None]:
         """Let the lower blocks return the stored hidden states of `batch` within the block; `model` is the bare base."""
-        store = self._stores[split]
         deque(self.compute_missing(model, split, batch.indices), maxlen=0)
-        distinct = list(dict.fromkeys(batch.indices))  # the arms of a pass share examples
-        rows = [store.get_states(index) for index in distinct]
-        numbers = [distinct.index(index) for index in batch.indices]
+        # The arms of a pass share examples.
+        states = {index: self._states[split][index].to(self._device) for index in dict.fromkeys(batch.indices)}
+        hidden = torch.cat([states[index] for index in batch.indices])
         if batch.lengths is None:
-            lengths = [[len(ids) for ids, _ in store.examples[index].sequences()] for index in distinct]
-            sequences = [
-                sequence for row, split in zip(rows, lengths, strict=True) for sequence in torch.split(row, split)
-            ]
-            hidden = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(self._device)
-            each = len(sequences) // len(rows)  # sequences of an example
-            order = [each * number + sequence for number in numbers for sequence in range(each)]
-            hidden = hidden[order] if len(distinct) < len(numbers) else hidden
+            sequences = list(torch.split(hidden, batch.attention_mask.sum(1).tolist()))
+            hidden = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
         else:
-            moved = [row.to(self._device) for row in rows]
-            hidden = torch.cat([moved[number] for number in numbers])[None]
+            hidden = hidden[None]
         output = (hidden,) if self._returns_tuple else hidden
         for block in self._blocks:
             block.forward = lambda *_, **__: output
@@ -138,34 +105,35 @@ class FrozenPrefix:
                 del block.forward
 
     @torch.no_grad()
-    def _compute(self, model: Any, store: _StoredStates, split: str, indices: Sequence[int]) -> None:
-        batch = collate(store.examples, indices, self._pad_id, self._device)
+    def _compute(self, model: Any, split: SplitName, indices: Sequence[int]) -> None:
+        examples, states = self.batches[split].examples, self._states[split]
+        batch = collate(examples, indices, self._pad_id, self._device)
         output = _capture_output(model, self._blocks, batch.inputs)
         self._returns_tuple = isinstance(output, tuple)
         hidden: torch.Tensor = output[0] if self._returns_tuple else output
-        if store.hidden is None:
-            store.hidden = self._allocate(split, store.tokens, hidden)
+        if not states:
+            states.update(self._allocate(split, hidden))
         real = hidden[batch.attention_mask.bool()].cpu()  # [tokens, d], in the order of the examples
-        lengths = [store.examples[index].length for index in indices]
-        for index, computed in zip(indices, torch.split(real, lengths), strict=True):
-            if index in store.offsets:
-                store.get_states(index).copy_(computed)
-            else:
-                store.extra_states[index] = computed.clone()
+        for index, computed in zip(indices, torch.split(real, examples.lengths[indices].tolist()), strict=True):
+            states.setdefault(index, torch.empty_like(computed)).copy_(computed)
 
-    def _allocate(self, split: str, tokens: int, like: torch.Tensor) -> torch.Tensor:
-        width = like.shape[-1]
-        if tokens * width * like.element_size() <= MAX_IN_MEMORY_BYTES:
-            return torch.zeros((tokens, width), dtype=like.dtype)
-        path, size = self._folder / f"{split}.hidden", tokens * width * like.element_size()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        with path.open("wb") as file:
-            if hasattr(os, "posix_fallocate"):  # writing to a mapped file on a full disk would kill the process
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:  # macOS
-                file.truncate(size)
-        return torch.from_file(str(path), shared=True, size=tokens * width, dtype=like.dtype).view(tokens, width)
+    def _allocate(self, split: SplitName, like: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Allocate the hidden states of the expected examples of a split in one piece."""
+        indices = [index for group in self.batches[split].batches for index in group]
+        lengths = self.batches[split].examples.lengths[indices].tolist()
+        elements = sum(lengths) * like.shape[-1]
+        num_bytes = elements * like.element_size()
+        if num_bytes <= MAX_IN_MEMORY_BYTES:
+            flat = torch.empty(elements, dtype=like.dtype)
+        else:
+            path = self._folder / f"{split}.hidden"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            with path.open("wb") as file:
+                if hasattr(os, "posix_fallocate"):  # writing to a mapped file on a full disk would kill the process
+                    os.posix_fallocate(file.fileno(), 0, num_bytes)
+            flat = torch.from_file(str(path), shared=True, size=elements, dtype=like.dtype)
+        return dict(zip(indices, torch.split(flat.view(-1, like.shape[-1]), lengths), strict=True))
 
 
 @torch.no_grad()

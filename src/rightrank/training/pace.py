@@ -86,8 +86,11 @@ def _time_training(runtime: Runtime, arm: Arm) -> Pace:
     plan = full_plan[: WARM_UP_STEPS + TIMED_STEPS]
     validation_batches = batch_by_length(runtime.data.splits["validation"], runtime.settings.eval_batch_size)
     eval_indices = validation_batches[len(validation_batches) // 2]
-    fill_seconds, num_filled = _time_task(runtime, lambda: runtime.fill_caches("train", chain.from_iterable(plan)))
-    runtime.fill_caches("validation", eval_indices)
+    fill_seconds, filled = _time_task(
+        runtime, lambda: list(runtime.compute_base_results("train", chain.from_iterable(plan)))
+    )
+    num_filled = _count_tokens(runtime, filled)
+    list(runtime.compute_base_results("validation", eval_indices))
     with MultiLora(runtime.model, runtime.settings) as multi_lora, runtime.use_gradient_checkpointing():
         parameters = multi_lora.add(SCRATCH, arm, runtime.make_config(arm))
         schedule = make_schedule(runtime.settings, arm.steps)

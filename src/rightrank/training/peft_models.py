@@ -135,13 +135,10 @@ def accumulate_moments(
     with _observe_rank_space(peft_model, names, accumulate, adapter):
         for pass_tokens, pass_labels in passes:
             tokens, labels = tokens + pass_tokens, labels + pass_labels
-    if not labels:
-        return GatheredMoments(
-            {}, 0, ("truncated by singular values: the training examples that were read have no labels",)
-        )
-    if not all(bool(torch.isfinite(tensor).all()) for module_sums in sums.values() for tensor in module_sums):
-        notice = "a gradient is not finite, so there are no second moments for truncation; the plain SVD is used"
-        return GatheredMoments({}, tokens, (notice,))
+    are_finite = all(bool(torch.isfinite(tensor).all()) for module_sums in sums.values() for tensor in module_sums)
+    if not labels or not are_finite:
+        reason = "a gradient is not finite" if labels else "the training examples that were read have no labels"
+        return GatheredMoments({}, tokens, (f"truncated by the plain SVD, without second moments: {reason}",))
     moments = {
         name: Moments(
             inputs.cpu().double().numpy() / max(1, int(rows)), gradients.cpu().double().numpy() / max(1, labels)

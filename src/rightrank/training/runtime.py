@@ -95,35 +95,27 @@ class Runtime:
         start_time = time.perf_counter()
         expected = self._find_expected_examples("train")
         num_done = 0
-        with self.fast_paths.use_attention():
-            for group in self._fill_in_batches("train", expected):
-                num_done += len(group)
-                seconds = time.perf_counter() - start_time
-                description = "frozen layers, once for all trials"
-                on_progress(
-                    EvaluationProgress(
-                        label=description, examples=num_done, total_examples=len(expected), seconds=seconds
-                    )
-                )
-                if should_stop():
-                    raise InterruptedRun("stopped before the first training")
+        for group in self.compute_base_results("train", expected):
+            num_done += len(group)
+            seconds = time.perf_counter() - start_time
+            label = "frozen layers, once for all trials"
+            on_progress(
+                EvaluationProgress(label=label, examples=num_done, total_examples=len(expected), seconds=seconds)
+            )
+            if should_stop():
+                raise InterruptedRun("stopped before the first training")
 
-    def fill_caches(self, split: SplitName, indices: Iterable[int]) -> int:
-        """Compute the results of the base alone for these examples, in the batches in which they are computed on demand.
+    def compute_base_results(self, split: SplitName, indices: Iterable[int]) -> Iterator[list[int]]:
+        """Compute the missing results of the base alone for these examples, in the batches in which they are computed on demand.
 
-        Returns:
-            The number of tokens in the batches that were missing.
+        Yields:
+            The indices of each batch. Reference log-probabilities are computed from the prefix.
         """
-        lengths = self.data.splits[split].lengths
         with self.fast_paths.use_attention():
-            return sum(int(lengths[group].sum()) for group in self._fill_in_batches(split, set(indices)))
-
-    def _fill_in_batches(self, split: SplitName, expected: set[int]) -> Iterator[list[int]]:
-        """Yield the indices of each batch once it is computed. Reference log-probabilities are computed from the prefix."""
-        if self._reference is not None:
-            yield from self._reference.compute_missing(split, expected)
-        elif self.fast_paths.prefix is not None:
-            yield from self.fast_paths.prefix.compute_missing(self.model, split, expected)
+            if self._reference is not None:
+                yield from self._reference.compute_missing(split, indices)
+            elif self.fast_paths.prefix is not None:
+                yield from self.fast_paths.prefix.compute_missing(self.model, split, indices)
 
     def make_batch(self, split: SplitName, indices: Sequence[int]) -> Batch:
         """Collate the examples at `indices` on the device, with the reference log-probabilities of preference pairs."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain, groupby, repeat
+from itertools import chain, groupby, islice, repeat
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,8 +27,7 @@ from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName
 
 EncodedSequence: TypeAlias = tuple[list[int], list[int]]  # token ids, and the label of each
-MAX_CHARACTERS_PER_CALL = 2**13  # small enough that the garbage collector rarely visits the offsets
-CHARACTERS_PER_TEXT = 64  # overhead of a text, in characters
+EXAMPLES_PER_CALL = 32  # few enough that the garbage collector rarely visits the offsets of their tokens
 
 
 def _count_example_labels(example: EncodedExample) -> int:
@@ -198,23 +197,15 @@ class _Encoder:
 
     def __call__(self, examples: Iterable[Example]) -> Iterator[tuple[Example, list[EncodedSequence]]]:
         """Yield each example with its sequences: two for a preference pair, one otherwise."""
-        waiting: list[tuple[Example, list[_Text]]] = []
-        size = 0
-        for example in examples:
-            waiting.append((example, self._make_texts(example)))
-            size += sum(CHARACTERS_PER_TEXT + len(text.text) for text in waiting[-1][1])
-            if size > MAX_CHARACTERS_PER_CALL:
-                yield from self._encode(waiting)
-                waiting, size = [], 0
-        yield from self._encode(waiting)
-
-    def _encode(self, waiting: list[tuple[Example, list[_Text]]]) -> Iterator[tuple[Example, list[EncodedSequence]]]:
-        tokenised = self._tokenise([text for _, texts in waiting for text in texts])
-        for example, texts in waiting:
-            sequences = [next(tokenised) for _ in texts]
-            if self.is_classification:
-                sequences = [(ids, [self._class_index[str(example.content["label"])]]) for ids, _ in sequences]
-            yield example, _align_label_starts(sequences) if self.form == "preference" else sequences
+        remaining = iter(examples)
+        while group := list(islice(remaining, EXAMPLES_PER_CALL)):
+            texts = [self._make_texts(example) for example in group]
+            tokenised = self._tokenise(chain.from_iterable(texts))
+            for example, example_texts in zip(group, texts, strict=True):
+                sequences = list(islice(tokenised, len(example_texts)))
+                if self.is_classification:
+                    sequences = [(ids, [self._class_index[str(example.content["label"])]]) for ids, _ in sequences]
+                yield example, _align_label_starts(sequences) if self.form == "preference" else sequences
 
     def _make_texts(self, example: Example) -> list[_Text]:
         """Return the texts of an example's sequences."""
