@@ -169,7 +169,6 @@ def decide(
         table_source,
         metric=metric,
         higher_is_better=higher_is_better,
-        margin=margin,
         columns=columns,
         ignore=ignore,
         where=where,

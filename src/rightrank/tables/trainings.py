@@ -11,12 +11,9 @@ import numpy as np
 
 from rightrank.schema.errors import MAX_EXACT_INTEGER, ResultsError, quote_value
 from rightrank.schema.metrics import (
-    MISSING_BASE,
-    Margin,
     format_unknown_direction,
     has_percentages,
     infer_metric_kind,
-    requires_base,
 )
 from rightrank.schema.trials import Arm, EvalPoint, Floats, TrialFailed, TrialFinished, TrialOutcome
 from rightrank.tables.roles import Roles, identify_roles, infer_column_direction, is_label, is_setting
@@ -231,7 +228,6 @@ def read_result_table(
     *,
     metric: str | None = None,
     higher_is_better: bool | None = None,
-    margin: Margin | None = None,
     columns: Mapping[str, str] | None = None,
     ignore: Iterable[str] = (),
     where: Mapping[str, object] | None = None,
@@ -268,8 +264,6 @@ def read_result_table(
         raise ResultsError(f"{table.name}: a perplexity of {lowest:g} is not possible; perplexities are above 0")
     if kind == "accuracy":
         _require_one_unit(finished, roles.metric, table.name)
-    if requires_base(margin, kind) and all(outcome.rank for outcome in finished):
-        raise ResultsError(f"{table.name}: {MISSING_BASE}")
     readings = [
         f"{role} from column {name}"
         for role, name in sorted(roles.columns.items())
