@@ -1,14 +1,11 @@
-"""Test settings of a selection as users write them in Python, in YAML, and as `LoraConfig` and `SFTConfig`."""
+"""Test settings of a selection as users write them in Python and in YAML."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from rightrank.api.selecting import read_configs
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import PlanSettings, SelectSettings
 
@@ -63,70 +60,6 @@ def test_held_out_examples_follow_from_steps_and_data_alone() -> None:
         SelectSettings(max_steps=400, metric="exact_match").compute_max_eval_examples(10_000) == 200
     )  # the model generates answers
     assert SelectSettings(max_steps=400, max_eval_examples=30).compute_max_eval_examples(10_000) == 30
-
-
-peft = pytest.importorskip("peft")
-
-
-def make_sft_config(folder: Path, **values: Any) -> Any:
-    trl = pytest.importorskip("trl")
-    return trl.SFTConfig(output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", **values)
-
-
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
-def test_the_adapter_of_a_lora_config() -> None:
-    config = peft.LoraConfig(
-        r=16, lora_alpha=64, lora_dropout=0.1, use_rslora=True, target_modules=["v_proj", "q_proj"], lora_bias=True
-    )
-    settings = SelectSettings(**read_configs(config))
-    assert (settings.lora_alpha, settings.lora_dropout, settings.scaling) == (64, 0.1, "alpha/sqrt(r)")
-    assert settings.target_modules == ("q_proj", "v_proj")
-    assert settings.peft_options == {"lora_bias": True}
-    assert "ranks" not in settings.model_fields_set
-    assert read_configs(peft.LoraConfig(init_lora_weights="gaussian"))["init_lora_weights"] == "gaussian"
-
-
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
-def test_the_training_of_an_sft_config(tmp_path: Path) -> None:
-    args = make_sft_config(
-        tmp_path, learning_rate=2e-4, max_steps=200, warmup_steps=20, per_device_train_batch_size=4, max_length=256,
-        lr_scheduler_type="cosine", seed=7, dataset_text_field="body", logging_steps=1,
-    )  # fmt: skip
-    settings = SelectSettings(**read_configs(None, args))
-    assert (settings.learning_rates, settings.seeds) == ((2e-4,), (7,))
-    assert (settings.max_steps, settings.num_train_epochs, settings.warmup_ratio) == (200, None, 0.1)
-    assert (settings.batch_size, settings.seq_len) == (4, 256)
-    assert (settings.lr_scheduler_type, settings.device) == ("cosine", "cpu")
-    assert settings.columns == ("text=body",)
-
-
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
-def test_an_adapter_that_a_selection_cannot_train_is_refused_by_name() -> None:
-    for values, message in [
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
-        ({"init_lora_weights": "lora_ga"}, "init_lora_weights='lora_ga'"),
-        ({"target_modules": ".*_proj"}, "is a pattern"),
-        ({"layer_replication": [(0, 1)]}, "layer_replication="),
-        ({"inference_mode": True}, "inference_mode=True"),
-    ]:
-        with pytest.raises(SettingsError, match=message):
-            SelectSettings(**read_configs(peft.LoraConfig(**values)))
-    with pytest.raises(SettingsError, match="its peft_type is 'LOHA'; a selection trains only 'LORA'"):
-        read_configs(peft.LoHaConfig(target_modules=["q_proj"]))
-
-
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
-def test_a_training_that_a_selection_cannot_run_is_refused_by_name(tmp_path: Path) -> None:
-    for values, message in [
-        ({"packing": True}, "packing=True"),
-        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
-        ({"adam_beta2": 0.95}, "does not support adam_beta2=0.95"),
-        ({"optim": "paged_adamw_8bit"}, "does not support optim='paged_adamw_8bit'"),
-        ({"warmup_steps": 50}, "warmup_steps 50 needs max_steps"),
-        ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type: got 'polynomial'"),
-    ]:
-        with pytest.raises(SettingsError, match=message):
-            SelectSettings(**read_configs(None, make_sft_config(tmp_path, **values)))
 
 
 def test_names_of_other_tools_are_refused_with_the_setting() -> None:
