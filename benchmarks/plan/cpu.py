@@ -95,8 +95,6 @@ def compare(name: str, make: Any, case: dict[str, Any]) -> dict[str, Any]:
         "predicted": row.peak_bytes,
         "measured": measured.peak_bytes,
         "error": row.peak_bytes / measured.peak_bytes - 1,
-        "source": plan.source,
-        "peak_at": row.peak_at,
         "plan_seconds": round(seconds, 2),
     }
 

@@ -59,7 +59,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     if chosen.dry_run:
         for name, case, plan in dry_run(CONFIGS):
-            print(f"{name:14} {plan.ranks[0].peak_bytes:>15,} {plan.source}  {case}", flush=True)
+            print(f"{name:14} {plan.ranks[0].peak_bytes:>15,}  {case}", flush=True)
         return 0
     if not torch.cuda.is_available():
         print("there is no CUDA device here: nothing was measured")

@@ -51,7 +51,6 @@ def test_peaks_are_within_three_percent(name: str, options: dict[str, Any]) -> N
     values = {"device": "cpu", "dtype": "float32", "ranks": (8,), "batch_size": 4, "seq_len": 64}
     settings = PlanSettings(**values | options)
     plan = plan_config(PROFILED_CONFIGS[name](), name, settings)
-    assert plan.source == "traced"
     measured = measure(PROFILED_CONFIGS[name](), settings, 8)
     row = plan.ranks[0]
     assert row.peak_bytes == pytest.approx(measured.peak_bytes, rel=0.03)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+import rightrank
 from rightrank.cli import main
 from tests.planning import CONFIGS
 
@@ -36,43 +35,20 @@ def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[in
     return ended.value.code, captured.out, captured.err
 
 
-def plan_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    status, out, _ = run_command(capsys, *arguments, "--json")
-    assert status in (0, 1)
-    answer: dict[str, Any] = json.loads(out)
-    return answer
-
-
-def test_changes_fit_when_followed(config_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing fits: exit 1, and changes with which the smallest rank does."""
-    step = {"batch_size": 32, "seq_len": 128, "target_modules": "q_proj,v_proj"}
-    memory = ("--memory", "565MiB", "--ranks", "2,4")
-    status, out, _ = run_command(capsys, str(config_folder), *memory, *assignments(step), "--json")
-    answer = json.loads(out)
-    assert status == 1
-    assert answer["max_rank"] is None
-    assert all(row["fits"] is False for row in answer["ranks"])
-    assert answer["changes"]
-    again = plan_json(capsys, str(config_folder), *memory, *assignments(step | answer["changes"]))
-    assert (again["max_rank"] or 0) >= 2
-    status, out, _ = run_command(capsys, str(config_folder), *memory, *assignments(step))
-    assert "; rank 2: it fits with " in out
-    advice = shlex.split(out.partition("it fits with ")[2].splitlines()[0])
-    assert plan_json(capsys, str(config_folder), *memory, *assignments(step), *advice)["max_rank"] >= 2
-
-
-def assignments(values: dict[str, Any]) -> list[str]:
-    return [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
-
-
 def test_a_smaller_budget_never_allows_a_larger_rank(config_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    limits = []
+    limits, statuses = [], []
     for memory in ("24GiB", "560MiB", "540MiB", "1MiB"):
-        answer = plan_json(capsys, str(config_folder), "--ranks", "2,16,32", "--memory", memory, *QUICK)
-        limits.append(answer["max_rank"] or 0)
+        arguments = ("--ranks", "2,16,32", "--memory", memory, *QUICK, "--json")
+        status, out, _ = run_command(capsys, str(config_folder), *arguments)
+        limits.append(json.loads(out)["max_rank"] or 0)
+        statuses.append(status)
     assert limits == sorted(limits, reverse=True)
-    assert limits[0] == 32
-    assert limits[-1] == 0
+    assert (limits[0], limits[-1], statuses[0], statuses[-1]) == (32, 0, 0, 1)
+
+
+def test_a_path_is_planned_as_its_text_is(config_folder: Path) -> None:
+    values = {"ranks": (2,), "batch_size": 2, "seq_len": 32}
+    assert rightrank.plan(config_folder, **values) == rightrank.plan(str(config_folder), **values)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_the_plan_gives_the_adapters_that_fit_in_a_pass() -> None:
     for arms in (4, 6):
         changed = Estimator(
             config, build_step_settings(config, settings.model_copy(update={"memory_bytes": 2**40}), 32, "cpu", None)
-        ).build_variant(adapters_per_pass=arms)
+        ).share_pass(arms)
         changed.num_means = 2
         needs[arms] = changed.estimate(8).needed_bytes
     between = settings.model_copy(update={"memory_bytes": (needs[4] + needs[6]) // 2})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -25,7 +24,6 @@ from rightrank.cli.options import (
     split_commas,
 )
 from rightrank.report.format import format_bytes
-from rightrank.schema.setting_table import build_options
 from rightrank.schema.settings import PlanSettings
 
 if TYPE_CHECKING:
@@ -125,7 +123,7 @@ def _format_plan(plan: Plan) -> str:
         "",
         *format_table([heading, *map(_format_row, plan.ranks)]),
         "",
-        f"rank {largest.rank}, at its peak ({largest.peak_at}):",
+        f"rank {largest.rank}, at its peak:",
         "  " + ", ".join(components),
         "",
         *_format_answer(plan),
@@ -148,26 +146,13 @@ def _format_row(row: RankPlan) -> list[str]:
 
 
 def _format_answer(plan: Plan) -> Iterator[str]:
-    last = plan.ranks[-1].rank
     yield (
-        f"peak: {plan.source}, ±{plan.error_share:.0%}; with headroom also includes an assumed "
-        f"{format_bytes(plan.context_bytes)} for the process"
+        f"peak: ±{plan.error_share:.0%}; with headroom also includes an assumed {format_bytes(plan.context_bytes)} for the process"
     )
-    if plan.memory_bytes is not None:
-        yield _format_fit(plan, plan.memory_bytes)
+    if plan.memory_bytes is not None and plan.max_rank is not None:
+        yield f"largest requested rank that fits in {format_bytes(plan.memory_bytes)}: {plan.max_rank}"
     if len(plan.ranks) > 1:
-        yield f"learning rate, {format_rank_change(plan.ranks[0].rank, last)}"
-
-
-def _format_fit(plan: Plan, memory: int) -> str:
-    if plan.max_rank is None:
-        changes = shlex.join(build_options(PlanSettings, plan.changes))
-        advice = f"it fits with {changes}" if changes else "no change of the step's settings makes it fit"
-        return f"no requested rank fits in {format_bytes(memory)}; rank {plan.ranks[0].rank}: {advice}"
-    possible = ""
-    if plan.largest_possible_rank != plan.max_rank:
-        possible = f" (largest of all ranks: {plan.largest_possible_rank})"
-    return f"largest requested rank that fits in {format_bytes(memory)}: {plan.max_rank}{possible}"
+        yield f"learning rate, {format_rank_change(plan.ranks[0].rank, plan.ranks[-1].rank)}"
 
 
 COMMANDS = (_expect, _plan)

@@ -7,6 +7,7 @@ traces) → planner (the plan, and the ranks of a `select` that fit).
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from rightrank.schema.setting_table import get_explicit_values
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    model: str,
+    model: str | Path,
     *,
     settings: PlanSettings | None = None,
     on_progress: Callable[[str], None] = lambda _: None,
@@ -38,7 +39,7 @@ def plan(
     """
     from rightrank.bases.model_sources import require_model
 
-    settings = PlanSettings(**get_explicit_values(settings) | keywords)
+    model, settings = str(model), PlanSettings(**get_explicit_values(settings) | keywords)
     require_model(model)  # before the imports that load torch
     from rightrank.bases.base_models import read_device_memory
     from rightrank.planning.planner import plan_config

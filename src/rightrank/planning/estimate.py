@@ -23,22 +23,19 @@ from peft.utils import get_peft_model_state_dict
 from rightrank.planning.trace import (
     SAFETENSORS_CODES,
     DeviceKind,
-    Origin,
     Skeleton,
     StepTrace,
     build_skeleton,
     trace_step,
 )
 from rightrank.schema.errors import ModelError, MultiLoraError, SettingsError, get_first_line
-from rightrank.schema.results import Components, RankPlan
+from rightrank.schema.results import RankPlan
 from rightrank.schema.settings import OptimizerName, PlanSettings
 
 SAFETENSORS_ALIGNMENT = 8  # the header is padded with spaces to a multiple of this
 
 # Errors that a model's own code raises on tensors without values, or on kernels that meta tensors do not support.
 TRACING_ERRORS = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError)
-UNTRACED_SETTINGS = {"optim", "memory_bytes"}  # settings that change no event of a trace
-MODEL_SETTINGS = {"attn_implementation", "dtype", "load_in_4bit", "load_in_8bit"}  # settings that change its modules
 CUBLAS_BYTES = 8_519_680  # cuBLAS workspace from torch's allocator (`:4096:2:16:8`); 32 MiB on Hopper
 
 CUDA_CONTEXT_BYTES = 512 * 2**20  # driver, kernels and libraries: 300 to 600 MiB by card and driver
@@ -102,19 +99,11 @@ class Estimator:
         """Return the largest rank that every adapted matrix allows."""
         return min(target.max_rank for target in self.skeleton.targets)
 
-    def build_variant(self, **changes: Any) -> Estimator:
-        """Return an estimator with changed settings. It shares the model unless a change is in `MODEL_SETTINGS`."""
-        if "batch_size" in changes and self.settings.eval_batch_size is not None:
-            changes["eval_batch_size"] = 2 * changes["batch_size"]  # as in a selection
-        settings = self.settings.model_copy(update=changes)
-        if not MODEL_SETTINGS.isdisjoint(changes):
-            rebuilt = Estimator(self._config, settings, self._on_progress)
-            rebuilt.num_means = self.num_means
-            return rebuilt
+    def share_pass(self, adapters: int) -> Estimator:
+        """Return an estimator of a pass with so many adapters, on the same model."""
         variant = copy.copy(self)
-        variant.settings = settings
-        if not UNTRACED_SETTINGS.issuperset(changes):
-            variant._traces = {}
+        variant.settings = self.settings.model_copy(update={"adapters_per_pass": adapters})
+        variant._traces = {}
         return variant
 
     def estimate(self, rank: int) -> RankPlan:
@@ -127,18 +116,17 @@ class Estimator:
         settings, inventory = self.settings, self.get_inventory(rank)
         steps = [self.get_step_trace(rank, False)] if settings.eval_batch_size is not None else []
         steps.append(self.get_step_trace(rank))
-        peak = max((self._find_peak(inventory, step) for step in reversed(steps)), key=lambda peak: peak.peak_bytes)
-        reserved = round(RESERVED_SHARE * peak.peak_bytes) if settings.device == "cuda" else peak.peak_bytes
+        components = max((self._find_peak(inventory, step) for step in steps), key=Counter.total)
+        reserved = round((RESERVED_SHARE if settings.device == "cuda" else 1) * components.total())
         needed = reserved + estimate_context_bytes(settings) + round(HEADROOM * reserved)
         return RankPlan(
             rank=rank,
             trainable_parameters=inventory.trainable_parameters,
             adapter_bytes=inventory.adapter_bytes,
-            peak_bytes=peak.peak_bytes,
+            peak_bytes=components.total(),
             peak_reserved_bytes=reserved,
             needed_bytes=needed,
-            components=peak.components,
-            peak_at=peak.at,
+            components=components,
             fits=None if settings.memory_bytes is None else needed <= settings.memory_bytes,
             flops_per_step=steps[-1].flops,
         )
@@ -168,7 +156,7 @@ class Estimator:
         slope, remainder = divmod(high - low, self._traced_ranks[1] - self._traced_ranks[0])
         return None if remainder else low + slope * (rank - self._traced_ranks[0])
 
-    def _find_peak(self, inventory: _Inventory, step: StepTrace) -> Peak:
+    def _find_peak(self, inventory: _Inventory, step: StepTrace) -> Counter[str]:
         settings = self.settings
         trained = [tensor for tensor in inventory.stored if tensor.requires_grad] * settings.adapters_per_pass
         residents = [("weights", tensor.nbytes) for tensor in inventory.stored if not tensor.requires_grad]
@@ -177,13 +165,14 @@ class Estimator:
         # A product with a quantised matrix decompresses it, in both passes.
         workspace = max((weight.nbytes for weight in self.skeleton.quantised_bytes), default=0)
         residents.append(("workspace", workspace + CUBLAS_BYTES * (settings.device == "cuda")))
-        return find_peak(residents, step, estimate_optimizer_memory(trained, settings.optim, settings.device))
+        states, work = estimate_optimizer_bytes(trained, settings.optim, settings.device)
+        return find_peak([*residents, ("optimizer", states)], step, work)
 
     def get_step_trace(self, rank: int, training: bool = True) -> StepTrace:
         """Return the trace of a training step at `rank`, or of an evaluation batch if `training` is false."""
         if rank not in self._traced_ranks:
             low, high = (self._trace(end, training) for end in self._traced_ranks)
-            if low.events == high.events and low.origins == high.origins:
+            if low.events == high.events and low.have_vocabulary == high.have_vocabulary:
                 pairs = zip([*low.sizes, low.flops], [*high.sizes, high.flops], strict=True)
                 values = [value for pair in pairs if (value := self._interpolate_size(*pair, rank)) is not None]
                 if len(values) == len(low.sizes) + 1:
@@ -246,17 +235,8 @@ def compute_safetensors_bytes(
     return 8 + -(-length // SAFETENSORS_ALIGNMENT) * SAFETENSORS_ALIGNMENT + position
 
 
-@dataclass(frozen=True, slots=True)
-class Peak:
-    """The peak memory of a step."""
-
-    peak_bytes: int
-    components: Components  # bytes by component; they add up to peak_bytes
-    at: str  # where in the step
-
-
-def find_peak(residents: Sequence[tuple[str, int]], trace: StepTrace, optimizer: OptimizerMemory) -> Peak:
-    """Find the largest total of a step after the first, which creates the optimizer's states.
+def find_peak(residents: Sequence[tuple[str, int]], trace: StepTrace, optimizer_work: int) -> Counter[str]:
+    """Find the bytes by component at the peak of a step after the first, which creates the optimizer's states.
 
     Time goes to the right, a bar is the lifetime of an allocation (+n its birth in the trace, −n its death), and the peak is the column with
     the most bytes::
@@ -274,60 +254,38 @@ def find_peak(residents: Sequence[tuple[str, int]], trace: StepTrace, optimizer:
 
     Args:
         residents: component and bytes of each tensor that exists before and after the step.
+        optimizer_work: bytes that the optimizer's step allocates and frees.
     """
-    components: Components = Counter()
-    for component, size in [*residents, ("optimizer", sum(optimizer.states))]:
+    components = Counter[str]()
+    for component, size in residents:
         components[component] += size
     totals = list(
         accumulate(trace.sizes[event - 1] if event > 0 else -trace.sizes[-event - 1] for event in trace.events)
     )
     peak_index = max(range(len(totals)), key=totals.__getitem__)
-    work = max(map(sum, optimizer.work), default=0)
-    if totals[-1] + work > totals[peak_index]:
+    if totals[-1] + optimizer_work > totals[peak_index]:
         peak_index = len(totals)
-        components["temporary"] += work
-    births = ((index, trace.origins[event - 1].phase) for index, event in enumerate(trace.events) if event > 0)
-    backward = next((index for index, phase in births if phase == "backward"), len(trace.events))
-    saved_activations = _find_alive_allocations(trace, backward - 1)
-    for number in _find_alive_allocations(trace, peak_index):
-        component = _classify_allocation(
-            trace.origins[number - 1], number - 1 in trace.gradients, number in saved_activations
-        )
+        components["temporary"] += optimizer_work
+    saved_activations = _find_alive_allocations(trace.events[: trace.forward_events])
+    for number in _find_alive_allocations(trace.events[: peak_index + 1]):
+        if number - 1 in trace.gradients:
+            component = "gradients"
+        elif trace.have_vocabulary[number - 1]:
+            component = "logits_and_loss"
+        else:
+            component = "activations" if number in saved_activations else "temporary"
         components[component] += trace.sizes[number - 1]
-    return Peak(sum(components.values()), components, _describe_location(trace, peak_index))
+    return components
 
 
-def _find_alive_allocations(trace: StepTrace, event_index: int) -> set[int]:
+def _find_alive_allocations(events: Sequence[int]) -> set[int]:
     alive: set[int] = set()
-    for event in trace.events[: event_index + 1]:
+    for event in events:
         if event > 0:
             alive.add(event)
         else:
             alive.discard(-event)
     return alive
-
-
-def _classify_allocation(origin: Origin, is_gradient: bool, is_saved: bool) -> str:
-    if is_gradient:
-        return "gradients"
-    if origin.has_vocabulary:
-        return "logits_and_loss"
-    # A module that runs in the backward pass recomputes activations.
-    if is_saved or (origin.phase == "backward" and origin.module):
-        return "activations"
-    return "temporary"
-
-
-def _describe_location(trace: StepTrace, event_index: int) -> str:
-    if event_index == len(trace.events):
-        return "optimizer step"
-    origin = trace.origins[trace.events[event_index] - 1]
-    # The same name for every block: `layers.mlp.up_proj` for `model.layers.3.mlp.up_proj`.
-    names = [name for name in origin.module.split(".") if not name.isdigit()]
-    module = ".".join(name for name in names if name not in ("base_model", "model", "default")) or "model"
-    module = module if origin.module else ""
-    module_text = f", {module}" if module else ", loss" if origin.has_vocabulary else ""
-    return f"{origin.phase} pass{module_text} ({origin.op.split('.')[0]})"
 
 
 MIN_8BIT_ELEMENTS = 4096  # smaller tensors keep 32-bit states
@@ -336,27 +294,17 @@ CODE_BYTES = 2 * 256 * 4  # two tables that decode 8-bit states
 STEP_BYTES = 4  # of each parameter's step count, which the fused form keeps on the device
 
 
-@dataclass(frozen=True, slots=True)
-class OptimizerMemory:
-    """Bytes of an optimizer's persistent states, and of its workspace by stage. The entries of one stage exist at the same time."""
-
-    states: tuple[int, ...]
-    work: tuple[tuple[int, ...], ...]
-
-
-def estimate_optimizer_memory(
+def estimate_optimizer_bytes(
     parameters: Sequence[torch.Tensor], name: OptimizerName, device: DeviceKind
-) -> OptimizerMemory:
-    """Estimate the memory of optimizer `name` for these parameters, in bytes."""
-    sizes = [parameter.numel() * parameter.element_size() for parameter in parameters]
+) -> tuple[int, int]:
+    """Estimate the bytes of an optimizer's states, and those that its step allocates and frees."""
+    sizes = [parameter.nbytes for parameter in parameters]
     if name == "adamw_fused":
-        return OptimizerMemory(tuple(state_size for size in sizes for state_size in (STEP_BYTES, size, size)), ())
+        return sum(STEP_BYTES + 2 * size for size in sizes), 0
     if name == "adamw":
-        states = tuple(state_size for size in sizes for state_size in (size, size))
-        work = (tuple(sizes),) if device == "cuda" else tuple((size, size) for size in sizes)
-        return OptimizerMemory(states, work)
-    entries = [CODE_BYTES // 2, CODE_BYTES // 2]
+        return 2 * sum(sizes), sum(sizes) if device == "cuda" else 2 * max(sizes)
+    states = CODE_BYTES
     for elements in (parameter.numel() for parameter in parameters):
-        blocks = math.ceil(elements / BLOCK_8BIT) * 4
-        entries += [elements * 4] * 2 if elements < MIN_8BIT_ELEMENTS else [elements, elements, blocks, blocks]
-    return OptimizerMemory(tuple(entries), ())
+        blocks = math.ceil(elements / BLOCK_8BIT)
+        states += 8 * elements if elements < MIN_8BIT_ELEMENTS else 2 * elements + 8 * blocks
+    return states, 0

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +10,7 @@ from rightrank.bases.base_models import LoadedModel, is_supported, read_device_m
 from rightrank.planning.estimate import Estimator, SharedPassError, UntraceableError, estimate_context_bytes
 from rightrank.report.format import format_bytes
 from rightrank.schema.errors import ModelError, SettingsError
-from rightrank.schema.results import Plan, RankPlan
-from rightrank.schema.setting_table import build_options
+from rightrank.schema.results import Plan
 from rightrank.schema.settings import STEP_OF_SELECT, PlanSettings, SelectSettings
 from rightrank.training.pace import MAX_ADAPTERS_PER_PASS
 from rightrank.training.targets import require_ranks
@@ -23,6 +20,7 @@ from rightrank.training.tokens import EncodedData
 # and 1.6% on CUDA (three published peaks). There, and with weights in 4 or 8 bits, the fragmentation of the allocator varies: a model of it
 # gave 1% to 10% for models from 3B, 13% to 17% with 4 bits and recomputed blocks.
 ON_CPU, ON_CUDA, QUANTISED = 0.01, 0.05, 0.15
+SAVINGS = "a smaller --batch-size, --set gradient_checkpointing=true, --load-in-4bit or a smaller --seq-len"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +40,6 @@ def plan_config(
     config: Any, name: str, settings: PlanSettings, on_progress: Callable[[str], None] = lambda _: None
 ) -> Plan:
     """Plan a model from its configuration in memory; `name` is the name to report."""
-    start_time = time.perf_counter()
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if isinstance(positions, int) and settings.seq_len > positions:
@@ -58,9 +55,12 @@ def plan_config(
     for target in estimator.skeleton.targets:
         require_ranks(target, settings.ranks)
     rows = [estimator.estimate(rank) for rank in settings.ranks]
-    largest = _find_largest_rank(estimator, rows)
-    none_fits = settings.memory_bytes is not None and largest is None
-    notes = ["the available memory is unknown; give --memory to see which ranks fit"] * (settings.memory_bytes is None)
+    max_rank = max((row.rank for row in rows if row.fits), default=None)
+    notes = []
+    if settings.memory_bytes is None:
+        notes.append("the available memory is unknown; give --memory to see which ranks fit")
+    elif max_rank is None:
+        notes.append(f"no requested rank fits in {format_bytes(settings.memory_bytes)}: give {SAVINGS}")
     return Plan(
         model=name,
         architecture=type(estimator.skeleton.base).__name__,
@@ -70,74 +70,13 @@ def plan_config(
         ),
         targets=len(estimator.skeleton.targets),
         ranks=rows,
-        max_rank=max((row.rank for row in rows if row.fits), default=None),
-        largest_possible_rank=largest,
+        max_rank=max_rank,
         memory_bytes=settings.memory_bytes,
         context_bytes=estimate_context_bytes(settings),
-        changes=find_fitting_changes(estimator, min(settings.ranks)) if none_fits else {},
-        source="traced",
         error_share=(ON_CUDA if settings.weight_bits is None else QUANTISED) if settings.device == "cuda" else ON_CPU,
         notes=notes,
-        seconds=time.perf_counter() - start_time,
         settings=settings.model_dump(mode="json"),
     )
-
-
-def _find_largest_rank(estimator: Estimator, rows: Sequence[RankPlan]) -> int | None:
-    """Return the largest rank that fits, requested or not, up to a sixteenth; None if no requested rank fits."""
-    fitting_ranks = [row.rank for row in rows if row.fits]
-    if not fitting_ranks:
-        return None
-    low = max(fitting_ranks)
-    high = min([row.rank for row in rows if row.rank > low], default=estimator.rank_limit + 1)
-    while high - low > max(1, low // 16):
-        middle = (low + high) // 2
-        if estimator.estimate(middle).fits:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def find_fitting_changes(estimator: Estimator, rank: int) -> dict[str, Any]:
-    """Return the settings that make `rank` fit, the cheapest first; empty if no change is enough."""
-    current, changes = estimator, dict[str, Any]()
-    row = current.estimate(rank)
-    for name, value in _iterate_savings(estimator.settings):
-        if getattr(current.settings, name) == value:
-            continue
-        changed = current.build_variant(**{name: value})
-        changed_row = changed.estimate(rank)
-        if changed_row.peak_reserved_bytes < row.peak_reserved_bytes:
-            changes[name] = value
-            current, row = changed, changed_row
-        if row.fits:
-            return changes
-    return {}
-
-
-def _iterate_savings(settings: PlanSettings) -> Iterator[tuple[str, Any]]:
-    """Yield changes that save memory: first those that cost neither quality nor time, then time, then precision."""
-    if settings.loss == "full" and settings.num_labels is None:
-        yield "loss", "chunked"
-    if settings.attn_implementation == "eager":
-        yield "attn_implementation", "sdpa"
-    if settings.device == "cuda":
-        if not settings.is_packed:  # `select` supports only 32-bit states.
-            yield "optim", "adamw_8bit"
-        yield "dtype", "bfloat16"
-    yield "adapters_per_pass", 1
-    yield "gradient_checkpointing", True
-    batch = settings.batch_size
-    while batch > 1:
-        batch //= 2
-        yield "batch_size", batch
-    if not settings.load_in_8bit:
-        yield "load_in_4bit", True
-    length = settings.seq_len
-    while length > 256:
-        length //= 2
-        yield "seq_len", length
 
 
 def plan_loaded(
@@ -229,11 +168,7 @@ def _find_max_adapters(estimator: Estimator, rank: int, max_adapters: int) -> in
         *(2**power for power in reversed(range(max_adapters.bit_length())) if 2**power < max_adapters),
     ]
     try:
-        fitting_counts = (
-            count
-            for count in counts
-            if count == 1 or estimator.build_variant(adapters_per_pass=count).estimate(rank).fits
-        )
+        fitting_counts = (count for count in counts if count == 1 or estimator.share_pass(count).estimate(rank).fits)
         return next(fitting_counts, 1)
     except SharedPassError:
         return 1
@@ -267,10 +202,7 @@ def build_step_settings(
 def _format_refusal(estimator: Estimator, needs: dict[int, int], memory: int) -> str:
     smallest = min(rank for rank, count in needs.items() if count > memory)
     tensors = needs[smallest] - estimate_context_bytes(estimator.settings)
-    changes = find_fitting_changes(estimator, min(needs))
-    shared_changes = {name: value for name, value in changes.items() if name in SelectSettings.model_fields}
-    advice = shlex.join(build_options(SelectSettings, shared_changes))
     return (
         f"rank {smallest} needs {format_bytes(needs[smallest])} of memory ({format_bytes(tensors)} for tensors, the rest for the "
-        f"process), but only {format_bytes(memory)} are available; give more --memory, lower ranks{', or ' + advice if advice else ''}"
+        f"process), but only {format_bytes(memory)} are available; give more --memory, lower ranks, {SAVINGS}"
     )

@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from rightrank.bases.base_models import DTYPES, build_meta_model, load_model_config
-from rightrank.bases.model_sources import require_model
 from rightrank.schema.errors import ModelError, get_first_line
 from rightrank.schema.settings import PlanSettings
 from rightrank.training.device import enable_gradient_checkpointing
@@ -85,7 +84,6 @@ class Skeleton:
 
 def read_config(reference: str, trust_remote_code: bool, classification: bool = False) -> Any:
     """Read the configuration of a model folder, a GGUF file or a hub name."""
-    require_model(reference)
     config = load_model_config(reference, trust_remote_code, classification)
     text = config.get_text_config()
     _require_sane_sizes(reference, config, text)
@@ -220,7 +218,6 @@ def _quantise(model: Any, settings: PlanSettings) -> dict[torch.Tensor, int]:
 
 
 DeviceKind: TypeAlias = Literal["cuda", "cpu"]
-Phase: TypeAlias = Literal["forward", "backward"]
 
 # torch's FLOP table lists these operations only under their out-of-place variants.
 _IN_PLACE: dict[Any, Any] = {
@@ -229,29 +226,21 @@ _IN_PLACE: dict[Any, Any] = {
 }
 
 
-class Origin(NamedTuple):
-    """The operation in the step that allocated a storage."""
-
-    op: str
-    module: str  # name of the module that ran; empty outside every module
-    phase: Phase
-    has_vocabulary: bool  # one of its dimensions is the vocabulary size
-
-
 @dataclass(slots=True)
 class StepTrace:
     """Allocations of a step, in order: +n is the birth and −n the death of allocation n−1. Without a death it lives until the step ends."""
 
     sizes: list[int] = field(default_factory=list)  # bytes, not rounded
-    origins: list[Origin] = field(default_factory=list)
+    have_vocabulary: list[bool] = field(default_factory=list)  # whether one of the dimensions is the vocabulary size
     events: list[int] = field(default_factory=list)
+    forward_events: int = 0  # events up to the end of the forward pass
     flops: int = 0  # a multiply and an add are two
     gradients: frozenset[int] = frozenset()  # allocations that hold gradients of trained parameters at the end
 
-    def add(self, size: int, origin: Origin) -> int:
+    def add(self, size: int, has_vocabulary: bool) -> int:
         """Record a birth, and return its number."""
         self.sizes.append(size)
-        self.origins.append(origin)
+        self.have_vocabulary.append(has_vocabulary)
         self.events.append(len(self.sizes))
         return len(self.sizes)
 
@@ -262,12 +251,10 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __
     def __init__(self, existing_tensors: Iterable[torch.Tensor], vocabulary: int, device: DeviceKind) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = StepTrace()
-        self.phase: Phase = "forward"
         self._vocabulary = vocabulary
         self._device: DeviceKind = device
         self._existing_storages = {tensor.untyped_storage()._cdata for tensor in existing_tensors}
         self.alive: dict[int, int] = {}
-        self._modules: list[str] = []
         self.deaths: list[weakref.ref[Any]] = []  # a weak reference that is dropped calls nothing
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -277,49 +264,23 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __
         with torch._C.DisableTorchFunction():
             out = func(*args, **(kwargs or {}))
             scratch = _compute_scratch_bytes(func, args, self._device)
-            numbers = [self.trace.add(size, self._build_origin(func, False)) for size in scratch]
+            numbers = [self.trace.add(size, False) for size in scratch]
             for tensor in out if isinstance(out, tuple | list) else (out,):
                 if isinstance(tensor, torch.Tensor):
-                    self._record_tensor(tensor, func)
+                    self._record_tensor(tensor)
             self.trace.flops += _count_flops(func, args, kwargs or {}, out)
         self.trace.events += [-number for number in reversed(numbers)]
         return out
 
-    @contextmanager
-    def record_modules(self, model: torch.nn.Module) -> Iterator[None]:
-        """Record, inside the context, the module that runs with each storage."""
-        names = {id(module): name for name, module in model.named_modules()}
-
-        def enter(module: torch.nn.Module, _inputs: Any) -> None:
-            self._modules.append(names.get(id(module), ""))
-
-        def leave(_module: torch.nn.Module, _inputs: Any, _output: Any) -> None:
-            self._modules.pop()
-
-        hooks = (
-            torch.nn.modules.module.register_module_forward_pre_hook(enter),
-            torch.nn.modules.module.register_module_forward_hook(leave, always_call=True),
-        )
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _record_tensor(self, tensor: torch.Tensor, func: Any) -> None:
+    def _record_tensor(self, tensor: torch.Tensor) -> None:
         if tensor.device.type != "meta":
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._existing_storages or key in self.alive:
             return
-        origin = self._build_origin(func, self._vocabulary in tensor.shape)
-        self.alive[key] = self.trace.add(storage.nbytes(), origin)
+        self.alive[key] = self.trace.add(storage.nbytes(), self._vocabulary in tensor.shape)
         self.deaths.append(weakref.ref(storage, lambda _: self.trace.events.append(-self.alive.pop(key))))
-
-    def _build_origin(self, func: Any, has_vocabulary: bool) -> Origin:
-        module = self._modules[-1] if self._modules else ""
-        return Origin(func.__name__, module, self.phase, has_vocabulary)
 
 
 def _count_flops(func: Any, args: Any, keywords: Any, out: Any) -> int:
@@ -340,14 +301,13 @@ def trace_step(skeleton: Skeleton, settings: PlanSettings, training: bool = True
             stack.enter_context(torch.no_grad())
         elif settings.gradient_checkpointing:
             stack.enter_context(enable_gradient_checkpointing(skeleton.base))
-        stack.enter_context(tracer.record_modules(model))
         library: Any = torch
         stack.callback(setattr, torch, "autocast", torch.autocast)
         library.autocast = lambda *_, **__: nullcontext()  # PEFT uses it for experts; meta tensors do not support it.
         for mode in (tracer, _DeviceKernels(device, settings.padding), torch.device("meta")):
             stack.enter_context(mode)
         loss = _compute_loss(skeleton, settings, batch * len(skeleton.arms))
-        tracer.phase = "backward"
+        tracer.trace.forward_events = len(tracer.trace.events)
         if training:
             # Equivalent to `loss.backward()`, but with the function modes active. Torch disables them inside
             # `Tensor.backward`, so checkpointed blocks would run on other kernels than in the forward pass.

@@ -238,9 +238,6 @@ class ExportedAdapter(Record):
         return f"{self.rank} ({self.module_rank_range})" if self.module_rank_range else f"{self.rank}"
 
 
-Components: TypeAlias = dict[str, int]
-
-
 class RankPlan(Record):
     """The memory and compute of one rank."""
 
@@ -250,8 +247,7 @@ class RankPlan(Record):
     peak_bytes: int  # allocated, at the peak of the step
     peak_reserved_bytes: int  # by the CUDA allocator; on the CPU the same as peak_bytes
     needed_bytes: int  # reserved, with the process and headroom; compared with the available memory
-    components: Components  # they add up to peak_bytes
-    peak_at: str  # where in the step the peak is
+    components: dict[str, int]  # they add up to peak_bytes
     fits: bool | None  # None: the available memory is unknown
     flops_per_step: int
 
@@ -266,14 +262,10 @@ class Plan(Record):
     targets: int  # adapted matrices
     ranks: list[RankPlan]
     max_rank: int | None  # the largest requested rank that fits; None: none fits, or the memory is unknown
-    largest_possible_rank: int | None = None  # of all ranks, also those that were not requested
     memory_bytes: int | None = None
     context_bytes: int  # of the process beside its tensors
-    changes: dict[str, Any] = Field(default_factory=dict)  # settings with which the smallest rank fits, if none fits
-    source: Literal["traced"]  # of the peaks
     error_share: float  # relative error of the peaks
     notes: list[str] = Field(default_factory=list)
-    seconds: float  # spent on planning
     settings: dict[str, Any]
 
 
