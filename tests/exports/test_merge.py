@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from rightrank import compare, export
 from rightrank.bases.base_models import load_base
-from rightrank.schema.errors import DataError, RunError, SettingsError
+from rightrank.schema.errors import DataError, SettingsError
 from rightrank.schema.results import AdapterComparison
 from rightrank.schema.settings import SelectSettings
 from tests.adapters.adapters import make_adapter
@@ -120,8 +119,6 @@ def test_a_merged_model_is_that_of_peft(kind: str, base: Path, rows: Path, tmp_p
     theirs = merge_by_hand(base, adapter).state_dict()
     assert ours.keys() == theirs.keys()
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 1e-5
-    stored = json.loads((tmp_path / "out" / "export.json").read_text(encoding="utf-8"))
-    assert stored["check"] == result.check
     assert result.check["sentence"] in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
@@ -155,17 +152,11 @@ def test_a_dropped_adapter_is_broken(kind: str, base: Path, adapter: Path, rows:
     assert "BROKEN" in comparison.sentence
 
 
-def test_bad_input_is_one_line_and_nothing_is_lost(
-    base: Path, adapter: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_input_is_one_line_and_nothing_is_written(adapter: Path, rows: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(SettingsError, match="--type 'q3': merged can be written as f32, bf16, f16"):
         export(adapter, "merged", out, check=rows, kind="q3", settings=SETTINGS)
     with pytest.raises(DataError, match="give them with --check DATA"):
         export(adapter, "merged", out, settings=SETTINGS)
-    with monkeypatch.context() as patch:
-        patch.setattr("rightrank.exports.merge.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
-        with pytest.raises(RunError, match=r"the model needs .* but only 1 B are free; make room"):
-            export(adapter, "merged", out, check=rows, settings=SETTINGS)
     assert not out.exists()
     assert not list(tmp_path.glob("*tmp*"))

@@ -206,6 +206,8 @@ def test_a_run_is_exported_into_its_folder_at_the_rank_that_is_asked_for(
         assert open_adapter(folder).rank >= rank
     with pytest.raises(ResultsError, match=r"the run has no adapter of rank 3; give one of 1, .*or leave rank out"):
         export(run, "sglang", rank=3)
+    with pytest.raises(RunFolderError, match="this path already exists"):
+        export(run, "vllm")
     shutil.rmtree(run / "adapter")
     with pytest.raises(RunFolderError, match="no adapter yet"):
         export(run, "vllm")

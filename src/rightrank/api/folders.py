@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,7 +72,7 @@ def export(
         source: a run folder whose selection has ended, or an adapter folder; for a server also several of them.
         to: vllm, sglang or merged.
         out: the folder to write, which must not exist. None for `exports/<to>` in the current folder or, for a single run, in the run
-            folder, where it is replaced. If it holds files of yours, it is moved to `earlier-N` in the run folder.
+            folder.
         rank: the rank of the run's adapter to export; the best one at this rank is used. None for the adapter in `adapter/`.
         base: the base model; None for the one that the run or the adapter names.
         check: for a merged model: held-out rows to compare on; by default the run's test split.
@@ -105,36 +103,27 @@ def export(
         raise SettingsError(f"--to {MERGED} takes one adapter, and {len(paths)} were given")
     if to != MERGED and (files or kind or settings):
         raise SettingsError(f"--to {to}: check, type and settings work only with {MERGED}; leave them out")
-    if out is not None:
-        require_absent(Path(out))
     sources = [_open_export_source(path, rank) for path in paths]
-    (adapter, run, records), adapters = sources[0], [source_adapter for source_adapter, _, _ in sources]
+    adapter, run, records = sources[0]
+    adapters = [source_adapter for source_adapter, _, _ in sources]
     if run is not None and settings is not None:
         raise SettingsError(f"{run.path}: a run has its own settings; leave them out, or give an adapter folder")
-    replaced_run = run if out is None and len(sources) == 1 else None
-    target = Path(out) if out is not None else (replaced_run.path if replaced_run else Path()) / "exports" / to
-    if replaced_run is None:
-        require_absent(target)
-    if base is None and records is not None and len(sources) == 1 and records.started.model_name:
+    parent = run.path if run is not None and len(sources) == 1 else Path()
+    target = parent / "exports" / to if out is None else Path(out)
+    require_absent(target)
+    if base is None and records is not None and len(sources) == 1:
         base = records.started.model_name
     base = find_base(adapters, base)
-
-    def write() -> ExportResult:
+    with report_disk_errors(target):
         if to != MERGED:
-            return write_server_files(
-                to, read_served_adapters(dict(zip(name_adapters(paths), adapters, strict=True))), base, target
-            )
-        from rightrank.exports.merge import MergeRequest, write_merged_model
+            served = read_served_adapters(dict(zip(name_adapters(paths), adapters, strict=True)))
+            return write_server_files(to, served, base, target)
+        from rightrank.exports.merge import write_merged_model
 
         data = None if records is None else records.started.data_name
         merge_settings = settings or (SelectSettings() if records is None else records.started.select_settings)
-        request = MergeRequest(
-            adapter, base, merge_settings, data and resolve_path(data, adapter), kind or "f32", files, on_event
-        )
-        return write_merged_model(request, target)
-
-    with report_disk_errors(target):
-        return write() if replaced_run is None else _replace_export(replaced_run, target, write)
+        run_data = data and resolve_path(data, adapter)
+        return write_merged_model(adapter, base, target, merge_settings, kind or "f32", run_data, files, on_event)
 
 
 def _open_export_source(path: Path, rank: int | None) -> tuple[Path, RunFolder | None, Records | None]:
@@ -149,28 +138,6 @@ def _open_export_source(path: Path, rank: int | None) -> tuple[Path, RunFolder |
     if not (folder.adapter / CONFIG_FILE).is_file():
         raise RunFolderError(f"{path}: no adapter yet; run `rightrank select` again, then export")
     return folder.adapter, folder, records
-
-
-def _replace_export(folder: RunFolder, target: Path, write: Callable[[], ExportResult]) -> ExportResult:
-    """Write an export over an earlier one. If the earlier one holds files that the new one lacks, it stays in `earlier-N`."""
-    earlier_folder = folder.move_aside(str(target.relative_to(folder.path)))
-    try:
-        exported = write()
-    finally:
-        if earlier_folder is not None and not target.exists():
-            (earlier_folder / target.name).rename(target)
-            earlier_folder.rmdir()
-    if earlier_folder is None:
-        return exported
-    names, earlier_names = (
-        {path.name for path in export.iterdir()} for export in (target, earlier_folder / target.name)
-    )
-    if not earlier_names - names:
-        shutil.rmtree(earlier_folder)
-        return exported
-    user_files = ", ".join(sorted(earlier_names - names))
-    note = f"the earlier export contained files that this one does not write ({user_files}); it was moved to {earlier_folder / target.name}"
-    return replace(exported, notes=[*exported.notes, note])
 
 
 def _find_best_trial(records: Records, rank: int) -> TrialFinished:
