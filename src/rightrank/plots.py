@@ -61,8 +61,8 @@ def learning_rates(run: Run, ax: Axes | None = None) -> Axes:
 
 
 def learning_curves(run: Run, ax: Axes | None = None) -> Axes:
-    """Plot held-out values and the training loss by step, each rank at its best learning rate."""
-    return _plot(figures.build_learning_figure(*_read_run(run)), ax)
+    """Plot held-out values and the training loss by step, the best training of each rank."""
+    return _plot(figures.build_learning_figure(_read_run(run)[0]), ax)
 
 
 def spectrum(run: Run | Inspection, ax: Axes | None = None) -> Axes:

@@ -15,7 +15,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -30,7 +30,6 @@ from rightrank.schema.results import (
     LearningRateAnswer,
     LearningRateCandidate,
 )
-from rightrank.schema.trials import TrialFinished
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -213,19 +212,17 @@ def draw_share_axis(ax: Axes, base: float | None, reference: float) -> None:
     axis.set_ylabel("share of the gain, %")
 
 
-def set_log_ticks(ax: Axes, dimension: str, values: Collection[float]) -> None:
-    """Make an axis logarithmic, with a tick at each value. A value whose label would touch the previous one has no tick."""
+def set_log_ticks(ax: Axes, values: Collection[float]) -> None:
+    """Make the x axis logarithmic, with a tick at each value. A value whose label would touch the previous one has no tick."""
     ticks: list[float] = []
     for value in sorted(set(values)):
         if not ticks or value / ticks[-1] >= 0.999 * (max(values) / min(values)) ** (1 / MAX_TICKS):
             ticks.append(value)
-    set_scale, axis = (ax.set_xscale, ax.xaxis) if dimension == "x" else (ax.set_yscale, ax.yaxis)
     if len(ticks) == 1:  # matplotlib widens a range without an extent with a warning
-        set_limits = ax.set_xlim if dimension == "x" else ax.set_ylim
-        set_limits(ticks[0] / 2, ticks[0] * 2)
-    set_scale("log")
-    axis.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
-    axis.set_ticks([], minor=True)
+        ax.set_xlim(ticks[0] / 2, ticks[0] * 2)
+    ax.set_xscale("log")
+    ax.xaxis.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    ax.xaxis.set_ticks([], minor=True)
 
 
 # Fraction of the steps whose values may be off the scale. Otherwise the end of the curve would look flat.
@@ -257,12 +254,9 @@ def build_rank_figure(decision: Decision) -> Figure:
         bound = format_interval_label(decision.confidence, "bound")
         points = [(e.rank, e.value, e.value, end) for e, end in zip(trained, ends, strict=True)]
         draw_points(ax, points, f"best learning rate; whisker: paired {bound}", "C0")
-        if base is not None:  # A base value off the scale is drawn at the edge and labelled.
-            visible_value = min(max(base, limits[0]), limits[1])
-            off_scale_text = "" if visible_value == base else " (off the scale)"
-            label = f"base, no adapter: {base:.4g}{off_scale_text}"
-            ax.axhline(visible_value, color="0.5", linestyle=":", label=label)
-        set_log_ticks(ax, "x", [e.rank for e in trained])
+        if base is not None:  # it may be off the scale
+            ax.axhline(base, color="0.5", linestyle=":", label=f"base, no adapter: {base:.4g}")
+        set_log_ticks(ax, [e.rank for e in trained])
         ax.set_ylim(*limits)
         draw_share_axis(ax, base, reference)
 
@@ -277,49 +271,33 @@ def build_rank_figure(decision: Decision) -> Figure:
     )
 
 
-def _select_best_trials(records: Records, decision: Decision | None) -> dict[int, list[TrialFinished]]:
-    """Return the trials of each rank at its best learning rate, as the decision names them if there is one."""
-    by_id = records.by_id
-    if decision is not None:
-        named = {e.rank: [by_id[i] for i in e.trial_ids if i in by_id] for e in decision.ranks if e.rank > 0}
-        return {rank: trials for rank, trials in named.items() if trials}
-    groups = _group_by_rank([trial for trial in by_id.values() if trial.rank > 0 and trial.arm.is_direct])
-    sign = -1 if records.started.higher_is_better else 1
-    return {rank: [min(trials, key=lambda trial: sign * trial.value)] for rank, trials in groups.items()}
-
-
-def _group_by_rank(trials: Sequence[TrialFinished]) -> dict[int, list[TrialFinished]]:
-    """Group trials by rank, ranks ascending."""
-    ranks = sorted({trial.rank for trial in trials})
-    return {rank: [trial for trial in trials if trial.rank == rank] for rank in ranks}
-
-
-def build_learning_figure(records: Records, decision: Decision | None) -> Figure | None:
-    """Plot held-out values and the training loss by step, each rank at its best learning rate, averaged over seeds."""
+def build_learning_figure(records: Records) -> Figure | None:
+    """Plot held-out values and the training loss by step of the best training of each rank; None with fewer than two values each."""
     finished, started = records.by_id, records.started
-    metric = started.points_metric or started.metric
+    metric, sign = started.points_metric or started.metric, -1 if started.higher_is_better else 1
     base = next((trial.metrics.get(metric) for trial in finished.values() if trial.rank == 0), None)
+    trainings = [trial for trial in finished.values() if trial.rank > 0 and trial.is_direct]
     held_out: dict[int, dict[int, float]] = {}
     training: dict[int, dict[int, float]] = {}
-    for rank, trials in _select_best_trials(records, decision).items():
-        held_out[rank] = _average([_collect_held_out_values(trial, finished, metric) for trial in trials])
-        # The mean training loss since the previous evaluation.
-        training[rank] = _average(
-            [{p.step: p.train_value for p in t.points if p.train_value is not None} for t in trials]
-        )
-    held_out = {rank: values for rank, values in held_out.items() if values}
-    longest = max((len(values) + (base is not None and min(values) > 0) for values in held_out.values()), default=0)
-    if longest < 2:
+    for rank in sorted({trial.rank for trial in trainings}):
+        best = min((trial for trial in trainings if trial.rank == rank), key=lambda trial: sign * trial.value)
+        values = {0: base} if base is not None else {}  # At step 0 the adapter does not change the base model.
+        stage = finished.get(best.continue_from or "")
+        if stage is not None and metric in stage.metrics:
+            values[stage.end] = stage.metrics[metric]
+        values |= {point.step: point.value for point in best.points}
+        if len(values) > 1:
+            held_out[rank] = values
+            # The mean training loss since the previous evaluation.
+            training[rank] = {point.step: point.train_value for point in best.points if point.train_value is not None}
+    if not held_out:
         return None
-    # A line needs two values.
-    drawn_training = {r: values for r, values in training.items() if len(values) > 1 and metric == "loss"}
+    drawn_training = training if metric == "loss" else {}
 
     def draw(ax: Axes) -> None:
         for number, (rank, values) in enumerate(held_out.items()):
-            # At step 0 the adapter does not change the base model.
-            curve = values if base is None or min(values) == 0 else {0: base, **values}
             label = f"rank {rank}" if number < MAX_LABELLED_CURVES else None
-            ax.plot([*curve], [*curve.values()], "o-", color=f"C{number % 10}", markersize=5, label=label)
+            ax.plot([*values], [*values.values()], "o-", color=f"C{number % 10}", markersize=5, label=label)
             losses = drawn_training.get(rank, {})
             ax.plot([*losses], [*losses.values()], "--", color=f"C{number % 10}", linewidth=1)
         begin = FIRST_SHOWN * max(step for values in held_out.values() for step in values)
@@ -335,25 +313,6 @@ def build_learning_figure(records: Records, decision: Decision | None) -> Figure
         rows=[(r, step, v, training[r].get(step)) for r, values in held_out.items() for step, v in values.items()],
         draw=draw,
     )
-
-
-def _average(curves: Sequence[Mapping[int, float]]) -> dict[int, float]:
-    """Average curves at the steps that all of them have."""
-    shared_steps = sorted(set.intersection(*map(set, curves)))
-    return {step: fmean(curve[step] for curve in curves) for step in shared_steps}
-
-
-def _collect_held_out_values(
-    trial: TrialFinished, finished: Mapping[str, TrialFinished], metric: str
-) -> dict[int, float]:
-    """Map steps to held-out values of the training, including the evaluations of the stages that it was resumed from."""
-    values = {point.step: point.value for point in trial.points}
-    stage = finished.get(trial.continue_from or "")
-    while stage is not None:
-        if stage.stop_at is not None and metric in stage.metrics:
-            values.setdefault(stage.stop_at, stage.metrics[metric])
-        stage = finished.get(stage.continue_from or "")
-    return values
 
 
 def plot_learning_rates(answer: LearningRateAnswer, started: RunStarted) -> Figure | None:
@@ -375,20 +334,16 @@ def plot_learning_rates(answer: LearningRateAnswer, started: RunStarted) -> Figu
     if len(points) < 2:
         return None
     final_points = [(c.learning_rate, c.final_value) for c in rates if c.final_value is not None and is_same_metric]
-    current_points = [(c.learning_rate, c.current_value) for c in rates if c.current_value is not None]
     failed = ", ".join(f"{c.learning_rate:g}" for c in rates if c.value is None)
 
     def draw(ax: Axes) -> None:
         has_whiskers = any(low < high for _, _, low, high in points)
         label = f"after {answer.step} of {answer.steps} steps" if answer.step < answer.steps else "at the end"
-        if current_points:
-            ax.plot(*zip(*current_points, strict=True), "o:", color="0.6", label=f"{label}, current factors")
-            label = "mean of the last factors"  # a longer label would be cut off
         draw_points(ax, points, label + "; whiskers: paired 95% bounds" * has_whiskers, "C0")
         if answer.step < answer.steps and final_points:
             ax.plot(*zip(*final_points, strict=True), "s--", color="C1", label="at the end")
         ax.axvline(answer.learning_rate, color="0.5", linestyle=":", label=f"chosen: {answer.learning_rate:g}")
-        set_log_ticks(ax, "x", [rate for rate, *_ in points])
+        set_log_ticks(ax, [rate for rate, *_ in points])
 
     return Figure(
         name="learning_rates",
@@ -488,7 +443,7 @@ def plot_adapters(
             series = sorted(points[adapter.trial_id] for adapter in adapters if adapter.method == method)
             if series:
                 draw_points(ax, series, label, f"C{number}", "-" if method == "trained" else "--")
-        set_log_ticks(ax, "x", [adapter.rank for adapter in adapters])
+        set_log_ticks(ax, [adapter.rank for adapter in adapters])
         ax.set_ylim(*compute_limits([reference, edge, *(v for a in visible for v in points[a.trial_id][1:])]))
         draw_share_axis(ax, base, reference)
 

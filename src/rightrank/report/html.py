@@ -56,7 +56,7 @@ def build_figures(records: Records, decision: Decision | None) -> list[Figure]:
         None if decision is None else build_rank_figure(decision),
         build_adapter_figure(records),
         build_learning_rate_figure(records),
-        build_learning_figure(records, decision),
+        build_learning_figure(records),
     ]
     return [figure for figure in figures if figure is not None]
 
