@@ -61,6 +61,7 @@ CONFIG_KEYS = (
     "model_type", "num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps", "layer_norm_eps", "rope_parameters",
     "sliding_window",
 )  # fmt: skip
+ROUNDING = 2.0**-7  # relative, of a value in bfloat16
 IDENTITY_MATRICES = 64  # number of matrices whose values identify a base model
 # Fragments of the names of weights that the adapter brings itself, or that it replaces.
 ADAPTER_FRAGMENTS = (".lora_", ".modules_to_save.", ".original_module.", "trainable_tokens_")
@@ -83,23 +84,18 @@ class BaseIdentity(Record):
     def find_difference(self, other_identity: BaseIdentity) -> str | None:
         """Describe the first configuration value or weight in which two base models differ; return None if they are the same.
 
-        Weights of one precision must be equal. If one model is a copy in 16 bits, they may differ by its rounding.
+        Weights may differ by the rounding of a copy in 16 bits.
         """
         for key in CONFIG_KEYS:
             values = [base.config.get(key) for base in (self, other_identity)]
             if None not in values and values[0] != values[1]:
                 return f"its {key} is {values[0]}, here it is {values[1]}"
         common = [name for name in self.weights if name in other_identity.weights]
-        precisions = {
-            _find_coarsest_dtype([value for name in common for value in base.weights[name]])
-            for base in (self, other_identity)
-        }
-        relative, absolute = (2.0**-7, 1e-6) if len(precisions) > 1 else (0.0, 0.0)
         differing_names = [
             name
             for name in common
             for ours, theirs in zip(self.weights[name], other_identity.weights[name], strict=True)
-            if not math.isclose(ours, theirs, rel_tol=relative, abs_tol=absolute)
+            if not math.isclose(ours, theirs, rel_tol=ROUNDING, abs_tol=1e-6)
         ]
         num_differing = len(dict.fromkeys(differing_names))
         return (
@@ -423,13 +419,6 @@ def compute_base_identity(model: Any, name: str) -> BaseIdentity:
     config = model.config.to_dict()
     config_values = {key: config[key] for key in CONFIG_KEYS if config.get(key) is not None}
     return BaseIdentity(name=name, config=config_values, weights=weights)
-
-
-def _find_coarsest_dtype(values: Sequence[float]) -> torch.dtype:
-    """Return the coarsest dtype that represents all values exactly."""
-    exact = torch.tensor(values, dtype=torch.float64)
-    types = (torch.bfloat16, torch.float16)
-    return next((dtype for dtype in types if torch.equal(exact.to(dtype).double(), exact)), torch.float32)
 
 
 def require_named_base(base: Any, name: str, index: int = 0, step: int = 1) -> list[str]:

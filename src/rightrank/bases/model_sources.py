@@ -27,10 +27,8 @@ class ModelSource:
     gguf_file: str | None
 
     def build_loading_arguments(self, trust_remote_code: bool) -> dict[str, Any]:
-        arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-        if self.gguf_file is not None:
-            arguments["gguf_file"] = self.gguf_file
-        return arguments
+        gguf = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        return {"trust_remote_code": trust_remote_code} | gguf
 
 
 def find_model(reference: str) -> ModelSource:

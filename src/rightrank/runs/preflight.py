@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from statistics import fmean
 
 from rightrank.decision.adapter import Criterion
 from rightrank.decision.comparison import CONFIDENCE, NORMAL
@@ -55,15 +54,15 @@ def _measure_top_pace(prepared: LoadedSelection) -> Pace | None:
 
 
 def _build_preflight(prepared: LoadedSelection, pace: Pace | None) -> tuple[Preflight, str]:
-    """Build the preflight, and describe its time. The expected time uses the mean pace of the ranks, the maximum that of the highest rank."""
+    """Build the preflight, and describe its time."""
     settings, data, planned, strategy = prepared.settings, prepared.started.data, prepared.planned, prepared.strategy
     trainings = strategy.estimate_cost()
     expected = at_most = None
     time_text = ""
     if pace is not None:
         arms, points = strategy.estimate_arms(), settings.num_evaluations
-        expected = pace.predict_seconds(fmean(settings.ranks), trainings.expected, arms, points)
-        at_most = pace.predict_seconds(max(settings.ranks), trainings.maximum, trainings.max_arms, points)
+        expected = pace.predict_seconds(trainings.expected, arms, points)
+        at_most = pace.predict_seconds(trainings.maximum, trainings.max_arms, points)
         time_text = format_time_estimate(expected, at_most, settings.budget_hours)
     peaks, needed = (planned.peak_bytes, planned.needed_bytes) if planned else ({}, {})
     criterion = strategy.space.criterion

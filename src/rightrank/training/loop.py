@@ -15,7 +15,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -111,7 +110,6 @@ class ArmTraining:
         self._save_seconds = 0.0  # duration of writing the last checkpoint
         self.pass_ranks = [arm.rank]  # ranks of the adapters in the fullest pass so far, its own rank first
         self._scores: Scores | None = None  # scores of the last evaluation
-        self._quarter_scores: Scores | None = None  # those of the mean over the last quarter of the steps
         self._measured: tuple[int, MetricResults] | None = None  # a step, and the metrics after it
         self.failure: TrialDiverged | TrialFailed | None = None
         checkpoint = self._load_checkpoint()
@@ -128,18 +126,6 @@ class ArmTraining:
         if arm.is_searched:
             starts["quarter"] = arm.end - max(1, round(QUARTER * arm.end))
         return starts
-
-    def list_due_means(self) -> list[MeanName]:
-        """Return the means to evaluate beside the current factors, at the step of an evaluation."""
-        step, due = self.progress.step, list[MeanName]()
-        # The first mean after the warm-up is the current factors. A metric that needs generated answers is not measured twice.
-        mean = self.optimizer.means.get("warmup")
-        is_measured = self._scores is not None and self._settings.points_metric in self._scores.metrics
-        if mean is not None and step in self._evaluate_at and step > mean.start + 1 and is_measured:
-            due.append("warmup")
-        if self.is_done and "quarter" in self.optimizer.means:
-            due.append("quarter")
-        return due if self.failure is None else []
 
     def _load_truncation(self, config: LoraConfig) -> dict[str, torch.Tensor]:
         """Return the tensors of a truncation and put its ranks into `config`; return none if the arm does not start from a truncation."""
@@ -225,22 +211,26 @@ class ArmTraining:
         # The step at which a training stops early adds no point, so that all trainings have the same points.
         if self.failure is None and progress.step in self._evaluate_at:
             recent = progress.train_losses[progress.points[-1].step if progress.points else 0 :]
-            value, train_value = self._compute_point_value(subset_scores), sum(recent) / len(recent)
-            progress.points.append(EvalPoint(step=progress.step, value=value, train_value=train_value))
-            if self._settings.checkpoint == "best" and self._find_best() == (progress.points[-1], False):
-                self.optimizer.best = self.optimizer.copy_parameters()
+            point = EvalPoint(
+                step=progress.step,
+                value=self._compute_point_value(subset_scores),
+                mean_value=self._compute_mean_value(subset_scores),
+                train_value=sum(recent) / len(recent),
+            )
+            progress.points.append(point)
+            if self._settings.checkpoint == "best":
+                best, is_mean = self._find_best()
+                if best is point:
+                    self.optimizer.keep_best("warmup" if is_mean else None)
 
-    def record_mean_scores(self, name: MeanName, scores: Scores, seconds: float) -> None:
-        """Store the scores of a mean of the factors, which is in their place now, at the step of the last evaluation."""
-        progress = self.progress
-        progress.eval_seconds += seconds
-        if name == "quarter":
-            self._quarter_scores = scores
-            return
-        mean_value = scores.metrics[self._settings.points_metric]
-        progress.points[-1] = progress.points[-1].model_copy(update={"mean_value": mean_value})
-        if self._find_best() == (progress.points[-1], True):
-            self.optimizer.best = self.optimizer.copy_parameters()
+    def _compute_mean_value(self, scores: Scores) -> float | None:
+        """Return the value of the mean of the factors since the warm-up on the first examples; None if it is not kept or not due."""
+        mean, metric = self.optimizer.means.get("warmup"), self._settings.points_metric
+        # The first mean after the warm-up is the current factors. A metric that needs generated answers is not measured twice.
+        if mean is None or self.progress.step <= mean.start + 1 or metric not in scores.metrics:
+            return None
+        with self.optimizer.use_mean("warmup"):
+            return self._evaluate(is_subset=True).metrics[metric]
 
     def _find_best(self) -> tuple[EvalPoint, bool]:
         """Return the best evaluation, the earliest of equal ones, and whether it is that of the mean of the factors."""
@@ -290,15 +280,18 @@ class ArmTraining:
             MetricError: the deciding metric gave no score; the adapter is still on the base.
         """
         arm, metric_results, mean_losses = self.trial.arm, MetricResults(), list[float]()
-        scores = self._evaluate() if self._scores is None else self._scores  # None: the trial resumed at its last step
+        # None: the trial resumed at its last step.
+        scores = self._evaluate(self.uses_eval_subset) if self._scores is None else self._scores
         best_fields = self._restore_best() if arm.is_direct and self.optimizer.best else {}
         if arm.stop_at is None:
-            scores = self._evaluate() if best_fields else scores
+            scores = self._evaluate(is_subset=False) if best_fields else scores
             metric_results = self._measure_metrics()
             metric_results.require_values([self._settings.metric_name])
             save_adapter(self._multi_lora.peft_model, self.folders.adapter, self._runtime.loaded.name, self.adapter)
         else:
-            mean_losses = self._measure_mean_losses()
+            if "quarter" in self.optimizer.means:
+                with self.optimizer.use_mean("quarter"):
+                    mean_losses = self._evaluate(is_subset=True).losses
             self.save()  # another trial may resume from here
         self._multi_lora.remove(self.adapter)
         record = build_finished_trial(self.trial, self._settings.metric_name, scores, metric_results, self.progress)
@@ -325,20 +318,11 @@ class ArmTraining:
         self._measured = None
         return {"checkpoint_step": best.step, "checkpoint_is_mean": is_mean, "train_value": best.train_value}
 
-    def _evaluate(self) -> Scores:
+    def _evaluate(self, is_subset: bool) -> Scores:
         start_time = time.perf_counter()
-        scores = evaluate_adapters(self._runtime, self._multi_lora, [self.adapter], self.uses_eval_subset)[0]
+        scores = evaluate_adapters(self._runtime, self._multi_lora, [self.adapter], is_subset)[0]
         self.progress.eval_seconds += time.perf_counter() - start_time
         return scores
-
-    def _measure_mean_losses(self) -> list[float]:
-        """Return the losses of the mean over the last quarter of the steps by example; none where it is not kept."""
-        if "quarter" not in self.optimizer.means:
-            return []
-        if self._quarter_scores is None:  # the trial resumed at its last step
-            with self.optimizer.use_mean("quarter"):
-                return self._evaluate().losses
-        return self._quarter_scores.losses
 
     @property
     def is_checkpoint_due(self) -> bool:
@@ -531,7 +515,7 @@ class _TrainingLoop:
     def _evaluate(self, trainings: Sequence[ArmTraining]) -> None:
         """Evaluate all trainings in one pass.
 
-        If memory runs out, evaluate each half in its own pass. A single training that does not fit ends.
+        If memory runs out, evaluate each in a pass of its own. A single training that does not fit ends.
         """
         adapters = [training.adapter for training in trainings]
         start_time = time.perf_counter()
@@ -541,27 +525,11 @@ class _TrainingLoop:
             seconds = (time.perf_counter() - start_time) / len(trainings)
             for training, scores in zip(trainings, all_scores, strict=True):
                 training.record_scores(scores, seconds)
-            names = list(dict.fromkeys(name for training in trainings for name in training.list_due_means()))
-            for name in names:
-                self._evaluate_means([training for training in trainings if name in training.list_due_means()], name)
         elif len(trainings) > 1:
-            half = len(trainings) // 2
-            self._evaluate(trainings[:half])
-            self._evaluate(trainings[half:])
+            for training in trainings:
+                self._evaluate([training])
         else:
             trainings[0].failure = self._build_memory_failure(trainings[0].trial, *reasons)
-
-    def _evaluate_means(self, trainings: Sequence[ArmTraining], name: MeanName) -> None:
-        """Evaluate a mean of the factors on the first examples, in one pass that fits as the one before did."""
-        adapters = [training.adapter for training in trainings]
-        start_time = time.perf_counter()
-        with ExitStack() as stack:
-            for training in trainings:
-                stack.enter_context(training.optimizer.use_mean(name))
-            all_scores = evaluate_adapters(self._runtime, self._multi_lora, adapters, True)
-            seconds = (time.perf_counter() - start_time) / len(trainings)
-            for training, scores in zip(trainings, all_scores, strict=True):
-                training.record_mean_scores(name, scores, seconds)
 
     def _build_memory_failure(self, trial: Trial, reason: str) -> TrialFailed:
         device = self._runtime.loaded.device

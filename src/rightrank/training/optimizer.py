@@ -124,9 +124,13 @@ class ArmOptimizer:
             tensors |= {f"{SUM_PREFIX}{kind}.{name}": total for name, total in mean.sums.items()}
         return tensors | {f"{BEST_PREFIX}{name}": value for name, value in self.best.items()}
 
-    def copy_parameters(self) -> dict[str, torch.Tensor]:
-        """Return a copy of the parameters on the CPU."""
-        return {name: value.detach().cpu().clone() for name, value in self.named_parameters.items()}
+    def keep_best(self, mean: MeanName | None) -> None:
+        """Keep a mean of the parameters as the best so far, or the parameters themselves if the mean is None."""
+        parameters = self._copy_parameters() if mean is None else self.means[mean].compute(self.progress.step)
+        self.best = {name: value.cpu() for name, value in parameters.items()}
+
+    def _copy_parameters(self) -> dict[str, torch.Tensor]:
+        return {name: value.detach().clone() for name, value in self.named_parameters.items()}
 
     @contextmanager
     def use_mean(self, name: MeanName) -> Iterator[None]:
@@ -134,7 +138,7 @@ class ArmOptimizer:
 
         The mean is taken of A and of B, as averages of weights are (Hägele et al. 2024, arXiv 2405.18392).
         """
-        current = self.copy_parameters()
+        current = self._copy_parameters()
         self.set_parameters(self.means[name].compute(self.progress.step))
         try:
             yield

@@ -35,7 +35,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """The seconds of a training of one rank on this device, measured on a few real steps."""
+    """The seconds of a training of one rank on this device, measured on a few real steps. Other ranks take about as long."""
 
     rank: int
     batches: list[list[int]]  # training examples of each timed step
@@ -44,33 +44,19 @@ class Pace:
     evaluation_seconds: float  # one pass over the validation examples
     subset_fraction: float  # fraction of the validation examples that an evaluation during training scores
     cache_seconds: float  # everything that is computed once per example: frozen blocks, or reference log-probabilities
-    matrix_elements: int  # elements of the adapted matrices
-    parameters_per_rank: int  # parameters of the adapter per unit of rank
 
-    def predict_seconds(self, rank: float, trainings: float, arms: int, num_evaluations: int) -> float:
-        """Predict the seconds of a selection.
-
-        A step multiplies the adapted matrices forward and backward, and the adapter a third time for its gradients. Loading,
-        checkpoints, samples and the report are not counted.
+    def predict_seconds(self, trainings: float, arms: int, num_evaluations: int) -> float:
+        """Predict the seconds of a selection. Loading, checkpoints, samples and the report are not counted.
 
         Args:
-            rank: the (mean) rank of the trainings.
             trainings: the number of full trainings, one after the other.
             arms: the number of arms, including those that stop early or are truncated.
             num_evaluations: the number of evaluations during a training.
         """
-        training_cost, measured_cost = (
-            2 * self.matrix_elements + 3 * self.parameters_per_rank * count for count in (rank, self.rank)
-        )
         num_end_evaluations = max(0.0, arms - 1 - trainings)  # evaluations of arms that stop early or are truncations
-        evaluations = (
-            training_cost
-            / measured_cost
-            * (trainings * (1 + self.subset_fraction * (num_evaluations - 1)) + num_end_evaluations)
-            + RUN_EVALUATIONS
-        )
-        steps = training_cost / measured_cost * trainings * self.training_seconds
-        return steps + evaluations * self.evaluation_seconds + self.cache_seconds
+        during = trainings * (1 + self.subset_fraction * (num_evaluations - 1))
+        evaluation_seconds = (during + num_end_evaluations + RUN_EVALUATIONS) * self.evaluation_seconds
+        return trainings * self.training_seconds + evaluation_seconds + self.cache_seconds
 
 
 def measure_pace(runtime: Runtime, arm: Arm) -> Pace | None:
@@ -106,7 +92,6 @@ def _time_training(runtime: Runtime, arm: Arm) -> Pace:
     timed_steps = slice(min(WARM_UP_STEPS, len(plan) - 1), None)
     token_ratio = _count_tokens(runtime, full_plan) / _count_tokens(runtime, plan[timed_steps])
     num_held_out = len(runtime.data.splits["validation"])
-    modules = runtime.targets.modules
     return Pace(
         arm.rank,
         plan[timed_steps],
@@ -115,8 +100,6 @@ def _time_training(runtime: Runtime, arm: Arm) -> Pace:
         evaluation_seconds=eval_seconds * num_held_out / len(eval_indices),
         subset_fraction=min(1.0, EVAL_SUBSET_SIZE / num_held_out),
         cache_seconds=fill_seconds * _count_cached_tokens(runtime, full_plan) / num_filled if num_filled else 0.0,
-        matrix_elements=sum(module.in_features * module.out_features for module in modules),
-        parameters_per_rank=sum(module.in_features + module.out_features for module in modules),
     )
 
 
