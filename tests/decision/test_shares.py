@@ -15,6 +15,7 @@ from rightrank.decision.adapter import (
     ScoredAdapter,
     build_share_steps,
     build_truncation_answer,
+    find_wider_margin,
 )
 from rightrank.schema.errors import ResultsError, SettingsError
 from rightrank.schema.metrics import Margin, compute_margin, parse_margin
@@ -157,10 +158,13 @@ def test_accuracy_is_compared_by_the_bounds_of_shares() -> None:
 def test_the_examples_that_cannot_tell_are_named_with_what_settles_it() -> None:
     comparison = compare(draw_losses(2, 1.0, [0.0], noise=0.1))
     answer = build_truncation_answer(comparison.reference, [comparison.adapters["1"]], comparison)
-    assert answer.sentence.startswith("Undecided below rank 64: with these 80 held-out rows rank 1 keeps between ")
+    assert answer.sentence.startswith(
+        "Rank 64 is kept, since lower ranks are undecided: with these 80 held-out rows rank 1 "
+    )
     assert "more held-out rows (about " in answer.sentence
     assert "%, which costs no training." in answer.sentence
     wider = f"{answer.sentence.partition('--margin ')[2].partition(',')[0]}"
+    assert find_wider_margin(answer) == wider
     assert build(compare(draw_losses(2, 1.0, [0.0], noise=0.1), wider), 1).is_within_margin
 
 

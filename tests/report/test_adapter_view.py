@@ -79,7 +79,7 @@ def test_an_adapter_that_gains_nothing_is_flagged_in_every_view(tmp_path: Path) 
     document = answers.build_document()
     assert (document["adapter_flags"], document["share_kept"]) == (["no_gain"], None)
     run = write_records(tmp_path / "run", [records.started, *records.outcomes, *records.adapters])
-    sentence = "No gain shown: rank 64 differs from the base by +0"
+    sentence = "No gain shown: rank 64 gained +0 over the base"
     assert (status(run).adapter_sentence or "").startswith(sentence)
     assert sentence in Elements(render_report(records, answers)).text
 

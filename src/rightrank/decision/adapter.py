@@ -24,6 +24,7 @@ from rightrank.decision.comparison import (
     compute_file_bounds,
     compute_required_examples,
     estimate_file_difference,
+    format_no_gain,
     is_within,
 )
 from rightrank.decision.table import (
@@ -55,6 +56,7 @@ ANSWER_FIELDS = {
 }
 MAX_DIRECT_RANK = 4  # at these ranks a direct training can beat a truncation (docs/explanation/science.md)
 STEP_SHARES = (0.99, 0.98, 0.95, 0.9)  # shares of the gain for which an answer names the smallest rank
+MAX_WIDER_PERCENT = 50  # of the gain, as a margin that is suggested
 MAX_STEPS = 60  # of the search for a bound of a share
 SHARE_TOLERANCE = 1e-6
 
@@ -388,10 +390,8 @@ def _format_answer(
 ) -> str:
     top, gain = comparison.reference, comparison.gain
     if gain is not None and comparison.has_no_gain:
-        return (
-            f"No gain shown: rank {top.rank} differs from the base by {gain.mean:+.2g} (95% bounds {gain.low:+.2g} and {gain.high:+.2g}), so no "
-            f"rank is called enough. {format_no_gain_advice()}"
-        )
+        statement = format_no_gain(top.rank, gain.mean, gain.low, gain.high)
+        return f"{statement}, so no rank is called enough. {format_no_gain_advice()}"
     if answer.rank < top.rank:
         return format_claim(answer, f"rank {top.rank}", comparison)
     lower = max(
@@ -410,25 +410,46 @@ def _format_top_rank(lower: AdapterCandidate, adapter: ScoredAdapter, comparison
     top, rows = comparison.reference, f"{comparison.reference.cell.examples:,} held-out rows"
     share, low, high = comparison.share, lower.share_kept_low, lower.share_kept_high
     if share is not None and low is not None and high is not None:
-        is_open = high > 1 - share
-        limits = f"keeps between {format_share(low)} and {format_share(high)}"
-        needed_margin, evidence = f"{math.ceil(100 * (1 - low) - 1e-9)}%", f"{limits} of what rank {top.rank} gained"
+        evidence = f"keeps between {format_share(low)} and {format_share(high)} of what rank {top.rank} gained"
         bound = format_share(1 - share)
     else:
-        worst, best = lower.difference_high, lower.difference_low
-        assert worst is not None
-        assert best is not None
-        is_open = is_within(best, comparison.margin)
-        needed_margin, bound = f"{worst:.2g}", f"within {comparison.margin:.4g}"
-        evidence = f"is worse than rank {top.rank} by between {best:+.2g} and {worst:+.2g}"
-    if not is_open:
+        bound = f"within {comparison.margin:.4g}"
+        evidence = (
+            f"is worse than rank {top.rank} by between {lower.difference_low:+.2g} and {lower.difference_high:+.2g}"
+        )
+    if not _is_open(lower, share, comparison.margin):
         return f"Rank {top.rank} is kept: rank {lower.rank} {evidence} ({CONFIDENCE:.0%} bounds), not {bound}."
     needed = comparison.compute_needed_examples(adapter)
     more = "more held-out rows" + (f" (about {needed:,})" if needed else "")
+    wider = _compute_wider_margin(lower, share)
     return (
-        f"Undecided below rank {top.rank}: with these {rows} rank {lower.rank} {evidence}. To decide: {more}, or --margin "
-        f"{needed_margin}, which costs no training."
+        f"Rank {top.rank} is kept, since lower ranks are undecided: with these {rows} rank {lower.rank} {evidence}. To decide: {more}"
+        f"{f', or --margin {wider}, which costs no training' if wider else ''}."
     )
+
+
+def _is_open(candidate: AdapterCandidate, share: float | None, margin: float) -> bool:
+    """Return whether the bounds of a candidate that is not shown to be enough allow that it is."""
+    if share is not None and candidate.share_kept_high is not None:
+        return candidate.share_kept_high > 1 - share
+    return candidate.difference_low is not None and is_within(candidate.difference_low, margin)
+
+
+def _compute_wider_margin(candidate: AdapterCandidate, share: float | None) -> str | None:
+    """Return the margin, rounded up, at which the candidate would be enough; None if it would be more than half of the gain."""
+    if share is None or candidate.share_kept_low is None:
+        return None if candidate.difference_high is None else f"{1.05 * candidate.difference_high:.2g}"
+    percent = math.ceil(100 * (1 - candidate.share_kept_low) - 1e-9)
+    return f"{percent}%" if percent <= MAX_WIDER_PERCENT else None
+
+
+def find_wider_margin(answer: AdapterAnswer) -> str | None:
+    """Return the margin at which the next lower rank would be enough, if the examples leave open whether it is."""
+    lower = next((candidate for candidate in answer.candidates if candidate.rank < answer.trained_rank), None)
+    if lower is None or answer.rank < answer.trained_rank or answer.has_no_gain:
+        return None
+    is_undecided = _is_open(lower, answer.margin_share, answer.margin)
+    return _compute_wider_margin(lower, answer.margin_share) if is_undecided else None
 
 
 def _collect_notes(

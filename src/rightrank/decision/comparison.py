@@ -70,6 +70,12 @@ NODES = np.tanh(np.sinh(STEPS) * math.pi / 2)
 WEIGHTS = np.cosh(STEPS) / np.cosh(np.sinh(STEPS) * math.pi / 2) ** 2 * math.pi / 24
 
 
+def format_no_gain(rank: int, gain: float, low: float | None, high: float | None) -> str:
+    """Say that a rank is not shown to be better than the base. `gain` and its bounds are in the metric's unit."""
+    bounds = "" if low is None or high is None else f" ({CONFIDENCE:.0%} bounds {low:+.2g} and {high:+.2g})"
+    return f"No gain shown: rank {rank} gained {gain:+.2g} over the base{bounds}"
+
+
 def is_within(difference: float, margin: float) -> bool:
     """Return whether a difference or its bound is at most the margin, up to rounding."""
     return difference <= margin * (1 + RELATIVE_TOLERANCE)

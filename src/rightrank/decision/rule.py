@@ -18,8 +18,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from rightrank.decision.adapter import format_no_gain_advice
-from rightrank.decision.comparison import CONFIDENCE, MAX_SEEDS, TWO_SIDED, is_within
+from rightrank.decision.adapter import format_no_gain_advice, format_share
+from rightrank.decision.comparison import CONFIDENCE, MAX_SEEDS, TWO_SIDED, format_no_gain, is_within
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.ranks import (
     DEFAULT_CONFIDENCE,
@@ -162,13 +162,16 @@ def _format_answer(comparison: Comparison, margin: float, verdict: Verdict, unit
         case "undecided":
             return _format_undecided(comparison, margin_text, unit)
         case "no_gain":
-            return f"No gain: the base model is {qualifier}within {margin_text} of the best adapter (rank {reference}){caution}."
+            return f"{_format_no_gain(comparison, margin_text, unit)}{caution}."
         case "rising":
             return f"Still rising: rank {chosen}, the largest tried, is {qualifier}better than every smaller one by more than {margin_text}{caution}."
         case "overfitting":
             reason = f"above rank {reference} held-out results get worse while training results still improve"
         case _ if chosen == reference:
             reason = "the best of those tried"
+        case _ if 0 in comparison.by_rank:
+            lost, gain = (unit.convert_difference(comparison.by_rank[rank].difference.mean) for rank in (chosen, 0))
+            reason = f"it keeps {format_share(1 - lost / gain)} of what rank {reference} gained"
         case _:
             reason = f"within {margin_text} of the best (rank {reference})"
     likely = comparison.by_rank[chosen].probability
@@ -176,6 +179,16 @@ def _format_answer(comparison: Comparison, margin: float, verdict: Verdict, unit
     if verdict != "overfitting" and (lower := comparison.next_lower_rank) is not None:
         reason += f"; rank {lower} is {_format_worse(comparison, lower, unit)}"
     return f"Rank {chosen} {'is' if is_sure else 'looks'} enough{likely_text}: {reason}{caution}."
+
+
+def _format_no_gain(comparison: Comparison, margin_text: str, unit: MetricUnit) -> str:
+    """Say what the best rank gained over the base: nothing that is shown, or less than the margin."""
+    base, reference = comparison.by_rank[0], comparison.reference.rank
+    has_bounds = base.difference.variance > 0 or comparison.evidence.basis != "values"
+    gain, low, high = (unit.convert_difference(each) for each in (base.difference.mean, base.low, base.high))
+    if has_bounds and low > 0:
+        return f"No gain beyond the margin: rank {reference} gained {gain:+.2g} over the base, and the margin is {margin_text}"
+    return format_no_gain(reference, gain, *((low, high) if has_bounds else (None, None)))
 
 
 def _format_caution(comparison: Comparison) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from textwrap import wrap
 
@@ -13,6 +14,7 @@ from rich.cells import cell_len
 
 from rightrank.adapters.adapter_folders import format_loading_code
 from rightrank.adapters.rank_math import format_slot
+from rightrank.decision.adapter import find_wider_margin
 from rightrank.decision.rule import format_probability
 from rightrank.report.answer import (
     Answers,
@@ -39,7 +41,7 @@ from rightrank.schema.results import Decision
 from rightrank.schema.settings import LONGER_TRAININGS, Goal, build_budget_options, build_resume_command
 from rightrank.schema.trials import OUTCOMES, Record, TrialStarted
 
-MAX_LINES, MAX_CURVE_LINES = 14, 7
+MAX_LINES, MAX_CURVE_LINES = 18, 7
 MIN_WIDTH, LABEL_WIDTH = 40, 9  # characters
 # What the command of a next run adds, by its action.
 ADDITIONS = {
@@ -55,8 +57,8 @@ def format_screen(
 ) -> str:
     """Format the screen of a run for a terminal of `width` characters: the result, the curve, the adapter and the next command.
 
-    The final screen of a selection has at most `MAX_LINES` lines; the curve takes those that the texts leave free. With a status, the
-    state comes first and all details come last. Commands and paths are not wrapped, so that they can be pasted.
+    The final screen of a selection has at most `MAX_LINES` lines and ends with the next step; the curve takes the lines that the texts leave
+    free. With a status, the state comes first and all details come last. Commands and paths are not wrapped, so that they can be pasted.
 
     Args:
         adapter: the folder of the adapter; None: a custom trainer saved no files, or there is no adapter yet.
@@ -67,15 +69,15 @@ def format_screen(
     rows = [
         ("adapter", missing_adapter if adapter is None else str(adapter)),
         ("load", _format_loading(answers, adapter)),
-        ("train", describe_training(answers)),
+        *_wrap_row("train", describe_training(answers), width),
         ("slot", _format_slot(answers)),
     ]
     if status is None:
         status_command = shlex.join(["rightrank", "status", str(run)])
-        rows += [*_format_next_step(answers, run, width), ("details", f"{report} and: {status_command}")]
+        rows += [("details", f"{report} and: {status_command}"), *_format_next_step(answers, run, width)]
     else:
         headline.insert(0, make_visible(f"{status.run}: {status.state}"))
-        rows += _list_details(status)
+        rows += _list_details(status, width)
     lines = list(map(make_visible, format_labelled_rows(rows, LABEL_WIDTH)))
     free_lines = MAX_LINES - sum(-(-cell_len(line) // width) for line in (*headline, *lines))
     num_lines = min(free_lines, MAX_CURVE_LINES) if status is None else CURVE_LINES
@@ -86,21 +88,32 @@ def format_screen(
     return "\n".join([*headline, *curve, *lines])
 
 
+def _wrap_row(label: str, text: str, width: int, label_width: int = LABEL_WIDTH) -> list[tuple[str, str]]:
+    """Return a row whose text is wrapped beside its label."""
+    lines = wrap(make_visible(text), width - label_width, break_long_words=False, break_on_hyphens=False)
+    return [(label if number == 0 else "", line) for number, line in enumerate(lines)]
+
+
 def _format_slot(answers: Answers) -> str:
-    """Return a sentence if a server gives the adapter the slot of a higher rank; servers load no classifiers."""
-    if answers.adapter is None or answers.started is None or answers.started.data.classes is not None:
+    """Return a sentence if a server gives the adapter the slot of a higher rank; servers load no classifiers and no custom trainer's files."""
+    started = answers.started
+    if answers.adapter is None or started is None or started.is_custom_trainer or started.data.classes is not None:
         return ""
     return format_slot(answers.adapter.handed_over.max_module_rank)
 
 
-def _list_details(status: RunStatus) -> list[tuple[str, str | None]]:
+def _list_details(status: RunStatus, width: int) -> list[tuple[str, str | None]]:
     """Return rows with all answers and notes, the next runs with their commands, and what is running."""
     texts = [status.adapter_sentence, *status.adapter_notes, status.learning_rate_sentence, status.sentence]
     named = (f"verdict {status.verdict.replace('_', ' ')}." if status.verdict else None, *texts)
     next_runs = zip(status.next_runs, status.next_commands, strict=True)
     return [
-        *(("notes" if number == 0 else "", text) for number, text in enumerate(filter(None, named))),
-        *(row for sentence, command in next_runs for row in (("next", sentence), ("", command))),
+        *(
+            row
+            for number, text in enumerate(filter(None, named))
+            for row in _wrap_row("notes" * (number == 0), text, width)
+        ),
+        *(row for sentence, command in next_runs for row in (*_wrap_row("next", sentence, width), ("", command))),
         ("cost", status.cost),
         ("now", status.progress or status.running),
         ("resume", status.resume if status.state == "stopped" else None),
@@ -130,7 +143,7 @@ def describe_result(answers: Answers, is_done: bool = True) -> str:
     decision, adapter = answers.decision, "" if answers.adapter is None else answers.adapter.answer.sentence
     if decision is None:
         return f"{adapter or 'The trainer saved no adapter.'} {cost}"
-    if adapter and decision.verdict != "no_gain":  # the adapter's sentence would repeat it
+    if answers.adapter is not None and len(answers.adapter.answer.candidates) > 1 and decision.verdict != "no_gain":
         likely = "" if decision.probability is None else f" ({format_probability(decision.probability)} likely)"
         return f"{answers.rank_headline}{likely}. {adapter} {cost}"
     # The settings of a built-in training are in another line.
@@ -152,14 +165,20 @@ def _format_loading(answers: Answers, folder: Path | None) -> str:
 
 def _format_next_step(answers: Answers, run: Path, width: int) -> list[tuple[str, str]]:
     """Return rows with the most useful next command or, without one, with the sentence on the next run."""
-    runs = answers.next_runs
+    runs, is_built_in = answers.next_runs, answers.started is not None and not answers.started.is_custom_trainer
+    wider = find_wider_margin(answers.adapter.answer) if answers.adapter and answers.decision is None else None
+    if wider and is_built_in:
+        return _format_command(
+            "a wider margin, which costs no training", ["select", "--out", str(run), "--margin", wider]
+        )
     for next_run, command in zip(runs, answers.next_commands, strict=False):
         if command is not None:
-            return [(f"next ({ADDITIONS[next_run.action]})", command)]
-    if runs:
-        lines = wrap(make_visible(runs[0].sentence), width - LABEL_WIDTH)
-        return [("next" * (number == 0), line) for number, line in enumerate(lines)]
-    return _choose_next_command(answers, str(run))
+            return [("next", f"{ADDITIONS[next_run.action]}:"), ("", command)]
+    return _wrap_row("next", runs[0].sentence, width) if runs else _choose_next_command(answers, str(run))
+
+
+def _format_command(reason: str, arguments: Sequence[str]) -> list[tuple[str, str]]:
+    return [("next", f"{reason}:"), ("", shlex.join(["rightrank", *arguments]))]
 
 
 def _choose_next_command(answers: Answers, run: str) -> list[tuple[str, str]]:
@@ -169,8 +188,8 @@ def _choose_next_command(answers: Answers, run: str) -> list[tuple[str, str]]:
         return []
     is_classifier = started.data.classes is not None  # which servers of language models do not load
     reason = "merge it" if is_classifier else "serve it"
-    command = ["rightrank", "export", run, "--to", "merged" if is_classifier else "vllm"]
-    settings, select = started.select_settings, ["rightrank", "select", "--out", run]
+    command = ["export", run, "--to", "merged" if is_classifier else "vllm"]
+    settings, select = started.select_settings, ["select", "--out", run]
     budget = settings.budget_trainings or 1.0
     if len(adapter.answer.candidates) == 1 and (larger_budget := build_budget_options(settings, budget)):
         reason, command = "a larger budget", [*select, *larger_budget]
@@ -180,28 +199,34 @@ def _choose_next_command(answers: Answers, run: str) -> list[tuple[str, str]]:
     elif answers.goal == "adapter":
         longer_budget = build_budget_options(settings, LONGER_TRAININGS)
         reason, command = "twice the steps", [*select, "--goal", "best-adapter", *longer_budget]
-    return [(f"next ({reason})", shlex.join(command))]
+    return _format_command(reason, command)
 
 
 def format_decision(decision: Decision, table_notes: list[str], width: int, commands: Sequence[str | None] = ()) -> str:
-    """Format the complete decision.
+    """Format the complete decision: the answer, the curve, the evidence and the next run.
 
     Args:
         commands: the commands of the decision's next runs, in the same order.
     """
     answers = Answers(decision, next_commands=commands)
-    table_line = [make_visible(f"read:       {'; '.join(table_notes)}")] if table_notes else []
     trained = [(evidence.rank, evidence.value) for evidence in decision.ranks if evidence.rank > 0]
     curve = draw_terminal_curve(trained, width, label=format_metric_label(decision.metric, decision.higher_is_better))
     stairs = ", ".join(f"{step.rank} from {format_brief(step.margin)}" for step in decision.staircase)
+    answer = (decision.verdict.replace("_", " "), decision.sentence)
     rows = [
-        (decision.verdict.replace("_", " "), decision.sentence),
         ("margins", f"{stairs} (requested: {decision.margin:g})"),
         *build_certainty_rows(decision),
+        ("read", "; ".join(table_notes)),
         *build_next_rows(answers),
     ]
     evidence = map(make_visible, format_table(build_evidence_table(decision)))
-    return "\n".join([*table_line, "", *curve, *evidence, "", *map(make_visible, format_labelled_rows(rows, 12))])
+
+    def format_rows(rows: Sequence[tuple[str, str]]) -> list[str]:
+        is_command = {command for command in commands if command}
+        wrapped = (([row] if row[1] in is_command else _wrap_row(*row, max(width, MIN_WIDTH), 12)) for row in rows)
+        return format_labelled_rows(chain.from_iterable(wrapped), 12)
+
+    return "\n".join([*format_rows([answer]), "", *curve, *evidence, "", *format_rows(rows)])
 
 
 NO_ANSWER = "no answer yet"

@@ -127,7 +127,8 @@ def _format_resolution(preflight: Preflight) -> Iterator[str]:
     examples = preflight.splits["validation"].examples
     if resolution is None:
         return
-    text = f"Your {examples:,} held-out rows can tell a difference of about {resolution:.2g}"
+    unit = "nats" if preflight.metric == "loss" else f"in {preflight.metric}"
+    text = f"Your {examples:,} held-out rows can tell a difference of about {resolution:.2g} {unit}"
     if needed is None or needed <= examples:
         yield f"{text}."
     else:
@@ -143,6 +144,8 @@ def _format_share_resolution(prepared: LoadedSelection, gain: float, share: floa
     resolution, needed = estimate_resolution(prepared.strategy.space.criterion, examples, share * gain)
     if resolution is None or needed is None:
         return None
+    if resolution >= gain:
+        return f"Your {examples:,} held-out rows can hardly tell the gain of {gain:.2g} from none."
     text = f"Your {examples:,} held-out rows can tell about {resolution / gain:.1%} of the gain"
     if needed <= examples:
         return f"{text}."

@@ -153,7 +153,7 @@ class CustomTrainerRequest:
         identity = {"trainer": self.name, "steps": steps}
         identity |= {"metric": self.metric, "higher_is_better": self.higher_is_better}
         values = {"model": None, "data": None, **identity}
-        values |= settings.model_dump(mode="json", include=settings.model_fields_set - {"goal", "max_steps"})
+        values |= settings.model_dump(mode="json", include=settings.model_fields_set - {"max_steps"})
         original_settings = journal[0].settings if journal and isinstance(journal[0], RunStarted) else {}
         system = f"{platform.system()} {platform.machine()}"
         return RunStarted.build(
