@@ -83,8 +83,7 @@ def test_files_are_inspected_and_truncated_with_their_keys(tmp_path: Path, style
     assert set(load_file(out)) == set(load_file(path))
     with safe_open(out, framework="pt") as file:
         metadata = file.metadata()
-    assert metadata["ss_network_dim"] == "3"
-    assert "sshs_model_hash" not in metadata
+    assert not {"ss_network_dim", "sshs_model_hash"} & {*(metadata or {})}  # of the tensors before
     assert {tensor.dtype for key, tensor in load_file(out).items() if "alpha" not in key} == {torch.float16}
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -24,8 +22,6 @@ CARD_IMAGES = ADAPTERS_IMAGE, RANK_CURVE_IMAGE = (
     "adapters.svg",
     "rank_curve.svg",
 )  # beside an adapter: the figures of its card
-TRAINER_STATE = "trainer_state.json"  # written by transformers
-RESULTS_FOLDER = "rightrank"  # in a trainer's output: the measurement at its end
 # Initializations that leave the base's weights as they are. With any other, ΔW may not be s·B·A alone.
 BASE_KEEPING_INITS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 
@@ -49,8 +45,15 @@ def require_adapter_folder(path: Path) -> None:
         raise ModelError(f"{path}: a file; give the adapter's folder, the one that holds {CONFIG_FILE}")
     if (path / CONFIG_FILE).exists():
         read_adapter_config(path)
-        _require_weights(path)
-        return
+        if any((path / name).exists() for name in (WEIGHTS_FILE, MLX_FILE)):
+            return
+        hint = "save the adapter again with save_pretrained"
+        if (path / "adapter_model.bin").exists():
+            hint = (
+                "only pickled weights (adapter_model.bin), which can run code when read; convert them if you trust the file: "
+                "PeftModel.from_pretrained(base, folder).save_pretrained(folder, safe_serialization=True)"
+            )
+        raise ModelError(f"{path}: there is no {WEIGHTS_FILE}; {hint}")
     hint = "give a folder that PEFT's save_pretrained wrote"
     if (path / DIFFUSERS_FILE).exists():
         hint = f"give {path / DIFFUSERS_FILE}, the file of diffusers in it"
@@ -99,20 +102,9 @@ def require_kept_base(path: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _require_weights(folder: Path) -> None:
-    if any((folder / name).exists() for name in (WEIGHTS_FILE, MLX_FILE)):
-        return
-    if (folder / "adapter_model.bin").exists():
-        raise ModelError(
-            f"{folder}: only pickled weights (adapter_model.bin), which can run code when read; convert them if you trust "
-            "the file: PeftModel.from_pretrained(base, folder).save_pretrained(folder, safe_serialization=True)"
-        )
-    raise ModelError(f"{folder}: there is no {WEIGHTS_FILE}; save the adapter again with save_pretrained")
-
-
 def suggest_adapter_folder(folder: Path) -> str:
-    """Return a hint that names the adapters below a run folder or a folder of PEFT's named adapters, or an empty string."""
-    inner = sorted(file.parent for file in folder.glob(f"*/{CONFIG_FILE}")) if folder.is_dir() else []
+    """Return a hint that names the adapters below a run folder or the output folder of a trainer, or an empty string."""
+    inner = sorted(file.parent for file in folder.rglob(CONFIG_FILE)) if folder.is_dir() else []
     if folder / "adapter" in inner:
         inner = [folder / "adapter"]
     if len(inner) == 1:
@@ -120,72 +112,19 @@ def suggest_adapter_folder(folder: Path) -> str:
     return f"give one of the adapters in it: {', '.join(map(str, inner[:5]))}" if inner else ""
 
 
-def find_adapter(path: Path) -> tuple[Path, str]:
-    """Return the adapter in the output folder of a trainer, and a sentence that says how it was chosen.
-
-    A path that is an adapter itself is returned with an empty sentence.
-
-    | trainer | path below the output folder |
-    |---|---|
-    | transformers, TRL, axolotl, LLaMA-Factory, Unsloth | `checkpoint-40` |
-    | ms-swift | `v0-20260101-120000/checkpoint-40` |
-    | verl | `global_step_40/actor/lora_adapter`, or `lora_adapter` after its model merger |
-    | OpenRLHF | `global_step40_hf` |
-    | NeMo AutoModel | `epoch_0_step_40/model` |
-
-    The adapter is the best one by `trainer_state.json`. If it names none, it is the newest: the one without a number in its path, or the one
-    with the highest numbers.
-    """
-    if not path.is_dir() or (path / CONFIG_FILE).exists() or (path / "journal.jsonl").exists():
-        return path, ""
-    folders = [file.parent for file in path.rglob(CONFIG_FILE) if RESULTS_FOLDER not in file.relative_to(path).parts]
-    adapters = sorted(
-        folders, key=lambda location: (_parse_numbers(location.relative_to(path)), -len(location.parts), location.name)
-    )
-    if not adapters:
-        return path, ""
-    newest = adapters[-1]
-    if len(adapters) == 1:
-        return newest, f"{newest}: the only adapter in {path}"
-    best = _find_best_checkpoint(newest)
-    for adapter in adapters:
-        if best in (adapter, *adapter.parents):
-            return adapter, f"{adapter}: the best of {len(adapters)} adapters in {path} by {TRAINER_STATE}"
-    return newest, f"{newest}: the newest of {len(adapters)} adapters in {path}, none of which is marked as the best"
-
-
-def _parse_numbers(path: Path) -> list[float]:
-    """Return the numbers in a path, by which checkpoints are ordered; infinity for a path without numbers, which is the end of a training."""
-    return [float(number) for number in re.findall(r"\d+", str(path))] or [math.inf]
-
-
-def _find_best_checkpoint(newest: Path) -> Path | None:
-    """Return the checkpoint that the newest one or its training records as the best."""
-    for folder in (newest, newest.parent):
-        file = folder / TRAINER_STATE
-        try:
-            named = read_json_object(file).get("best_model_checkpoint") if file.is_file() else None
-        except UnreadableError:
-            named = None  # written halfway
-        if named:
-            return newest.parent / Path(str(named)).name
-    return None
-
-
 def format_loading_code(folder: str, base: str | None, is_classifier: bool) -> list[str]:
     """Return lines of Python that load a model with the adapter in `folder`.
 
     PEFT finds the base model by itself, unless it is in a GGUF file.
     """
-    kind, more = "AutoPeftModelFor" + ("SequenceClassification" if is_classifier else "CausalLM"), ""
-    head: list[str] = []
+    kind = "AutoPeftModelFor" + ("SequenceClassification" if is_classifier else "CausalLM")
+    imports, head, more = [], [], ""
     if is_classifier:
-        more = ", **head"
+        imports, more = ["import json"], ", **head"
         head = [
             f"head = json.load(open({f'{folder}/{CLASSIFIER_FILE}'!r}, encoding='utf-8'))",
             "head['id2label'] = {int(number): label for number, label in head['id2label'].items()}",  # JSON has no numbers as keys
         ]
-    imports = ["import json"] if is_classifier else []
     if base is None or not base.lower().endswith(".gguf"):
         return [*imports, f"from peft import {kind}", *head, f"model = {kind}.from_pretrained({folder!r}{more})"]
     plain = kind.replace("AutoPeft", "Auto")

@@ -10,7 +10,6 @@ from rightrank.adapters.adapter_folders import (
     CONFIG_FILE,
     MLX_FILE,
     WEIGHTS_FILE,
-    find_adapter,
     require_adapter_folder,
     suggest_adapter_folder,
 )
@@ -58,7 +57,7 @@ def resize(
     """Write the adapter at another rank to `out`, and report the truncation error.
 
     Args:
-        adapter: a folder of PEFT or mlx-lm, a file of sd-scripts or diffusers, or a trainer's output folder with checkpoints.
+        adapter: a folder of PEFT or mlx-lm, or a file of sd-scripts or diffusers.
         out: the folder or file to write, which must not exist.
         rank: one rank for all modules; a rank above the current one pads. Give either `rank` or `data`.
         data: held-out rows; use the smallest rank whose loss on them is not worse by the margin.
@@ -73,15 +72,12 @@ def resize(
     Raises:
         InputError: the adapter, the rule, the data or `out` can't be used; nothing was written.
     """
-    folder, choice = find_adapter(Path(adapter))
-    require_adapter_folder(folder)
-    if choice:
-        on_event(Notice(text=choice))
+    require_adapter_folder(Path(adapter))
     if (rank is None) == (data is None):
         targets = "neither --rank nor --data" if rank is None else "both --rank and --data"
         raise SettingsError(f"{targets} given; give exactly one of them")
     require_absent(Path(out))
-    opened = open_adapter(folder)
+    opened = open_adapter(Path(adapter))
     require_plain_update(opened)
     if rank is not None:
         resized = resize_adapter(opened, Path(out), choose_uniform_rank(opened, rank), rule=f"rank {rank}")
@@ -100,8 +96,7 @@ def resize(
             ranks=ranks,
             on_event=on_event,
         )
-    notes = [choice, *resized.notes] if choice else resized.notes
-    return resized.model_copy(update={"notes": notes, "content": _read_content(Path(out))})
+    return resized.model_copy(update={"content": _read_content(Path(out))})
 
 
 def _read_content(adapter: Path) -> AdapterContent:

@@ -1,4 +1,4 @@
-"""`resize` of a trainer's output: folders with checkpoints, and adapters of mlx-lm."""
+"""Test adapters of mlx-lm, and the refusal of a folder with several adapters."""
 
 from __future__ import annotations
 
@@ -13,25 +13,10 @@ from safetensors.torch import load_file
 
 from rightrank import resize
 from rightrank.adapters.adapter_files import open_adapter
-from rightrank.adapters.adapter_folders import MLX_FILE, find_adapter
+from rightrank.adapters.adapter_folders import MLX_FILE
 from rightrank.adapters.spectra import inspect_adapter
 from rightrank.schema.errors import ModelError
 from tests.adapters.adapters import MLX, make_adapter, make_base, write_mlx
-
-LAYOUTS = {
-    "transformers": (["checkpoint-20", "checkpoint-100"], "checkpoint-100"),
-    "ms-swift": (
-        ["v0-20260101-120000/checkpoint-90", "v1-20260102-120000/checkpoint-10"],
-        "v1-20260102-120000/checkpoint-10",
-    ),
-    "verl": (
-        ["global_step_9/actor/lora_adapter", "global_step_10/actor/lora_adapter"],
-        "global_step_10/actor/lora_adapter",
-    ),
-    "OpenRLHF": (["global_step9_hf", "global_step10_hf"], "global_step10_hf"),
-    "NeMo": (["epoch_0_step_90/model", "epoch_1_step_10/model"], "epoch_1_step_10/model"),
-    "a last one without a number": (["epoch_10", "final"], "final"),
-}
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +29,6 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_adapter(base, tmp_path_factory.mktemp("adapter") / "plain")
 
 
-def make_output_folder(folder: Path, adapter: Path, paths: list[str]) -> Path:
-    for path in paths:
-        shutil.copytree(adapter, folder / path)
-    return folder
-
-
 def compute_mlx_updates(folder: Path) -> dict[str, torch.Tensor]:
     """Compute ΔW of each module as mlx-lm's `LoRALinear.fuse` does."""
     scale = json.loads((folder / "adapter_config.json").read_text())["lora_parameters"]["scale"]
@@ -58,25 +37,12 @@ def compute_mlx_updates(folder: Path) -> dict[str, torch.Tensor]:
     return {name: (scale * tensors[f"{name}.lora_b"].T) @ tensors[f"{name}.lora_a"].T for name in names}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_newest_adapter_of_an_output_folder(layout: str, adapter: Path, tmp_path: Path) -> None:
-    paths, newest = LAYOUTS[layout]
-    output = make_output_folder(tmp_path / "out", adapter, [*paths, "rightrank/adapter"])
-    path, line = find_adapter(output)
-    assert path == output / newest
-    assert (
-        line
-        == f"{output / newest}: the newest of {len(paths)} adapters in {output}, none of which is marked as the best"
-    )
-
-
-def test_the_best_adapter_by_the_state_of_the_trainer(adapter: Path, tmp_path: Path) -> None:
-    output = make_output_folder(tmp_path / "out", adapter, ["checkpoint-20", "checkpoint-100", "checkpoint-60"])
-    state = {"best_model_checkpoint": "/elsewhere/out/checkpoint-60", "best_metric": 0.5}
-    (output / "checkpoint-100" / "trainer_state.json").write_text(json.dumps(state))
-    path, line = find_adapter(output)
-    assert path == output / "checkpoint-60"
-    assert line.endswith("the best of 3 adapters in " + str(output) + " by trainer_state.json")
+def test_an_output_folder_is_answered_with_the_adapters_in_it(adapter: Path, tmp_path: Path) -> None:
+    paths = [tmp_path / "out" / name for name in ("checkpoint-100", "global_step_9/actor/lora_adapter")]
+    for path in paths:
+        shutil.copytree(adapter, path)
+    with pytest.raises(ModelError, match=f"give one of the adapters in it: {paths[0]}, {paths[1]}$"):
+        resize(tmp_path / "out", tmp_path / "small", rank=1)
 
 
 def test_an_adapter_of_mlx_has_the_same_updates(base: Path, adapter: Path, tmp_path: Path) -> None:
