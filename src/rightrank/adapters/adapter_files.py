@@ -56,7 +56,6 @@ from rightrank.adapters.rank_math import (
     format_rank,
     get_pattern_value,
     is_valid_alpha,
-    matches_pattern,
 )
 from rightrank.adapters.truncation import Factors
 from rightrank.bases.safetensors_files import BFLOAT16, Tensor, TensorFile, open_tensors, widen, write_tensors
@@ -109,10 +108,7 @@ def open_adapter(path: Path) -> AdapterFolder:
     )
     optional = {f"{name}.{suffix}" for name in pairs for suffix in ("lora_B.bias", *MAGNITUDE_KEYS)}
     other_keys = shapes.keys() - optional - {key for keys in pairs.values() for key in keys.values()}
-    patterns = [*config.get("rank_pattern", {}), *config.get("alpha_pattern", {})]
-    addresses = dict.fromkeys(module.address for module in modules)
-    unused = tuple(key for key in patterns if not any(matches_pattern(key, address) for address in addresses))
-    return AdapterFolder(path, config, modules, tuple(sorted(other_keys)), unused, file, foreign)
+    return AdapterFolder(path, config, modules, tuple(sorted(other_keys)), file, foreign)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +142,6 @@ class AdapterFolder:
     config: Mapping[str, Any]
     modules: tuple[AdapterModule, ...]
     other_keys: tuple[str, ...]  # modules_to_save, trained biases, saved embeddings
-    unused_patterns: tuple[str, ...]  # keys of rank_pattern or alpha_pattern that no module matches
     file: TensorFile
     foreign: ForeignFile | None = None  # the file, if PEFT did not write it
 
@@ -367,25 +362,27 @@ def write_adapter(
     out: Path,
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    source: Path | None = None,
+    source: AdapterFolder | None = None,
     files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write a new adapter folder. An error leaves no folder behind.
+    """Write a new adapter in PEFT's format, or in that of `source`. An error leaves nothing behind.
 
     Args:
         source: The original adapter, whose tokenizer, labels and base identity (`COPIED_FILES`) are copied.
-        files: Additional files by name.
+        files: Additional files by name, in PEFT's format.
 
     Raises:
         RunFolderError: `out` exists or can't be written.
     """
-
+    if source is not None and source.foreign is not None:
+        source.foreign.write(out, config, tensors)
+        return
     with create_output(out), replace_folder(out) as temporary:
         write_tensors(temporary / WEIGHTS_FILE, tensors, {"format": "pt"})
         text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
         (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
         if source is not None:
-            for file in (source / name for name in COPIED_FILES):
+            for file in (source.path / name for name in COPIED_FILES):
                 if file.is_file():
                     shutil.copy2(file, temporary)
         for name, content in (files or {}).items():
@@ -399,7 +396,7 @@ def ensure_peft_format(folder: Path) -> Iterator[Path]:
     Raises:
         ModelError: The weights are not a readable safetensors file.
     """
-    if not (folder / MLX_FILE).is_file() or (folder / WEIGHTS_FILE).exists():
+    if (folder / WEIGHTS_FILE).exists() or not (folder / MLX_FILE).is_file():
         if (folder / WEIGHTS_FILE).exists():
             open_tensors(folder / WEIGHTS_FILE)
         yield folder
@@ -409,23 +406,3 @@ def ensure_peft_format(folder: Path) -> Iterator[Path]:
         converted = Path(name) / folder.name
         write_adapter(converted, adapter.config, {key: adapter.load_tensor(key) for key in adapter.keys})
         yield converted
-
-
-def write_same_format(
-    adapter: AdapterFolder,
-    out: Path,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    files: Mapping[str, bytes] | None = None,
-) -> None:
-    """Write a changed adapter in the format of `adapter`.
-
-    In PEFT's format, the accompanying files are copied and additional `files` are written.
-
-    Raises:
-        RunFolderError: `out` exists or can't be written.
-    """
-    if adapter.foreign is not None:
-        adapter.foreign.write(out, config, tensors)
-        return
-    write_adapter(out, config, tensors, adapter.path, files)

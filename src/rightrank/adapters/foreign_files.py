@@ -44,7 +44,13 @@ UNSUPPORTED_KEY = re.compile(
     r"\.(hada_|lokr_|oft_|lora_mid|dora_scale|lora_magnitude_vector)"
 )  # other updates than s·B·A
 DIFFUSERS_METADATA = "lora_adapter_metadata"
-STALE_METADATA = ("sshs_model_hash", "sshs_legacy_hash", DIFFUSERS_METADATA)  # of the tensors before the change
+STALE_METADATA = (
+    "ss_network_dim",
+    "ss_network_alpha",
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+    DIFFUSERS_METADATA,
+)  # of the tensors before the change
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +82,6 @@ class ForeignFile:
             if scaling != 1 or f"{module}.alpha" in self.keys:
                 stored[f"{module.removeprefix(PEFT_PREFIX)}.alpha"] = np.array(scaling * rank, np.float32)
         metadata = {name: value for name, value in self.file.metadata.items() if name not in STALE_METADATA}
-        if "ss_network_dim" in metadata:
-            (rank_text, alpha_text), *others = {(str(rank), str(scaling * rank)) for rank in ranks.values()}
-            dynamic = {"ss_network_dim": "Dynamic", "ss_network_alpha": "Dynamic"}  # as sd-scripts writes it
-            metadata |= dynamic if others else {"ss_network_dim": rank_text, "ss_network_alpha": alpha_text}
         with create_output(out), replace_file(out) as temporary:
             write_tensors(temporary, stored, metadata)
 
@@ -144,7 +146,9 @@ def read_single_file(path: Path) -> tuple[dict[str, Any], Shapes, ForeignFile]:
     def read_alpha(module: str) -> float:
         component, _, name = module.partition(".")
         if component in stated:
-            return ranks[module] * _compute_stated_scaling(stated[component], name, ranks[module])
+            config = stated[component]
+            stated_alpha = get_pattern_value(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
+            return ranks[module] * compute_scaling(stated_alpha, ranks[module], bool(config.get("use_rslora")))
         has_alpha = f"{PEFT_PREFIX}{module}.alpha" in keys
         return float(widen(file.load_tensor(f"{module}.alpha")).item()) if has_alpha else ranks[module]
 
@@ -188,11 +192,6 @@ def _read_diffusers_configs(path: Path, metadata: Mapping[str, str]) -> dict[str
         if not all(map(is_valid_alpha, alphas)):
             raise ModelError(f"{path}: {component} has the alphas {quote_value(alphas)}; they must be numbers")
     return configs
-
-
-def _compute_stated_scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    alpha = get_pattern_value(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
-    return compute_scaling(float(alpha), rank, bool(config.get("use_rslora")))
 
 
 def read_mlx_folder(folder: Path) -> tuple[dict[str, Any], Shapes, ForeignFile]:

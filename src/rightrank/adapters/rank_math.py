@@ -115,25 +115,15 @@ def convert_scaling(scaling: Scaling, lora_alpha: float, rank: int) -> tuple[flo
     return lora_alpha, scaling == "alpha/sqrt(r)"
 
 
-def format_rank_change(rank: int, to: int, alpha: float = 32, scaling: Scaling = "alpha/r") -> str:
-    """Return a sentence on the alpha and learning rate to use when the rank changes.
+def format_rank_change(rank: int, to: int) -> str:
+    """Return a sentence on the alpha and learning rate to use when the rank changes, at scale alpha/r.
 
     The figures come from docs/explanation/science.md, archive.
-
-    Args:
-        alpha: PEFT's `lora_alpha` at `rank`.
     """
-    if scaling == "constant":
-        return f"from rank {rank} to {to}: lora_alpha {alpha / rank * to:g}, which keeps the scale at {alpha / rank:g}"
-    if scaling == "alpha/sqrt(r)":
-        return (
-            f"from rank {rank} to {to}: keep alpha at {alpha:g}; how the best rate moves with rsLoRA was not measured"
-        )
-    ratio = to / rank
-    ours, public, tied = ratio ** RATE_EXPONENTS[0], ratio ** RATE_EXPONENTS[1], ratio**TIED_EXPONENT
+    ours, public, tied = ((to / rank) ** exponent for exponent in (*RATE_EXPONENTS, TIED_EXPONENT))
     return (
-        f"from rank {rank} to {to}: keep alpha at {alpha:g} and the learning rate (scale alpha/r: the best rate moves by "
-        f"×{ours:.2f} in our grids, ×{public:.2f} in public ones); with alpha = r multiply it by {tied:.2f}"
+        f"from rank {rank} to {to}: keep alpha and the learning rate (scale alpha/r: the best rate moves by ×{ours:.2f} in our grids, "
+        f"×{public:.2f} in public ones); with alpha = r multiply it by {tied:.2f}"
     )
 
 

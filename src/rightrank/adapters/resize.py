@@ -14,7 +14,7 @@ from rightrank.adapters.adapter_files import (
     open_adapter,
     pack_factors,
     unpack_factors,
-    write_same_format,
+    write_adapter,
 )
 from rightrank.adapters.adapter_folders import CONFIG_FILE, require_kept_base
 from rightrank.adapters.rank_math import (
@@ -23,7 +23,6 @@ from rightrank.adapters.rank_math import (
     compute_equivalent_rank,
     compute_scaling,
     find_server_rank,
-    get_pattern_value,
 )
 from rightrank.adapters.truncation import (
     Moments,
@@ -73,22 +72,20 @@ def resize_adapter(
     """
     require_absent(out)
     require_plain_update(adapter)
-    config = build_resized_config(adapter, ranks)
+    config = _build_resized_config(adapter, ranks)
     scaling = compute_scaling(config["lora_alpha"], config["r"], adapter.use_rslora)
-    tensors = {key: adapter.load_tensor(key) for key in adapter.other_keys}
+    tensors = _resize_tensors(adapter, ranks, scaling, moments or {})
     records: list[ModuleResize] = []
     squared_error = squared_norm = 0.0
     with use_one_thread():
         for pair in adapter.pairs:
-            rank = _find_pair_rank(pair, ranks)
-            tensors |= _resize_pair(adapter, pair, rank, pair[0].scaling / scaling, moments or {})
-            for module, error, norm in _measure_errors(adapter, pair, rank, scaling, tensors):
+            for module, rank, error, norm in _measure_errors(adapter, pair, scaling, tensors):
                 share = error / norm if norm > 0 else 0.0
                 records.append(
                     ModuleResize(name=module.name, from_rank=module.rank, rank=rank, relative_delta_error=share)
                 )
                 squared_error, squared_norm = squared_error + error**2, squared_norm + norm**2
-    write_same_format(adapter, out, config, tensors)
+    write_adapter(out, config, tensors, adapter)
     new_ranks = {record.name: record.rank for record in records}
     return Resized(
         rank=records[0].rank if len(set(new_ranks.values())) == 1 else None,
@@ -146,18 +143,21 @@ def truncate_tensors(folder: Path, rank: int, config: Any, moments: Mapping[str,
         moments: Second moments by module name. Modules that have them are truncated by K-FAC, the others by singular values.
     """
     adapter = open_adapter(folder)
-    tensors = {key: adapter.load_tensor(key) for key in adapter.other_keys}
-    pattern = config.rank_pattern or {}
-    ranks = {module.address: int(get_pattern_value(pattern, module.address, config.r)) for module in adapter.modules}
-    if len(distinct_ranks := set(ranks.values())) == 1:
-        ranks = _allocate_module_ranks(adapter, distinct_ranks.pop(), find_server_rank(rank), moments) or ranks
-    alphas = compute_equal_scale_alphas(ranks, config.r, config.lora_alpha, bool(config.use_rslora))
-    config.rank_pattern = build_exact_pattern(ranks, config.r, ranks)
-    config.alpha_pattern = build_exact_pattern(alphas, config.lora_alpha, ranks)
+    ranks = cap_ranks(adapter, rank, moments)
+    patterns = _build_patterns(adapter, ranks, config.r, config.lora_alpha, bool(config.use_rslora))
+    config.rank_pattern, config.alpha_pattern = patterns
     scaling = compute_scaling(config.lora_alpha, config.r, bool(config.use_rslora))
+    return _resize_tensors(adapter, ranks, scaling, moments)
+
+
+def _resize_tensors(
+    adapter: AdapterFolder, ranks: Mapping[str, int], scaling: float, moments: Mapping[str, Moments]
+) -> dict[str, Tensor]:
+    """Return all tensors of an adapter whose modules have these ranks and one scale."""
+    tensors = {key: adapter.load_tensor(key) for key in adapter.other_keys}
     with use_one_thread():
         for pair in adapter.pairs:
-            tensors |= _resize_pair(adapter, pair, ranks[pair[0].address], pair[0].scaling / scaling, moments)
+            tensors |= _resize_pair(adapter, pair, _find_pair_rank(pair, ranks), pair[0].scaling / scaling, moments)
     return tensors
 
 
@@ -184,14 +184,16 @@ def _resize_pair(
 
 
 def _measure_errors(
-    adapter: AdapterFolder, pair: Sequence[AdapterModule], rank: int, scaling: float, tensors: Mapping[str, Tensor]
-) -> list[tuple[AdapterModule, float, float]]:
-    """Compute `(module, ‖ΔW' − ΔW‖_F, ‖ΔW‖_F)` of each matrix of a pair, after rounding to the dtype of the file."""
+    adapter: AdapterFolder, pair: Sequence[AdapterModule], scaling: float, tensors: Mapping[str, Tensor]
+) -> list[tuple[AdapterModule, int, float, float]]:
+    """Compute `(module, rank, ‖ΔW' − ΔW‖_F, ‖ΔW‖_F)` of each matrix of a pair, after rounding to the dtype of the file."""
     first, old_factors = pair[0], adapter.load_pair_factors(pair[0])
+    rank = len(tensors[first.a_key]) // len(pair)
     new_factors = unpack_factors(widen(tensors[first.a_key]), widen(tensors[first.b_key]), rank)
     return [
         (
             module,
+            rank,
             compute_distance(b * module.scaling, a, new_b * scaling, new_a),
             compute_distance(b * module.scaling, a, b[:, :0], a[:0]),
         )
@@ -201,8 +203,6 @@ def _measure_errors(
 
 def _build_notes(adapter: AdapterFolder) -> list[str]:
     notes: list[str] = []
-    if adapter.unused_patterns:
-        notes.append(f"patterns that match no module were left out: {', '.join(adapter.unused_patterns)}")
     if adapter.config.get("use_dora"):
         notes.append("DoRA: the magnitudes are kept; the error is that of s·B·A")
     sizes = [math.prod(adapter.file.shapes[key]) for key in adapter.other_keys if not key.endswith(".alpha")]
@@ -211,7 +211,7 @@ def _build_notes(adapter: AdapterFolder) -> list[str]:
     return notes
 
 
-def build_resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> dict[str, Any]:
+def _build_resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> dict[str, Any]:
     """Build the configuration at these ranks: every module keeps the scale of `lora_alpha` at rank `r`.
 
     `lora_alpha` does not change. Where PEFT did not write the adapter, the scale does not change.
@@ -219,20 +219,31 @@ def build_resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> di
     If the modules differ, `r` is the uniform rank with as many parameters, provided that a server that reserves slots for it has room for the
     largest module; else it is the largest rank.
     """
-    by_address = {pair[0].address: _find_pair_rank(pair, ranks) for pair in adapter.pairs}
-    largest, sizes = max(by_address.values()), [pair[0].rows + pair[0].columns for pair in adapter.pairs]
-    r = compute_equivalent_rank(by_address.values(), sizes)
+    pair_ranks = [_find_pair_rank(pair, ranks) for pair in adapter.pairs]
+    largest, r = (
+        max(pair_ranks),
+        compute_equivalent_rank(pair_ranks, [pair[0].rows + pair[0].columns for pair in adapter.pairs]),
+    )
     r = r if find_server_rank(r) >= largest else largest
     alpha = adapter.config["lora_alpha"] * (1 if adapter.foreign is None else r / adapter.config["r"])
-    alphas = compute_equal_scale_alphas(by_address, r, alpha, adapter.use_rslora)
+    rank_pattern, alpha_pattern = _build_patterns(adapter, ranks, r, alpha, adapter.use_rslora)
     return dict(adapter.config) | {
         "r": r,
         "lora_alpha": alpha,
-        "rank_pattern": build_exact_pattern(by_address, r, by_address),
-        "alpha_pattern": build_exact_pattern(alphas, alpha, by_address),
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
         "init_lora_weights": True,  # loading replaces the first values, and other names of PEFT do not take every rank
         "eva_config": None,
     }
+
+
+def _build_patterns(
+    adapter: AdapterFolder, ranks: Mapping[str, int], r: int, lora_alpha: float, use_rslora: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Build PEFT's `rank_pattern` and `alpha_pattern`, with which every module has the scale of `lora_alpha` at rank `r`."""
+    by_address = {pair[0].address: _find_pair_rank(pair, ranks) for pair in adapter.pairs}
+    alphas = compute_equal_scale_alphas(by_address, r, lora_alpha, use_rslora)
+    return build_exact_pattern(by_address, r, by_address), build_exact_pattern(alphas, lora_alpha, by_address)
 
 
 def _find_pair_rank(pair: Sequence[AdapterModule], ranks: Mapping[str, int]) -> int:
@@ -260,32 +271,20 @@ def choose_uniform_rank(adapter: AdapterFolder, rank: int) -> dict[str, int]:
 def cap_ranks(adapter: AdapterFolder, rank: int, moments: Mapping[str, Moments] | None = None) -> dict[str, int]:
     """Return this rank for every module with a higher one, and the module's own rank for the others.
 
-    With moments of every module, the parameters of this rank are allocated to the modules as in a selection, up to
-    the rank that a server reserves.
+    If every module has moments and a higher rank, the parameters of this rank are allocated to the modules by one threshold on
+    their K-FAC costs, up to the rank that a server reserves.
     """
-    highest = find_server_rank(rank) if adapter.foreign is None else rank  # mlx-lm loads one rank for all modules
-    allocated = _allocate_module_ranks(adapter, rank, highest, moments or {})
-    return {module.name: min(rank, module.rank) for module in adapter.modules} if allocated is None else allocated
-
-
-def _allocate_module_ranks(
-    adapter: AdapterFolder, rank: int, max_rank: int, moments: Mapping[str, Moments]
-) -> dict[str, int] | None:
-    """Allocate the parameters of a uniform `rank` to the modules by one threshold on their K-FAC costs.
-
-    Returns:
-        A rank up to `max_rank` by module; None if a module has no moments, or has no larger rank than `rank`.
-    """
-    modules = adapter.modules
+    max_rank = find_server_rank(rank) if adapter.foreign is None else rank  # mlx-lm loads one rank for all modules
+    moments, modules = moments or {}, adapter.modules
     if max_rank == rank or any(module.name not in moments or module.rank <= rank for module in modules):
-        return None
+        return {module.name: min(rank, module.rank) for module in modules}
     costs = [
         decompose_update(*adapter.load_factors(module), module.scaling, moments[module.name]).costs
         for module in modules
     ]
     parameters = [module.rows + module.columns for module in modules]
-    ranks = allocate_ranks(costs, parameters, rank * sum(parameters), max_rank)
-    return {module.name: module_rank for module, module_rank in zip(modules, ranks, strict=True)}
+    allocated = allocate_ranks(costs, parameters, rank * sum(parameters), max_rank)
+    return {module.name: module_rank for module, module_rank in zip(modules, allocated, strict=True)}
 
 
 def list_candidate_ranks(adapter: AdapterFolder, requested: Sequence[int] | None = None) -> list[int]:

@@ -61,15 +61,8 @@ def inspect_adapter(path: Path) -> Inspection:
 
 
 def _build_adapter_notes(adapter: AdapterFolder) -> list[str]:
-    """Return notes on patterns without effect, DoRA, and initializations that change the base model."""
+    """Return notes on DoRA and on initializations that change the base model."""
     notes: list[str] = []
-    if adapter.unused_patterns:
-        notes.append(f"patterns that match no module and have no effect: {', '.join(adapter.unused_patterns)}")
-    num_expert_parameters = sum(len(pair) > 1 for pair in adapter.pairs)
-    if num_expert_parameters:
-        notes.append(
-            f"{num_expert_parameters} parameters hold experts: one spectrum for each, at the rank of the parameter"
-        )
     if adapter.config.get("use_dora"):
         notes.append("DoRA: the spectra are those of s·B·A, without the magnitudes")
     if (init := find_base_changing_init(adapter.config)) is not None:

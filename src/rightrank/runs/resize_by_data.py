@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
-from rightrank.adapters.adapter_files import AdapterFolder, write_same_format
+from rightrank.adapters.adapter_files import AdapterFolder, write_adapter
 from rightrank.adapters.adapter_folders import BASE_FILE
 from rightrank.adapters.find_smallest import SmallestAdapterAnswer, find_smallest
 from rightrank.adapters.resize import (
@@ -130,7 +130,7 @@ def resize_by_data(
         chosen, resized = smallest.adapter.folder, smallest.adapter.resized
         assert resized is not None
         tensors = {key: chosen.load_tensor(key) for key in chosen.keys}
-        write_same_format(adapter, out, chosen.config, tensors, {BASE_FILE: runtime.loaded.identity.to_json()})
+        write_adapter(out, chosen.config, tensors, adapter, {BASE_FILE: runtime.loaded.identity.to_json()})
         written_bytes = chosen.weights_file.stat().st_size
     answer, notes = smallest.answer, [*resized.notes, *gathered.notices]
     if gathered.moments:
