@@ -43,7 +43,7 @@ SETTINGS: list[tuple[list[str], str]] = [
     (["--set", "lora_dropout"], r"give NAME=VALUE"),
     (["--set", "lora_dropout=2"], r"lora_dropout: got '2'; input should be less than 1"),
     (["--set", "num_train_epochs=1"], r"max_steps and num_train_epochs were both given"),
-    (["--set", f"num_evaluations={'9' * 400}"], r"num_evaluations: got 9+\.\.\.9+; integers are at most 2\*\*53"),
+    (["--set", f"num_evaluations={'9' * 400}"], r"num_evaluations: got 9+…; integers are at most 2\*\*53"),
     (["--ranks", f"4,{10**30}"], r"ranks: got 10+; integers are at most 2\*\*53"),
     (["--config", "missing.yaml"], r"missing\.yaml: can't read it"),
     (["--no-such-option"], r"No such option"),

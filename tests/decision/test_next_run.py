@@ -20,7 +20,7 @@ from rightrank.decision.comparison import (
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.rule import EXAMPLE_COUNTS, decide_table
 from rightrank.decision.table import ScoreTable, build_table
-from rightrank.schema.events import RunKind, RunStarted, build_next_commands
+from rightrank.schema.events import RunStarted, build_next_commands
 from rightrank.schema.results import Decision, NextRun
 from tests.decision.tables import build_example_table, make_trial
 from tests.report.runs import make_run
@@ -59,7 +59,7 @@ def format_command(
     """Return the command of a next run, or None if `select` cannot do it."""
     started = make_run_start()
     if is_custom_trainer:
-        started = started.model_copy(update={"kind": RunKind.CUSTOM_TRAINER})
+        started = started.model_copy(update={"kind": "custom_trainer"})
     next_run = NextRun.model_validate({"sentence": "x"} | next_run_fields)
     commands = build_next_commands(started, [next_run], run, margin)
     assert len(commands) == 1

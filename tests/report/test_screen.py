@@ -22,7 +22,7 @@ from rightrank.decision.run_answers import (
 from rightrank.report.answer import Answers, build_answers
 from rightrank.report.screen import MAX_LINES, format_screen
 from rightrank.runs.selection import SelectedRank
-from rightrank.schema.events import Records, RunKind
+from rightrank.schema.events import Records
 from rightrank.schema.results import Decision
 from rightrank.schema.settings import Goal
 from tests.commands import COMMANDS
@@ -84,7 +84,7 @@ def make_custom_run() -> tuple[Records, Goal]:
     records = make_run()
     settings = {name: value for name, value in records.started.settings.items() if name not in ("model", "data")}
     records.started = records.started.model_copy(
-        update={"kind": RunKind.CUSTOM_TRAINER, "settings": settings | {"trainer": "train"}, "metric": "loss"}
+        update={"kind": "custom_trainer", "settings": settings | {"trainer": "train"}, "metric": "loss"}
     )
     return records, "training-rank"
 

@@ -46,7 +46,6 @@ def inspect_adapter(path: Path) -> Inspection:
         modules=len(modules),
         parameters=adapter.trainable_parameters,
         ranks=sorted({module.rank for module in modules}),
-        scaling_rule="alpha/sqrt(r)" if adapter.use_rslora else "alpha/r",
         base_model=adapter.base_model,
         energy_rank={
             fraction: max(module.energy_rank[fraction] for module in modules) for fraction in map(str, ENERGY_FRACTIONS)

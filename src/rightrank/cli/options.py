@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
@@ -153,16 +151,3 @@ def announce(activity: str) -> None:
     """Print one line on a terminal before imports that take seconds."""
     if sys.stderr.isatty():
         click.echo(f"rightrank {__version__}: {activity} …", err=True)
-
-
-@contextmanager
-def pause_collector() -> Iterator[None]:
-    """Pause the garbage collector in a short command, where it would visit the imported modules and the journal repeatedly."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()  # skips the collection at the end of the process too
-        if was_enabled:
-            gc.enable()

@@ -20,7 +20,6 @@ from rightrank.cli.options import (
     format_json,
     gather_settings,
     parse_integers,
-    pause_collector,
     split_commas,
 )
 from rightrank.report.format import format_bytes
@@ -101,8 +100,7 @@ def _plan(model: str, assignments: tuple[str, ...], as_json: bool, **options: An
         if time.monotonic() - start_time > SILENT_SECONDS:
             click.echo(f"{text} …", err=True)
 
-    with pause_collector():
-        result = plan(model, settings=PlanSettings(**values), on_progress=report_progress)
+    result = plan(model, settings=PlanSettings(**values), on_progress=report_progress)
     click.echo(format_json(result) if as_json else _format_plan(result))
     return 1 if result.memory_bytes is not None and result.max_rank is None else 0
 

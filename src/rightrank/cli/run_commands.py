@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from rightrank.cli.options import format_json, gather_settings, pause_collector, split_commas
+from rightrank.cli.options import format_json, gather_settings, split_commas
 from rightrank.schema.errors import SettingsError
 
 # Trainings of SmolLM2-135M-Instruct on glosses of a dictionary: `glosses_long_400_steps` of the grids in benchmarks/selection
@@ -25,9 +25,7 @@ def _status(run: Path, as_json: bool) -> None:
     """Report the state of RUN, while it runs or after its end. Nothing in the folder is written."""
     from rightrank.api import folders as api
 
-    with pause_collector():
-        text = format_json(api.status(run)) if as_json else api.format_status(run, shutil.get_terminal_size().columns)
-    click.echo(text)
+    click.echo(format_json(api.status(run)) if as_json else api.format_status(run, shutil.get_terminal_size().columns))
 
 
 @click.command(
@@ -171,8 +169,7 @@ def _decide(results: Path | None, example: bool, report: Path | None, as_json: b
     if (results is None) != example:
         raise SettingsError("give RESULTS, such as runs.csv, or --example alone to decide on an example")
     results = EXAMPLE_FILE if results is None else results
-    with pause_collector():
-        result = api.decide(results, **arguments)
+    result = api.decide(results, **arguments)
     if report is not None:
         typed: list[str] = click.get_current_context().find_root().obj
         result.write_report(report, results.name, shlex.join(typed))

@@ -24,7 +24,7 @@ from rightrank.report.format import (
     format_training_settings,
     get_metric_unit,
 )
-from rightrank.schema.events import AdapterRecorded, Records, RunKind, RunStarted, build_next_commands
+from rightrank.schema.events import AdapterRecorded, Records, RunStarted, build_next_commands
 from rightrank.schema.results import (
     AdapterCandidate,
     Decision,
@@ -229,7 +229,7 @@ def describe_training(answers: Answers) -> str:
 
 def is_built_in(started: RunStarted | None) -> bool:
     """Return whether the trainings are those of the built-in trainer, which can train for other numbers of steps."""
-    return started is not None and started.kind is RunKind.SELECTION
+    return started is not None and not started.is_custom_trainer
 
 
 def _format_test_result(handed_over: ExportedAdapter) -> str:

@@ -225,7 +225,7 @@ def format_plan(started: RunStarted, steps: int) -> str:
     if started.data.form == "custom":
         better = "higher" if started.higher_is_better else "lower"
         length = f"trainings of {steps} steps" if steps else "the trainer sets the length of a training"
-        return f"trainer {started.trainer}, by {started.metric} ({better} is better); {length}"
+        return f"trainer {started.settings['trainer']}, by {started.metric} ({better} is better); {length}"
     splits = started.data.splits
     counts = ", ".join(f"{summary.examples} {name}" for name, summary in splits.items())
     notes = describe_data_issues(started.data)

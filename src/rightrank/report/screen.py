@@ -36,7 +36,7 @@ from rightrank.report.format import (
     format_table,
     make_visible,
 )
-from rightrank.schema.events import DecisionRecorded, JournalRecord, Records, RunKind
+from rightrank.schema.events import DecisionRecorded, JournalRecord, Records
 from rightrank.schema.results import Decision
 from rightrank.schema.settings import LONGER_TRAININGS, Goal, build_budget_options, build_resume_command
 from rightrank.schema.trials import OUTCOMES, Record, TrialStarted
@@ -155,7 +155,7 @@ def describe_result(answers: Answers, is_done: bool = True) -> str:
 def _format_loading(answers: Answers, folder: Path | None) -> str:
     """Return one line of Python that loads the adapter, or the file that has more of them; empty for a custom trainer's files."""
     started = answers.started
-    if started is None or folder is None or started.kind is not RunKind.SELECTION:
+    if started is None or folder is None or started.is_custom_trainer:
         return ""
     if started.model_name is None:
         return f"peft.PeftModel.from_pretrained(model, {str(folder)!r})"
@@ -184,7 +184,7 @@ def _format_command(reason: str, arguments: Sequence[str]) -> list[tuple[str, st
 def _choose_next_command(answers: Answers, run: str) -> list[tuple[str, str]]:
     """Return a row with the next command after an answer that asks for no further run."""
     started, adapter = answers.started, answers.adapter
-    if started is None or adapter is None or adapter.answer.has_no_gain or started.kind is RunKind.CUSTOM_TRAINER:
+    if started is None or adapter is None or adapter.answer.has_no_gain or started.is_custom_trainer:
         return []
     is_classifier = started.data.classes is not None  # which servers of language models do not load
     reason = "merge it" if is_classifier else "serve it"

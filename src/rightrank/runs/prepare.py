@@ -27,7 +27,7 @@ from rightrank.planning.planner import MemoryPlan, plan_loaded
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.selection import Executor, PreparedSelection, SelectionRequest
 from rightrank.schema.errors import SettingsError
-from rightrank.schema.events import JournalRecord, Listener, Records, RunKind, RunStarted, TestEvaluated
+from rightrank.schema.events import JournalRecord, Listener, Records, RunStarted, TestEvaluated
 from rightrank.schema.settings import SelectSettings, select_identity_settings
 from rightrank.schema.trials import Trial, TrialFinished, TrialOutcome
 from rightrank.search.protocol import Strategy, build_space
@@ -294,7 +294,7 @@ def _build_start_record(
         "steps": steps,
     }
     return RunStarted.build(
-        RunKind.SELECTION,
+        "selection",
         values,
         identity,
         environment=describe_environment(str(sources.loaded.device)),

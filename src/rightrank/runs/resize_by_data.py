@@ -32,7 +32,7 @@ from rightrank.decision.adapter import SEARCH_OPTION, Criterion, ScoredAdapter, 
 from rightrank.runs.compare import load_run_splits, read_labels
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import EvaluationProgress, Notice
-from rightrank.schema.results import AdapterMethod, HeldOutValue, Resized
+from rightrank.schema.results import AdapterMethod, Resized
 from rightrank.schema.settings import NO_SPLIT_OVERRIDES, SelectSettings
 from rightrank.training.adapter_runtime import (
     attach_adapter,
@@ -142,15 +142,11 @@ def resize_by_data(
         )
     search = shlex.join(["rightrank", "select", runtime.loaded.name, "TRAINING_DATA", "--goal", "training-rank"])
     answer_notes = [text.replace(SEARCH_OPTION, f"({search})") for text in answer.notes]
-    scored = [*filter(None, [smallest.base]), *smallest.scored]
     updates = {
         "rank": answer.rank,
         "bytes_after": written_bytes,
         "chosen_by": f"data, margin {format_margin(answer)}",
-        "held_out": [HeldOutValue(rank=each.rank, value=each.cell.value) for each in scored],
-        "scored_examples": count,
         "answer": answer.model_copy(update={"notes": answer_notes}),
-        "no_gain": answer.has_no_gain,
         "out": str(out),
         "notes": [*notes, note],
     }

@@ -6,13 +6,12 @@ import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from enum import StrEnum
 from itertools import islice
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, cast
 
-from pydantic import Field, JsonValue, TypeAdapter, field_validator
+from pydantic import Field, JsonValue, TypeAdapter
 
-from rightrank.schema.errors import MAX_EXACT_INTEGER, RunFolderError
+from rightrank.schema.errors import RunFolderError
 from rightrank.schema.metrics import LossKind, Margin
 from rightrank.schema.results import AdapterAnswer, Decision, ExportedAdapter, NextRun, SplitSummary
 from rightrank.schema.setting_table import build_options
@@ -23,6 +22,7 @@ from rightrank.schema.trials import (
     BoundedInt,
     EvalPoint,
     ExampleScores,
+    JournalLine,
     Record,
     RedactedText,
     TrialDiverged,
@@ -36,6 +36,9 @@ from rightrank.schema.trials import (
     hash_content,
 )
 from rightrank.version import __version__
+
+# The origin of a run's trainings: the built-in trainer, or a function that trains.
+RunKind: TypeAlias = Literal["selection", "custom_trainer"]
 
 
 class DataSummary(Record):
@@ -70,13 +73,6 @@ class DataSummary(Record):
         return kinds.get(self.form, "token_loss")
 
 
-class RunKind(StrEnum):
-    """The origin of a run's trainings."""
-
-    SELECTION = "selection"  # the built-in trainer
-    CUSTOM_TRAINER = "custom_trainer"  # a function that trains
-
-
 class RunStarted(Record):
     """The first line of a journal: everything that the trials share."""
 
@@ -101,7 +97,7 @@ class RunStarted(Record):
     @property
     def is_custom_trainer(self) -> bool:
         """Return whether another trainer provides the model and the data."""
-        return self.kind is not RunKind.SELECTION
+        return self.kind != "selection"
 
     @property
     def select_settings(self) -> SelectSettings:
@@ -111,23 +107,15 @@ class RunStarted(Record):
     @property
     def model_name(self) -> str | None:
         """Return the name of the model, or None if a custom trainer provides it."""
-        return self._name("model")
+        return cast("str | None", self.settings.get("model"))
 
     @property
     def data_name(self) -> str | None:
-        return self._name("data")
+        return cast("str | None", self.settings.get("data"))
 
-    @property
-    def trainer(self) -> str | None:
-        return self._name("trainer")
-
-    def _name(self, key: str) -> str | None:
-        value = self.settings.get(key)
-        return value if isinstance(value, str) else None
-
-    type: Literal["run_started"] = "run_started"
+    type: Literal["run_started"] = "run_started"  # these are the first bytes of a journal
     schema_version: BoundedInt = SCHEMA_VERSION
-    kind: RunKind = RunKind.SELECTION
+    kind: RunKind = "selection"
     rightrank_version: str
     fingerprint: str
     settings: dict[str, JsonValue]
@@ -139,21 +127,13 @@ class RunStarted(Record):
     points_metric: str | None = None  # the metric of evaluations during training, if it is not the deciding one
     started_at: str
 
-    @field_validator("settings")
-    @classmethod
-    def _numbers_exact(cls, settings: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        if any(isinstance(value, int) and abs(value) > MAX_EXACT_INTEGER for value in settings.values()):
-            raise ValueError(f"a setting has a number above {MAX_EXACT_INTEGER}")
-        return settings
 
-
-class TestEvaluated(ExampleScores):
+class TestEvaluated(ExampleScores, JournalLine):
     """The value of a finished trial on the test split, which the selection never uses."""
 
     __test__ = False  # the class is not a pytest test
 
     type: Literal["test_evaluated"] = "test_evaluated"
-    schema_version: BoundedInt = SCHEMA_VERSION
     trial_id: str
     rank: BoundedInt
     value: float
@@ -161,29 +141,26 @@ class TestEvaluated(ExampleScores):
     metric: str | None = None  # the metric of `value`, if it is not the deciding one: a task has no test split
 
 
-class RunContinued(Record):
+class RunContinued(JournalLine):
     """A continuation of the run with other values of settings that change no trial. They apply from here on."""
 
     type: Literal["run_continued"] = "run_continued"
-    schema_version: BoundedInt = SCHEMA_VERSION
     settings: dict[str, JsonValue]
 
 
-class AdapterRecorded(Record):
+class AdapterRecorded(JournalLine):
     """The deployment rank and the adapter in `adapter/`, valid until the next such record."""
 
     type: Literal["adapter_recorded"] = "adapter_recorded"
-    schema_version: BoundedInt = SCHEMA_VERSION
     answer: AdapterAnswer
     handed_over: ExportedAdapter
     trainings: float  # cost up to the answer, in complete trainings
 
 
-class DecisionRecorded(Record):
+class DecisionRecorded(JournalLine):
     """A decision, and the trial whose adapter is the result."""
 
     type: Literal["decided"] = "decided"
-    schema_version: BoundedInt = SCHEMA_VERSION
     decision: Decision
     adapter_trial_id: str | None
 

@@ -356,7 +356,6 @@ class InspectionSummary(Record):
     modules: int
     parameters: int  # of the factors
     ranks: list[int]  # the different ranks
-    scaling_rule: str
     base_model: str | None
     energy_rank: dict[str, int]  # the maximum over modules, as one common rank requires
     untrained: list[str]  # B = 0: never trained
@@ -383,13 +382,6 @@ class ModuleResize(Record):
     relative_delta_error: float  # ‖ΔW' − ΔW‖ / ‖ΔW‖ of the tensors as written
 
 
-class HeldOutValue(Record):
-    """The held-out value of a truncation."""
-
-    rank: int
-    value: float
-
-
 class Resized(Record):
     """The object of `resize --json`."""
 
@@ -403,10 +395,7 @@ class Resized(Record):
     bytes_after: int
     content: AdapterContent | None = None  # of the written file
     chosen_by: str
-    held_out: list[HeldOutValue] = Field(default_factory=list)
-    scored_examples: int | None = None  # with data: how many held-out examples every candidate was measured on
     answer: AdapterAnswer | None = None  # with data: the truncation that is enough, and every candidate
-    no_gain: bool = False  # with data: the base alone is not worse than the adapter by more than the margin
     notes: list[str] = Field(default_factory=list)
 
 

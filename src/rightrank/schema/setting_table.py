@@ -9,7 +9,6 @@ The options, the keywords of the API, the settings page and the command that rep
 from __future__ import annotations
 
 import json
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -20,7 +19,7 @@ from typing import Any, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from rightrank.schema.errors import MAX_EXACT_INTEGER, SettingsError, redact_secrets, suggest_name
+from rightrank.schema.errors import MAX_EXACT_INTEGER, SettingsError, quote_value, redact_secrets, suggest_name
 
 MAX_SUGGESTIONS = 3  # names that the error about an unknown setting suggests
 
@@ -93,7 +92,7 @@ class Settings(BaseModel):
             for inner in value if isinstance(value, tuple) else (value,):
                 if isinstance(inner, int) and abs(inner) > MAX_EXACT_INTEGER:
                     raise ValueError(
-                        f"{name}: got {_SHORT_REPR.repr(inner)}; integers are at most 2**53 ({MAX_EXACT_INTEGER})"
+                        f"{name}: got {quote_value(inner)}; integers are at most 2**53 ({MAX_EXACT_INTEGER})"
                     )
             require_no_secret(name, value)
         self._require_consistent()
@@ -155,7 +154,7 @@ def _describe_first_error(error: ValidationError) -> str:
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
     message, setting_name = first["msg"].partition(", unable to parse")[0], str(first["loc"][0])
-    return f"{setting_name}: got {_SHORT_REPR.repr(first['input'])}; {message[0].lower()}{message[1:]}"
+    return f"{setting_name}: got {quote_value(first['input'])}; {message[0].lower()}{message[1:]}"
 
 
 def _convert_value(kind: type[Settings], name: str, value: Any) -> Any:
@@ -226,7 +225,3 @@ def _format_value(value: Any) -> str:
         return str(value)
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
-
-
-_SHORT_REPR = reprlib.Repr()
-_SHORT_REPR.maxstring = _SHORT_REPR.maxother = 120  # Longer or nested values are shortened.

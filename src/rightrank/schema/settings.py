@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, ByteSize
 
 from rightrank.schema.errors import MAX_EXACT_INTEGER, SettingsError
 from rightrank.schema.metrics import (
@@ -39,36 +39,12 @@ LONGER_TRAININGS = 2  # the length of the second training of goal "best-adapter"
 # so that alpha = 32 means s = 2 at every rank (the common choice "alpha = 2r").
 CONSTANT_SCALING_RANK = 16
 MAX_SEED = MAX_EXACT_INTEGER
-MAX_BYTES = MAX_EXACT_INTEGER
 MAX_STEPS = 1_000_000  # of a training; the order of its examples is drawn before it starts
 EVAL_SUBSET_SIZE = 200  # held-out examples that an evaluation during training scores, a subset of those at its end
 DEFAULT_MAX_EVAL_EXAMPLES = 2000  # default maximum for a held-out split
 EVALUATION_SHARE = 0.1  # maximum share of a training's time for one evaluation at its end, by default
 SCORED_PER_TRAINED = 3  # examples that are scored in the time of one training example
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-BYTE_UNITS = {
-    **{"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12},
-    **{"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40},
-}
-
-
-# Conversions of user input to values.
-
-
-def _parse_bytes(text: object) -> object:
-    """Convert a text such as `24GiB` to bytes; return any other value unchanged."""
-    if not isinstance(text, str):
-        return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    unit = (
-        {name.lower(): size for name, size in BYTE_UNITS.items()}.get(match[2].lower(), 0) if match is not None else 0
-    )
-    size = round(min(float(match[1]) * unit, 2.0 * MAX_BYTES)) if match is not None else 0
-    if not 0 < size <= MAX_BYTES:
-        raise SettingsError(
-            f"memory {text!r} is not a size: give a number with one of the units {', '.join(BYTE_UNITS)}, such as 24GiB"
-        )
-    return size
 
 
 # Checks of values beyond their types.
@@ -146,7 +122,6 @@ Seeds: TypeAlias = Annotated[
 ]
 Columns: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_list_columns), AfterValidator(_require_columns)]
 Device: TypeAlias = Annotated[str, AfterValidator(_require_device)]
-Bytes: TypeAlias = Annotated[int | None, BeforeValidator(_parse_bytes)]
 SettingMargin: TypeAlias = Annotated[Margin | None, BeforeValidator(parse_margin)]
 
 
@@ -212,7 +187,7 @@ class StepSettings(PeftFields):
         foreign_names=("max_length", "max_seq_length", "cutoff_len"),
         gt=1,
     )
-    memory_bytes: Bytes = setting(
+    memory_bytes: ByteSize | None = setting(
         None,
         MACHINE,
         "memory budget, such as 24GiB, by default that of the CUDA device; ranks that need more are skipped",
@@ -250,19 +225,7 @@ class StepSettings(PeftFields):
         return f"bitsandbytes may not support this base model in {self.weight_bits} bits on this device: leave {name} out, or choose another device"
 
 
-class _TrainerFields(Settings):
-    """Fields of transformers' TrainingArguments that all trainings share."""
-
-    gradient_accumulation_steps: int = setting(1, TRAINING, "forward passes in an optimizer step", gt=0)
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = setting(
-        "linear", TRAINING, "`constant`, `linear` or `cosine`, as in transformers"
-    )
-    warmup_ratio: float = setting(0.05, TRAINING, "share of the steps that warm up", ge=0, lt=1)
-    weight_decay: float = setting(0.0, TRAINING, "of AdamW", ge=0)
-    max_grad_norm: float = setting(1.0, TRAINING, "gradient clipping; 0 turns it off", ge=0)
-
-
-class SelectSettings(StepSettings, _TrainerFields):
+class SelectSettings(StepSettings):
     """All settings of a selection other than MODEL, DATA and --out."""
 
     goal: Goal = option(
@@ -349,6 +312,13 @@ class SelectSettings(StepSettings, _TrainerFields):
         "`alpha/r`, `alpha/sqrt(r)` (rsLoRA) or `constant` (the scale that alpha/r has at rank 16: alpha = 2r at the default alpha)",
         foreign_names=("use_rslora",),
     )
+    gradient_accumulation_steps: int = setting(1, TRAINING, "forward passes in an optimizer step", gt=0)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = setting(
+        "linear", TRAINING, "`constant`, `linear` or `cosine`, as in transformers"
+    )
+    warmup_ratio: float = setting(0.05, TRAINING, "share of the steps that warm up", ge=0, lt=1)
+    weight_decay: float = setting(0.0, TRAINING, "of AdamW", ge=0)
+    max_grad_norm: float = setting(1.0, TRAINING, "gradient clipping; 0 turns it off", ge=0)
     max_steps: int | None = option(
         None,
         TRAINING,

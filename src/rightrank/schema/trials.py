@@ -129,10 +129,20 @@ class EvalPoint(Record):
     )
 
 
-class TrialStarted(ArmFields):
-    type: Literal["trial_started"] = "trial_started"
+class JournalLine(Record):
+    """A record of a journal, with the version of its fields."""
+
     schema_version: BoundedInt = SCHEMA_VERSION
+
+
+class TrialRecord(ArmFields, JournalLine):
+    """A record of a trial."""
+
     trial_id: str
+
+
+class TrialStarted(TrialRecord):
+    type: Literal["trial_started"] = "trial_started"
 
 
 class ExampleScores(Record):
@@ -163,12 +173,10 @@ class ExampleScores(Record):
         return None if scores is None else (scores, [1.0] * len(scores))
 
 
-class TrialFinished(ArmFields, ExampleScores):
+class TrialFinished(TrialRecord, ExampleScores):
     """A trial that ended with a result."""
 
     type: Literal["trial_finished"] = "trial_finished"
-    schema_version: BoundedInt = SCHEMA_VERSION
-    trial_id: str
     value: float  # of the deciding metric, on the validation split
     metrics: dict[str, float]  # all metrics measured on the validation split
     failed_metrics: dict[str, str] = Field(default_factory=dict)  # metric → why it has no value
@@ -220,12 +228,10 @@ class TrialFinished(ArmFields, ExampleScores):
         return self.train_seconds + self.eval_seconds
 
 
-class TrialDiverged(ArmFields):
+class TrialDiverged(TrialRecord):
     """A trial whose loss became NaN or rose above the base model's. It is a missing value and no evidence against a rank."""
 
     type: Literal["trial_diverged"] = "trial_diverged"
-    schema_version: BoundedInt = SCHEMA_VERSION
-    trial_id: str
     step: BoundedInt
     reason: RedactedText
 
@@ -235,11 +241,10 @@ class TrialDiverged(ArmFields):
         return f"diverged at step {self.step}: {self.reason}"
 
 
-class TrialEvaluated(Record):
+class TrialEvaluated(JournalLine):
     """A held-out value that a running trial reported. If the trial is run again, its earlier evaluations are dropped."""
 
     type: Literal["trial_evaluated"] = "trial_evaluated"
-    schema_version: BoundedInt = SCHEMA_VERSION
     trial_id: str
     step: BoundedInt
     value: float
@@ -250,12 +255,10 @@ class TrialEvaluated(Record):
         return EvalPoint(step=self.step, value=self.value, example_scores=self.example_scores)
 
 
-class TrialFailed(ArmFields):
+class TrialFailed(TrialRecord):
     """A trial that ended with an error."""
 
     type: Literal["trial_failed"] = "trial_failed"
-    schema_version: BoundedInt = SCHEMA_VERSION
-    trial_id: str
     error: Literal["out_of_memory", "error"]
     reason: RedactedText
 

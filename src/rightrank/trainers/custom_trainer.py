@@ -34,7 +34,7 @@ from rightrank.schema.errors import (
     log_traceback,
     quote_value,
 )
-from rightrank.schema.events import DataSummary, JournalRecord, Listener, Records, RunKind, RunStarted
+from rightrank.schema.events import DataSummary, JournalRecord, Listener, Records, RunStarted
 from rightrank.schema.metrics import (
     MISSING_BASE,
     format_unknown_direction,
@@ -157,7 +157,7 @@ class CustomTrainerRequest:
         original_settings = journal[0].settings if journal and isinstance(journal[0], RunStarted) else {}
         system = f"{platform.system()} {platform.machine()}"
         return RunStarted.build(
-            RunKind.CUSTOM_TRAINER,
+            "custom_trainer",
             values,
             {"settings": select_identity_settings(values, original_settings)},
             environment={"python": platform.python_version(), "system": system, "device": "the trainer's own"},
