@@ -73,26 +73,15 @@ def make_adapter_runtime(
         "layers_to_transform": None,
     }
     settings = settings.model_copy(update=updates)
-    loaded = load_base(base or _find_named_base(adapter), settings, splits.summary.classes)
+    base = base or adapter.base_model
+    if base is None:
+        raise ModelError(f"{adapter.path}: the configuration names no base model; give one with --base MODEL")
+    require_model(base)
+    loaded = load_base(base, settings, splits.summary.classes)
     require_matching_base(adapter.path, loaded)
     # A fully trained module may lie below the first adapter, where a cached prefix would be stale.
     cache_folder = None if adapter.other_keys else cache
     return Runtime(loaded, encode_splits(splits, loaded, settings), settings, 1, cache_folder)
-
-
-def _find_named_base(adapter: AdapterFolder) -> str:
-    """Return the base that the adapter's configuration names, and raise if there is none, for example after a move of the folder."""
-    name = adapter.base_model
-    if name is None:
-        raise ModelError(f"{adapter.path}: the configuration names no base model; give one with --base MODEL")
-    try:
-        require_model(name)
-    except ModelError as error:
-        raise ModelError(
-            f"{adapter.path}: its {CONFIG_FILE} names the base {name!r}, which cannot be found from {Path.cwd()}; give it with "
-            f"--base MODEL ({error})"
-        ) from None
-    return name
 
 
 def report_evaluation_progress(

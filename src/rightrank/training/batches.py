@@ -7,7 +7,7 @@ Sequence packing joins the examples of a batch in one row, without padding and w
 Everything in a transformer except attention works position by position, so packing does not change an example's values.
 Position ids restart at every example. Attention runs torch's fused kernel on each example, and no mask is built.
 
-`fast_paths.py` checks on real data whether a model supports packing: some models carry state from token to token by other
+`runtime.py` checks on real data whether a model supports packing: some models carry state from token to token by other
 means than attention, or use an attention window that is shorter than an example.
 """
 

@@ -6,6 +6,7 @@ counts as completion. The token ids are those that the model sees at inference.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -357,30 +358,20 @@ def encode_splits(
     Raises:
         DataError: the chat template is missing or rewrites earlier turns, or a split has no label within `seq_len`.
     """
-    limit = settings.seq_len
     encoder = _Encoder(model.tokenizer, data.form, data.summary.classes)
     splits: dict[SplitName, TokenStore] = {}
     summaries: dict[str, SplitSummary] = {}
     for split in SPLITS:
-        counts = _SplitCounts()
-        encoded_examples = _encode_split(encoder, data.examples[split], limit, counts)
-        encoded = TokenStore(encoded_examples, folder)
+        counts = Counter(label_tokens=0, truncated=0, dropped=0, equal=0)
+        encoded = TokenStore(_encode_split(encoder, data.examples[split], settings.seq_len, counts), folder)
         if not encoded and data.examples[split]:
-            equal_note = f", {counts.equal} whose answers are identical within this limit" if counts.equal else ""
-            location_note = f", the first at {counts.first_excluded}" if counts.first_excluded else ""
             raise DataError(
-                f"the {split} split has no labels left after tokenising ({len(data.examples[split])} examples, "
-                f"{counts.dropped} without a label within {limit} tokens{equal_note}{location_note}); give examples with longer answers, or a larger seq_len"
+                f"the {split} split has no labels left after tokenising: of its {len(data.examples[split])} examples, {counts['dropped']} have "
+                f"no label within {settings.seq_len} tokens, and {counts['equal']} have two equal answers there; give examples with longer "
+                "answers, or a larger seq_len"
             )
         splits[split] = encoded
-        summaries[split] = SplitSummary(
-            examples=len(encoded),
-            tokens=int(encoded.lengths.sum()),
-            label_tokens=counts.label_tokens,
-            truncated=counts.truncated,
-            dropped=counts.dropped,
-            equal=counts.equal,
-        )
+        summaries[split] = SplitSummary(examples=len(encoded), tokens=int(encoded.lengths.sum()), **counts)
     texts = {split: data.examples[split] for split in HELD_OUT}
     groups: dict[SplitName, list[int] | None] = {}
     for split, examples in texts.items():
@@ -391,33 +382,20 @@ def encode_splits(
     return EncodedData(splits, texts, summary, groups)
 
 
-@dataclass(slots=True)
-class _SplitCounts:
-    """Counts over a split's examples, updated while they are encoded."""
-
-    label_tokens: int = 0
-    truncated: int = 0
-    dropped: int = 0  # examples without a label within the limit
-    equal: int = 0  # pairs whose sequences are the same within the limit
-    first_excluded: str = ""  # file and row of the first excluded example
-
-
 def _encode_split(
-    encoder: _Encoder, examples: Iterable[Example], limit: int, counts: _SplitCounts
+    encoder: _Encoder, examples: Iterable[Example], limit: int, counts: Counter[str]
 ) -> Iterator[EncodedExample]:
-    """Yield the examples within the limit, except those without a label there."""
+    """Yield the examples within the limit, except those without a label and pairs of equal answers there; count all of them."""
     for example, sequences in encoder(examples):
-        counts.truncated += any(len(ids) > limit for ids, _ in sequences)
+        counts["truncated"] += any(len(ids) > limit for ids, _ in sequences)
         cut = [(ids[:limit], labels[:limit]) for ids, labels in sequences]
         first_ids, *second_ids = [ids for ids, _ in cut]
         if not all(ids if encoder.is_classification else _count_labels(labels) for ids, labels in cut):
-            counts.dropped += 1
+            counts["dropped"] += 1
         elif second_ids == [first_ids]:
-            counts.equal += 1
+            counts["equal"] += 1
         else:
             ids, labels = (list(chain.from_iterable(columns)) for columns in zip(*cut, strict=True))
             encoded = EncodedExample(example.example_id, ids, labels, len(first_ids) if second_ids else 0)
-            counts.label_tokens += 1 if encoder.is_classification else _count_example_labels(encoded)
+            counts["label_tokens"] += 1 if encoder.is_classification else _count_example_labels(encoded)
             yield encoded
-            continue
-        counts.first_excluded = counts.first_excluded or example.origin
