@@ -203,8 +203,6 @@ def test_scores_of_other_examples_are_refused(tmp_path: Path) -> None:
         ({"strategy": "gird"}, "did you mean 'grid'"),
         ({"evaluate": 3}, "evaluate: got a int"),
         ({"train": 3}, "train: got a int"),
-        ({"workers": 0}, "workers: got 0"),
-        ({"workers": "2"}, "workers: got '2'"),
         ({"max_steps": -1}, "max_steps: got -1"),
         ({"goal": "adapter"}, "needs evaluate="),
         ({"ranks": 4}, "ranks: got 4 only"),

@@ -30,7 +30,6 @@ def select_rank_with(
     strategy: str = "grid",
     lora_alpha: float = 32.0,
     max_steps: int | None = None,
-    workers: int = 1,
     callbacks: Sequence[Hook] = (),
     progress: bool = False,
 ) -> Selected:
@@ -54,7 +53,6 @@ def select_rank_with(
         goal: "adapter" stops at the deployment rank and needs `evaluate`; "training-rank" continues to the training rank.
         lora_alpha: passed to `train` in the task, and recorded for the adapters.
         max_steps: passed to `train` in the task as `steps`; None lets the function choose the length.
-        workers: the number of parallel calls, in threads of this process; more than 1 for functions that wait for a service.
         callbacks: hooks that watch the selection and can stop it, such as `rightrank.runs.trackers.Trackers`.
         progress: show the progress on stderr.
 
@@ -71,7 +69,7 @@ def select_rank_with(
 
     values = {"ranks": ranks, "learning_rates": learning_rates, "seeds": seeds, "margin": margin, "goal": goal}
     values |= {"strategy": strategy, "lora_alpha": lora_alpha, "max_steps": max_steps}
-    request = build_custom_request(train, evaluate, metric, workers, values)
+    request = build_custom_request(train, evaluate, metric, values)
     folder = RunFolder(Path(out))
     with folder.lock(), report_disk_errors(folder.path), ExitStack() as stack:
         views = [stack.enter_context(make_view(quiet=False))] if progress else []

@@ -96,14 +96,6 @@ class Executor(Protocol):
     - Before a `TrialFinished` is yielded, its adapter is in `RunFolder.get_trial_folder`.
     - The caller may close the iterator early; the executor then stops its trials and can be used again.
     - It writes neither the journal nor the decision.
-
-    For example, an executor that evaluates a formula:
-
-        class FormulaExecutor:
-            def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
-                for trial in trials:
-                    result = TrialResult(metrics={"loss": 1.0 + 1.0 / (1 + trial.arm.rank)})
-                    yield build_outcome(trial, result, metric="loss", seconds=0.0)
     """
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:

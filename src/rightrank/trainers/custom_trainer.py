@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import platform
-import queue
 import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from pydantic import Field, ValidationError
 
@@ -44,7 +41,6 @@ from rightrank.schema.metrics import (
 )
 from rightrank.schema.settings import SelectSettings, select_identity_settings
 from rightrank.schema.trials import (
-    Arm,
     BoundedInt,
     EvalPoint,
     Record,
@@ -112,7 +108,6 @@ class TrialResult(Record):
 TrainFunction: TypeAlias = Callable[[TrialTask], float | Mapping[str, float] | TrialResult]
 EvaluateFunction: TypeAlias = Callable[[Path, TrialTask], float | Mapping[str, float] | TrialResult]
 RESULT_RECORDS = ("TrialResult", "EvalPoint")
-_CallResult: TypeAlias = tuple[Trial, object, float]  # the trial, the returned value or the raised error, and seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +121,6 @@ class CustomTrainerRequest:
     # "train", and optionally "evaluate" of an adapter in the task's folder, which the deployment rank needs
     functions: Mapping[str, TrainFunction]
     evaluates_base: bool
-    workers: int  # the number of parallel calls
 
     def prepare(self, folder: RunFolder, journal: Sequence[JournalRecord]) -> PreparedSelection:
         """Prepare the selection; see `rightrank.runs.selection.Prepare`."""
@@ -150,9 +144,13 @@ class CustomTrainerRequest:
         )
 
     def _build_start_record(self, settings: SelectSettings, journal: Sequence[JournalRecord], steps: int) -> RunStarted:
-        identity = {"trainer": self.name, "steps": steps}
-        identity |= {"metric": self.metric, "higher_is_better": self.higher_is_better}
-        values = {"model": None, "data": None, **identity}
+        identity = {
+            "trainer": self.name,
+            "steps": steps,
+            "metric": self.metric,
+            "higher_is_better": self.higher_is_better,
+        }
+        values: dict[str, Any] = {"model": None, "data": None, **identity}
         values |= settings.model_dump(mode="json", include=settings.model_fields_set - {"max_steps"})
         original_settings = journal[0].settings if journal and isinstance(journal[0], RunStarted) else {}
         system = f"{platform.system()} {platform.machine()}"
@@ -169,7 +167,7 @@ class CustomTrainerRequest:
 
 
 def build_custom_request(
-    train: TrainFunction, evaluate: EvaluateFunction | None, metric: str, workers: int, values: Mapping[str, Any]
+    train: TrainFunction, evaluate: EvaluateFunction | None, metric: str, values: Mapping[str, Any]
 ) -> CustomTrainerRequest:
     """Validate the arguments and build the request.
 
@@ -201,13 +199,11 @@ def build_custom_request(
     for label, function in (("train", train), ("evaluate", evaluate)):
         if function is not None and not callable(function):
             raise SettingsError(f"{label}: got a {type(function).__name__}; give a function")
-    if not isinstance(workers, int) or workers < 1:
-        raise SettingsError(f"workers: got {workers!r}; give the number of parallel calls, a whole number of 1 or more")
     functions: dict[str, TrainFunction] = {"train": train}
     if evaluate is not None:
         functions["evaluate"] = lambda task: evaluate(task.folder, task)
     trainer = f"{getattr(train, '__module__', '?')}.{getattr(train, '__qualname__', type(train).__name__)}"
-    return CustomTrainerRequest(settings, name or metric, higher, trainer, functions, evaluates_base, workers)
+    return CustomTrainerRequest(settings, name or metric, higher, trainer, functions, evaluates_base)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,103 +229,56 @@ class _FunctionExecutor:
         self._first_fault: str | None = None  # the description of the first result that can't be used
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
-        needs_base = requires_base(
-            self._request.settings.margin, infer_metric_kind(self._request.metric, self._request.higher_is_better)
-        )
-        for ended, called in enumerate(self._run_calls(trials), 1):
-            outcome = self._build_outcome(*called)
+        request = self._request
+        kind = infer_metric_kind(request.metric, request.higher_is_better)
+        needs_base = requires_base(request.settings.margin, kind)
+        for ended, trial in enumerate(trials, 1):
+            self._listener.on_event(TrialStarted(**trial.fields))
+            outcome = self._run_trial(trial)
             if outcome.rank == 0 and needs_base and not isinstance(outcome, TrialFinished):
                 raise SettingsError(f"rank 0: {outcome.reason}; {MISSING_BASE}")
             yield outcome
-            if self._first_fault is None and self._listener.should_stop():
+            if self._first_fault is not None:
+                raise AllTrialsFailedError(
+                    f"{self._first_fault}; finished trials are kept: correct the function, and call again with the same arguments"
+                )
+            if self._listener.should_stop():
                 raise InterruptedRun(f"stopped after {ended} trials")
-        if self._first_fault is not None:
-            raise AllTrialsFailedError(
-                f"{self._first_fault}; finished trials are kept: correct the function, and call again with the same arguments"
-            )
 
-    def _run_calls(self, trials: Sequence[Trial]) -> Iterator[_CallResult]:
-        """Yield calls as they end; if the iterator is closed early, wait for the running ones.
-
-        A single call runs on this thread. Evaluations and results of several calls pass through one queue, so that only this
-        thread writes to the journal.
-        """
-        waiting, running, parallel = deque(trials), 0, self._request.workers
-        arrived: queue.SimpleQueue[TrialEvaluated | Future[_CallResult]] = queue.SimpleQueue()
-        with ThreadPoolExecutor(parallel) as threads:
-            while (waiting and self._first_fault is None) or running:
-                while waiting and self._first_fault is None and running < parallel:
-                    trial = waiting.popleft()
-                    self._listener.on_event(TrialStarted(**trial.fields))
-                    if parallel == 1:
-                        yield self._call_function(trial, self._listener.on_event)
-                        continue
-                    threads.submit(self._call_function, trial, arrived.put).add_done_callback(arrived.put)
-                    running += 1
-                if not running:
-                    return
-                event = arrived.get()
-                if isinstance(event, TrialEvaluated):
-                    self._listener.on_event(event)
-                else:
-                    running -= 1
-                    yield event.result()
-
-    def _call_function(self, trial: Trial, on_evaluation: Callable[[TrialEvaluated], None]) -> _CallResult:
-        arm, request, folder = trial.arm, self._request, self._folder.get_trial_folder(trial.trial_id)
+    def _run_trial(self, trial: Trial) -> TrialOutcome:
+        arm, metric, folder = trial.arm, self._request.metric, self._folder.get_trial_folder(trial.trial_id)
+        name = "train" if arm.truncate_from is None else "evaluate"
 
         def receive(point: EvalPoint) -> None:
-            on_evaluation(
-                TrialEvaluated(trial_id=trial.trial_id, **point.model_dump(exclude={"train_value", "mean_value"}))
-            )
+            fields = point.model_dump(exclude={"train_value", "mean_value"})
+            self._listener.on_event(TrialEvaluated(trial_id=trial.trial_id, **fields))
 
         fields = arm.model_dump(include={"rank", "learning_rate", "lora_alpha", "seed", "steps"})
         task = TrialTask(trial_id=trial.trial_id, folder=folder, report_callback=receive, **fields)
-        start = time.perf_counter()
+        finished, start = self._records.list_finished(), time.perf_counter()
+        examples = next((len(earlier.example_scores) for earlier in finished if earlier.example_scores), None)
         try:
             if arm.truncate_from is not None:
                 _write_truncated_adapter(self._folder, arm.truncate_from, trial)
             folder.mkdir(parents=True, exist_ok=True)
-            returned = call_function(request.functions[_choose_function(arm)], task, request.metric)
-        except RightrankError as error:
-            returned = error
-        return trial, returned, time.perf_counter() - start
-
-    def _build_outcome(self, trial: Trial, returned: object, seconds: float) -> TrialOutcome:
-        """Build the outcome of a call."""
-        arm, request, records = trial.arm, self._request, self._records
-        evaluations, finished, name = (
-            records.evaluations.get(trial.trial_id, []),
-            records.list_finished(),
-            _choose_function(trial.arm),
-        )
-        examples = next((len(earlier.example_scores) for earlier in finished if earlier.example_scores), None)
-        try:
-            if isinstance(returned, RightrankError):
-                raise returned
-            result = parse_result(returned, request.metric, examples)
+            result = parse_result(call_function(self._request.functions[name], task, metric), metric, examples)
         except NotFiniteError as error:
-            return TrialDiverged(
-                **trial.fields, step=evaluations[-1].step if evaluations else 0, reason=f"{name} {error}"
-            )
+            points = self._records.evaluations.get(trial.trial_id)
+            return TrialDiverged(**trial.fields, step=points[-1].step if points else 0, reason=f"{name} {error}")
         except RightrankError as error:  # an `InputError`: there is no adapter that can be truncated
             reason = str(error) if isinstance(error, InputError) else f"{name} {error}"
+            has_worked = any(
+                (trained.arm.truncate_from is None) == (name == "train") for trained in finished if trained.rank
+            )
             # A function that does not support rank 0 may be correct for all other ranks.
-            if (
-                isinstance(error, ReportError)
-                and arm.rank > 0
-                and name not in {_choose_function(earlier.arm) for earlier in finished if earlier.rank > 0}
-            ):
-                self._first_fault = self._first_fault or reason
+            if isinstance(error, ReportError) and arm.rank > 0 and not has_worked:
+                self._first_fault = reason
             return TrialFailed(**trial.fields, error="error", reason=reason)
+        seconds = time.perf_counter() - start if result.train_seconds is None else result.train_seconds
         # Returned points replace reported ones.
-        by_step = {point.step: point for point in (*evaluations, *result.points)}
-        result = result.model_copy(update={"points": [by_step[step] for step in sorted(by_step)]})
-        return build_outcome(trial, result, request.metric, seconds)
-
-
-def _choose_function(arm: Arm) -> Literal["train", "evaluate"]:
-    return "train" if arm.truncate_from is None else "evaluate"
+        by_step = {point.step: point for point in (*self._records.evaluations.get(trial.trial_id, []), *result.points)}
+        returned = dict(result) | {"train_seconds": seconds, "points": [by_step[step] for step in sorted(by_step)]}
+        return TrialFinished(**trial.fields, **returned, value=result.metrics[metric])
 
 
 def _write_truncated_adapter(folder: RunFolder, parent: str, trial: Trial) -> None:
@@ -342,12 +291,6 @@ def _write_truncated_adapter(folder: RunFolder, parent: str, trial: Trial) -> No
     shutil.rmtree(target, ignore_errors=True)
     require_plain_update(adapter)
     resize_adapter(adapter, target, cap_ranks(adapter, trial.arm.rank))
-
-
-def build_outcome(trial: Trial, result: TrialResult, metric: str, seconds: float) -> TrialFinished:
-    """Build the outcome of a finished trial from the function's result."""
-    returned = dict(result) | {"train_seconds": seconds if result.train_seconds is None else result.train_seconds}
-    return TrialFinished(**trial.fields, **returned, value=result.metrics[metric])
 
 
 def call_function(function: TrainFunction, task: TrialTask, metric: str) -> object:
