@@ -120,6 +120,12 @@ def test_another_schema_is_refused_with_both_numbers(schema: int, tmp_path: Path
         journal.read()
 
 
+def test_a_field_that_no_longer_exists_is_ignored() -> None:
+    record = make_records()[0]
+    body = record.model_dump_json().replace('"data":{', '"data":{"renamed":{},').encode()
+    assert parse_line(seal(body)) == record
+
+
 BODY = make_records()[1].model_dump_json().encode()[:-1]
 WHOLE = seal(BODY + b"}")
 

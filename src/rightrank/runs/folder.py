@@ -59,7 +59,7 @@ def parse_line(line: bytes) -> JournalRecord | str:
     if zlib.crc32(body) != checksum:
         return f"{DAMAGED}its checksum does not match"
     try:
-        record = JOURNAL_RECORD_ADAPTER.validate_json(body + b"}")
+        record = JOURNAL_RECORD_ADAPTER.validate_json(body + b"}", extra="ignore")  # fields of earlier versions
     except ValidationError as error:
         return f"not a record of schema {SCHEMA_VERSION} ({error.errors()[0]['msg']})"
     if record.schema_version != SCHEMA_VERSION:
