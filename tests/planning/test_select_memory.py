@@ -50,16 +50,14 @@ def direct(trials: list[TrialFinished]) -> list[TrialFinished]:
     return [trial for trial in trials if trial.rank > 0 and trial.truncate_from is None]
 
 
-def test_predicted_and_measured_peaks_are_recorded(
+def test_measured_peaks_are_recorded(
     model_folder: Path, completion_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
     assert command(model_folder, completion_file, out, "--ranks", "1,2,4", "--memory", "24GiB") == 0
     capsys.readouterr()
     trials = [record for record in Journal(out / "journal.jsonl").read() if isinstance(record, TrialFinished)]
-    predicted = {trial.rank: trial.predicted_peak_bytes for trial in direct(trials)}
-    assert set(predicted) == {1, 2, 4}
-    assert 0 < (predicted[1] or 0) < (predicted[2] or 0) < (predicted[4] or 0)
+    assert {trial.rank for trial in direct(trials)} == {1, 2, 4}
     assert all(trial.peak_bytes > 0 for trial in trials)
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rightrank.api.folders import status
 from rightrank.cli import cli
 from rightrank.report.format import CURVE_LINES, draw_terminal_curve
-from rightrank.runs.hooks import LiveView, View
+from rightrank.runs.hooks import View
 from rightrank.schema.events import SelectionPlanned, StepDone
 from tests.commands import COMMANDS
 from tests.report.elements import Elements
@@ -55,7 +55,7 @@ def test_a_folder_without_a_run_is_one_line(tmp_path: Path, command: str) -> Non
 def test_plain_lines_contain_no_escape_and_quiet_prints_nothing(quiet: bool) -> None:
     stream = io.StringIO()
     records = make_run()
-    with View(Console(file=stream), quiet) as view:
+    with View(quiet, Console(file=stream)) as view:
         view.on_event(PLANNED)
         for outcome in records.outcomes:
             view.on_event(outcome)
@@ -66,7 +66,7 @@ def test_plain_lines_contain_no_escape_and_quiet_prints_nothing(quiet: bool) -> 
 def test_the_live_view_shows_progress_and_the_time_left() -> None:
     stream = io.StringIO()
     records = make_run()
-    with LiveView(Console(file=stream, force_terminal=True, width=100, height=40)) as view:
+    with View(console=Console(file=stream, force_terminal=True, width=100, height=40)) as view:
         view.on_event(PLANNED)
         for outcome in records.outcomes[:4]:
             view.on_event(outcome)

@@ -12,7 +12,6 @@ from rightrank.decision.adapter import Criterion
 from rightrank.runs.folder import Journal
 from rightrank.runs.preflight import estimate_resolution
 from rightrank.schema.events import RunStarted, SelectionPlanned
-from rightrank.schema.trials import TrialFinished
 from tests.commands import SMALL, run
 from tests.watch import Watch
 
@@ -77,15 +76,10 @@ def test_dry_run_and_selection_agree(model_folder: Path, completion_file: Path, 
 
     records = Journal(tmp_path / "run" / "journal.jsonl").read()
     started = next(record for record in records if isinstance(record, RunStarted))
-    finished = [record for record in records if isinstance(record, TrialFinished) and record.rank > 0]
     assert started.settings["ranks"] == [row.rank for row in first_preflight.ranks]
     assert announced[0].steps == first_preflight.cost.steps
     assert first_preflight.longest <= started.settings["seq_len"]
     assert announced[0].expected_trainings == first_preflight.cost.trainings
-    peaks = {row.rank: row.peak_bytes for row in first_preflight.ranks}
-    direct = [trial for trial in finished if trial.truncate_from is None and len(trial.pass_ranks or []) < 2]
-    assert direct
-    assert all(trial.predicted_peak_bytes == peaks[trial.rank] for trial in direct)
     assert selected.cost["trainings"] > 0
 
 

@@ -265,9 +265,9 @@ def test_with_evaluate_the_adapter_is_truncated_and_handed_over(tmp_path: Path) 
         train, tmp_path / "run", evaluate=evaluate, goal="adapter", ranks=(1, 8), learning_rates=(1e-3,), margin=0.01,
         strategy="bracket",
     )  # fmt: skip
-    handed_over = selected.exported_adapter
+    handed_over = selected.answers.adapter.handed_over
     assert (handed_over.rank, handed_over.method, handed_over.trained_rank) == (4, "truncated", 8)
-    assert selected.decision_or_none is None
+    assert selected.answers.decision is None
     assert json.loads((selected.adapter.path / "adapter_config.json").read_text())["r"] == 4
     assert (selected.run / handed_over.reference_adapter / "adapter_config.json").is_file()
     assert (selected.adapter.rank, selected.training) == (4, None)
@@ -315,5 +315,5 @@ def test_an_adapter_that_can_not_be_truncated_leaves_the_trained_one(tmp_path: P
         learning_rates=(1e-3,),
     )
     assert selected.adapter is None
-    assert selected.exported_adapter is None
+    assert selected.answers.adapter is None
     assert selected.decision.reference_rank == 4

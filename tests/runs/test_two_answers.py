@@ -38,7 +38,7 @@ def answered(model_folder: Path, completion_file: Path, tmp_path_factory: pytest
     """Run a selection with the goal adapter."""
     run = tmp_path_factory.mktemp("answered") / "run"
     selected = select_rank(str(model_folder), completion_file, run, settings=build_settings("adapter"))
-    assert selected.decision_or_none is None
+    assert selected.answers.decision is None
     return run
 
 
@@ -92,7 +92,7 @@ def test_the_best_adapter_continues_the_folder_with_twice_the_steps(
     assert best.cost["trainings"] == pytest.approx(first.cost["trainings"] + 2)
     decided = select_rank(str(model_folder), completion_file, run, settings=build_settings("training-rank", **rates))
     assert "unequal_length" not in decided.decision.flags
-    assert best.decision_or_none is None
+    assert best.answers.decision is None
     assert winner.steps == 16
     weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()
     again = select_rank(str(model_folder), completion_file, run, settings=build_settings("adapter", **rates))

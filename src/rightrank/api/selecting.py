@@ -60,14 +60,14 @@ def select_rank(
     """
     from rightrank.data.files import report_disk_errors
     from rightrank.runs.folder import RunFolder
-    from rightrank.runs.hooks import SignalHandler, make_view
+    from rightrank.runs.hooks import SignalHandler, View
     from rightrank.runs.trackers import Trackers
 
     request = SelectionRequest(model, tokenizer, data, SelectSettings(**get_explicit_values(settings) | keywords))
     _validate_request(request)
     trackers, folder = Trackers(request.settings.report_to), RunFolder(Path(out))
     with folder.lock(), report_disk_errors(folder.path), ExitStack() as stack:
-        views = [stack.enter_context(make_view(quiet=False))] if progress else []
+        views = [stack.enter_context(View())] if progress else []
         tell = Hooks([*views, *callbacks]).send_notice
         stop = stack.enter_context(SignalHandler(tell))
         tell(f"run folder {out}: loading model and data")

@@ -63,7 +63,7 @@ def select_rank_with(
     """
     from rightrank.data.files import report_disk_errors
     from rightrank.runs.folder import RunFolder
-    from rightrank.runs.hooks import Report, make_view
+    from rightrank.runs.hooks import Report, View
     from rightrank.runs.run import select
     from rightrank.trainers.custom_trainer import build_custom_request
 
@@ -72,5 +72,5 @@ def select_rank_with(
     request = build_custom_request(train, evaluate, metric, values)
     folder = RunFolder(Path(out))
     with folder.lock(), report_disk_errors(folder.path), ExitStack() as stack:
-        views = [stack.enter_context(make_view(quiet=False))] if progress else []
+        views = [stack.enter_context(View())] if progress else []
         return select(request.prepare, folder, [*views, Report(), *callbacks])

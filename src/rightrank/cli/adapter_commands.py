@@ -92,9 +92,9 @@ def _resize(
 
 def open_progress_view() -> AbstractContextManager[View]:
     """Open the view of the progress of evaluations on stderr."""
-    from rightrank.runs.hooks import make_view
+    from rightrank.runs.hooks import View
 
-    return make_view(quiet=False)
+    return View()
 
 
 @click.command(

@@ -101,9 +101,9 @@ def _print_selected(selected: Selected, as_json: bool) -> None:
 def _dry_run(model: str, data: Path, values: dict[str, Any], quiet: bool, as_json: bool) -> None:
     from rightrank.api.selecting import preflight
     from rightrank.report.progress import format_preflight
-    from rightrank.runs.hooks import make_view
+    from rightrank.runs.hooks import View
 
-    with make_view(quiet) as view:
+    with View(quiet) as view:
         preflight_result = preflight(model, data, settings=SelectSettings(**values), on_event=view.on_event)
     click.echo(format_json(preflight_result) if as_json else format_preflight(preflight_result))
 
@@ -142,10 +142,10 @@ def _run_with_progress(
     """Run with progress on stderr; Ctrl-C and SIGTERM stop the run with checkpoints."""
     if not quiet and not log_json:
         announce(f"run folder {out}: checking the request, then loading model and data")
-    from rightrank.runs.hooks import Hooks, JsonLog, ProgressFile, SignalHandler, make_view
+    from rightrank.runs.hooks import Hooks, JsonLog, ProgressFile, SignalHandler, View
 
     with ExitStack() as stack:
-        view = JsonLog(sys.stderr) if log_json else stack.enter_context(make_view(quiet))
+        view = JsonLog(sys.stderr) if log_json else stack.enter_context(View(quiet))
         progress = stack.enter_context(ProgressFile(out))
         signals = stack.enter_context(SignalHandler(Hooks([view]).send_notice, owns_process=True))
         try:

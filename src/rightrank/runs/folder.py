@@ -107,10 +107,7 @@ class Journal:
             return []
         content = self.path.read_bytes()
         records, end = self._parse_records(content)
-        if not content[:end].endswith(b"\n") and end:
-            with self.path.open("ab") as file:  # the last record is complete and lacks its line end
-                file.write(b"\n")
-        elif end < len(content):
+        if end < len(content):
             with self.path.open("r+b") as file:
                 file.truncate(end)
                 os.fsync(file.fileno())
@@ -131,7 +128,7 @@ class Journal:
         end = 0
         # Line by line, since a list of all lines would double the memory.
         for number, line in enumerate(BytesIO(content), start=1):
-            record = parse_line(line.removesuffix(b"\n"))
+            record = parse_line(line[:-1]) if line.endswith(b"\n") else f"{DAMAGED}the end of the line is missing"
             if isinstance(record, str):
                 is_last = end + len(line) == len(content)
                 if is_last and record.startswith(DAMAGED) and (records or _begins_run(line)):
@@ -186,14 +183,6 @@ class RunFolder:
 
     def get_trial_folder(self, trial_id: str) -> Path:
         return self.path / "trials" / self._validate_trial_id(trial_id)
-
-    def find_trial_adapter(self, trial: TrialFinished) -> Path | None:
-        """Return the folder of the trial's adapter; None for the base.
-
-        Raises:
-            RunError: the folder is missing.
-        """
-        return None if trial.rank == 0 else self.require_trial_adapter(trial.trial_id)
 
     def require_trial_adapter(self, trial_id: str) -> Path:
         """Return the folder of a trial's adapter.

@@ -11,9 +11,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self, TextIO
@@ -22,11 +23,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from rightrank.adapters.adapter_folders import CARD_IMAGES
+from rightrank.adapters.adapter_folders import CARD_IMAGES, CONFIG_FILE
+from rightrank.adapters.spectra import inspect_adapter
 from rightrank.data.files import replace_file, write_text
 from rightrank.decision.run_answers import decide_if_possible
 from rightrank.report.answer import Answers, build_answers
-from rightrank.report.figures import Figure, build_spectrum_figure, write_figures
+from rightrank.report.figures import build_spectrum_figure, write_figures
 from rightrank.report.format import format_quantity
 from rightrank.report.html import build_figures, render_model_card, render_report
 from rightrank.report.progress import Progress, format_plan
@@ -87,7 +89,7 @@ class Hooks(Hook):
 
     def __init__(self, hooks: Sequence[Hook] = ()) -> None:
         self._hooks = list(hooks)
-        self._faults: dict[Hook, HookError] = {}
+        self._faults: dict[Hook, RunError] = {}
 
     def on_start(self, run: Run) -> None:
         self._call_each(lambda hook: hook.on_start(run))
@@ -104,7 +106,7 @@ class Hooks(Hook):
         """Notify every hook.
 
         Raises:
-            HookError: a hook that is not required had failed earlier.
+            RunError: a hook that is not required had failed earlier.
         """
         self._call_each(lambda hook: hook.on_end(selected))
         for fault in self._faults.values():
@@ -112,15 +114,26 @@ class Hooks(Hook):
 
     def _call_each(self, call: Callable[[Hook], object]) -> None:
         for hook in self._hooks:
-            if hook in self._faults:
-                continue
-            try:
-                with _HookErrorWrapper(type(hook).__name__):
+            if hook not in self._faults:
+                with ExitStack() as stack:
+                    stack.push(partial(self._handle_error, hook))
                     call(hook)
-            except HookError as fault:
-                if hook.is_required:
-                    raise
-                self._faults[hook] = fault
+
+    def _handle_error(
+        self, hook: Hook, _kind: type[BaseException] | None, error: BaseException | None, _at: TracebackType | None
+    ) -> bool:
+        """Describe an error of a hook in one line that names it. Errors that already have such a line pass unchanged.
+
+        Return whether the selection continues without the hook.
+        """
+        if not isinstance(error, Exception) or isinstance(error, RightrankError | OSError):
+            return False
+        log_traceback(error)
+        advice = "finished trials are kept, and the same call resumes"
+        self._faults[hook] = RunError(f"{type(hook).__name__} failed ({describe_error(error)}); {advice}")
+        if hook.is_required:
+            raise self._faults[hook] from error
+        return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,31 +158,6 @@ class Run(Listener):
         return self.hooks.should_stop()
 
 
-class HookError(RunError):
-    """A hook failed."""
-
-
-class _HookErrorWrapper(AbstractContextManager[None]):
-    """Reports an error of a hook in one line that names it. Errors that already have such a line pass unchanged."""
-
-    # Not a `contextmanager` function, which would not let a RunError be raised from a StopIteration.
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, _kind: type[BaseException] | None, error: BaseException | None, _at: TracebackType | None
-    ) -> None:
-        if not isinstance(error, Exception) or isinstance(error, RightrankError | OSError):
-            return
-        log_traceback(error)
-        advice = "finished trials are kept, and the same call resumes"
-        raise HookError(f"{self._name} failed ({describe_error(error)}); {advice}") from error
-
-
 PLAIN_SECONDS = 15.0  # between progress lines of a view without a terminal
 PROGRESS_SECONDS = 2.0  # between writes of the progress file
 LOGGED_EVENTS = (Notice, TrialStarted, TrialEvaluated, *OUTCOMES)
@@ -178,22 +166,27 @@ LOGGED_EVENTS = (Notice, TrialStarted, TrialEvaluated, *OUTCOMES)
 class View(Hook):
     """Shows a running selection, or the evaluations of `compare` and `resize`, as a context manager.
 
-    It prints one line for each finished trial, and a progress line every `PLAIN_SECONDS`.
+    It prints one line for each finished trial. On a terminal, progress and curve are redrawn in place below these lines; in a pipe, a
+    notebook, with `NO_COLOR` or if `quiet`, a progress line is printed every `PLAIN_SECONDS`.
     """
 
     is_required = False
 
-    def __init__(self, console: Console, quiet: bool = False) -> None:
-        self._console = console
-        self._quiet = quiet
-        self._progress = Progress()
+    def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
+        self._console = console = console or Console(stderr=True)
+        self._quiet, self._progress = quiet, Progress()
         self._last_line, self._last_text = time.monotonic(), ""
+        is_live = console.is_terminal and not (quiet or console.no_color)
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if is_live else None
 
     def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        """Do nothing: plain lines need no end."""
+    def __exit__(self, *_error: object) -> None:
+        if self._live is not None:
+            self._live.stop()
 
     def on_event(self, event: Event) -> None:
         line = self._progress.record_event(event)
@@ -207,47 +200,24 @@ class View(Hook):
             case _ if line is not None:
                 self.print_line(line)
         if not isinstance(event, Notice | SelectionPlanned):
-            self._redraw()
+            self._show_progress()
         if isinstance(event, OUTCOMES):
             self._last_line = time.monotonic()
 
     def print_line(self, text: str) -> None:
-        if not self._quiet:
+        if self._live is not None:
+            self._console.print(Text.from_ansi(text), highlight=False)
+        elif not self._quiet:
             self._console.print(text, highlight=False, markup=False, soft_wrap=not self._console.is_terminal)
 
-    def _redraw(self) -> None:
-        """Show the current progress, if it differs from what was shown last."""
+    def _show_progress(self) -> None:
+        """Show the current progress: in place on a terminal, else if it differs from what was shown last."""
         text = self._progress.format_progress()
-        if text != self._last_text and time.monotonic() - self._last_line > PLAIN_SECONDS:
+        if self._live is not None:
+            self._live.update(Text(text, style="bold"))
+        elif text != self._last_text and time.monotonic() - self._last_line > PLAIN_SECONDS:
             self._last_line, self._last_text = time.monotonic(), text
             self.print_line(text)
-
-
-class LiveView(View):
-    """Redraws the progress in place; lines of finished trials scroll by above it."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(console)
-        self._live = Live(console=console, refresh_per_second=4, transient=True)
-
-    def __enter__(self) -> Self:
-        self._live.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._live.__exit__(*error)
-
-    def print_line(self, text: str) -> None:
-        self._console.print(Text.from_ansi(text), highlight=False)
-
-    def _redraw(self) -> None:
-        self._live.update(Text(self._progress.format_progress(), style="bold"))
-
-
-def make_view(quiet: bool, console: Console | None = None) -> View:
-    """Return a `LiveView` on a terminal, else a `View` with plain lines: in a pipe, a notebook, with `NO_COLOR` or if `quiet`."""
-    console = console or Console(stderr=True)
-    return LiveView(console) if console.is_terminal and not (quiet or console.no_color) else View(console, quiet)
 
 
 class JsonLog(Hook):
@@ -273,13 +243,9 @@ class JsonLog(Hook):
                 )
             case DurationEstimated():
                 self._write("time", expected_seconds=event.expected_seconds)
-            case StepDone() | EvaluationProgress():
-                is_last = (
-                    event.step == event.steps if isinstance(event, StepDone) else event.examples == event.total_examples
-                )
-                if is_last or time.monotonic() - self._last_step >= 1:
-                    self._last_step = time.monotonic()
-                    self._write(event.type, **_dump_logged_fields(event))
+            case StepDone() | EvaluationProgress() if time.monotonic() - self._last_step >= 1:
+                self._last_step = time.monotonic()
+                self._write(event.type, **_dump_logged_fields(event))
             case _ if isinstance(event, LOGGED_EVENTS):
                 self._write(event.type, **_dump_logged_fields(event))
 
@@ -342,21 +308,16 @@ class SignalHandler(Hook):
     """
 
     def __init__(self, notify: Callable[[str], None], *, owns_process: bool = False) -> None:
-        self.requested = False
-        self.terminated = False
+        self.requested = self.terminated = False
         self._notify = notify
         self._owns_process = owns_process
-        self._handlers = {signal.SIGINT: self._interrupt}
-        if owns_process:
-            self._handlers[signal.SIGTERM] = self._terminate
         self._previous_handlers: dict[signal.Signals, signal._HANDLER] = {}
 
     def __enter__(self) -> SignalHandler:
         in_main = threading.current_thread() is threading.main_thread()
         if in_main and (self._owns_process or signal.getsignal(signal.SIGINT) is signal.default_int_handler):
-            self._previous_handlers = {
-                number: signal.signal(number, handler) for number, handler in self._handlers.items()
-            }
+            for number in (signal.SIGINT, signal.SIGTERM) if self._owns_process else (signal.SIGINT,):
+                self._previous_handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -366,24 +327,21 @@ class SignalHandler(Hook):
     def should_stop(self) -> bool:
         return self.requested
 
-    def _interrupt(self, _signal: int, _frame: FrameType | None) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        is_termination = number == signal.SIGTERM
+        if self.requested and is_termination:
+            raise TerminatedRun("stopped in the middle of a step; the run resumes from the last checkpoint")
         if self.requested:
             raise KeyboardInterrupt
-        self.requested = True
-        self._notify("stopping after this step; Ctrl-C again stops at once")
-
-    def _terminate(self, _signal: int, _frame: FrameType | None) -> None:
-        if self.terminated:
-            raise TerminatedRun("stopped in the middle of a step; the run resumes from the last checkpoint")
-        self.requested = self.terminated = True
-        self._notify("received SIGTERM: stopping after this step; another one stops at once")
+        self.requested, self.terminated = True, is_termination
+        self._notify("stopping after this step; Ctrl-C or SIGTERM stops at once")
 
 
 MAX_SHARE = 0.05  # the fraction of the wall time for writing the report while trials run
 
 
 class Report(Hook):
-    """Keeps the report, the figures, decision.json and the adapter's card up to date."""
+    """Keeps the report, the figures, decision.json and the adapter's card up to date. Each is computed from the records and replaced as a whole."""
 
     is_required = False
     _run: Run
@@ -394,45 +352,45 @@ class Report(Hook):
 
     def on_event(self, event: Event) -> None:
         if isinstance(event, AdapterRecorded):
-            records = self._run.records
-            self._write_views(records, None)
-            _write_card(self._run.folder, records, None)
+            self._write_views(None)
+            self._write_card(None)
         if isinstance(event, RunStopped) or (isinstance(event, OUTCOMES) and time.monotonic() >= self._next_write):
-            start, records = time.monotonic(), self._run.records
+            start = time.monotonic()
             decides_training_rank = self._run.selection.settings.goal == "training-rank"
-            self._write_views(records, decide_if_possible(records) if decides_training_rank else None)
-            end = time.monotonic()  # a report of many trials takes longer, so the next one waits in proportion
-            self._next_write = end + (end - start) / MAX_SHARE
+            self._write_views(decide_if_possible(self._run.records) if decides_training_rank else None)
+            # A report of many trials takes longer, so the next one waits in proportion.
+            self._next_write = time.monotonic() + (time.monotonic() - start) / MAX_SHARE
 
     def on_end(self, selected: Selected) -> None:
-        self._write_views(self._run.records, selected.decision_or_none)
+        self._write_views(selected.answers.decision)
         if selected.adapter is not None:
-            _write_card(self._run.folder, self._run.records, selected.decision_or_none)
+            self._write_card(selected.answers.decision)
 
-    def _write_views(self, records: Records, decision: Decision | None) -> None:
+    def _write_views(self, decision: Decision | None) -> None:
         """Write the report and, once a deployment rank or a training rank is known, decision.json."""
-        folder, answers = self._run.folder, build_answers(records, decision, self._run.selection.settings.goal)
+        folder, records = self._run.folder, self._run.records
+        answers = build_answers(records, decision, self._run.selection.settings.goal)
         if decision is not None or records.adapters:
-            write_text(
-                folder.decision,
-                json.dumps({"schema_version": SCHEMA_VERSION} | answers.build_document(), indent=2, allow_nan=False)
-                + "\n",
-            )
+            document = {"schema_version": SCHEMA_VERSION} | answers.build_document()
+            write_text(folder.decision, json.dumps(document, indent=2, allow_nan=False) + "\n")
         write_report(folder, records, answers)
 
-
-def _write_card(folder: RunFolder, records: Records, decision: Decision | None) -> None:
-    """Write the adapter's card into `adapter/`, with the figures that there are."""
-    images = [name for name in CARD_IMAGES if (folder.figures / name).exists()]
-    for name in images:
-        with replace_file(folder.adapter / name) as temporary:
-            shutil.copy2(folder.figures / name, temporary)
-    write_text(folder.adapter / "README.md", render_model_card(records, decision, images))
+    def _write_card(self, decision: Decision | None) -> None:
+        """Write the adapter's card into `adapter/`, with the figures that there are."""
+        folder = self._run.folder
+        images = [name for name in CARD_IMAGES if (folder.figures / name).exists()]
+        for name in images:
+            with replace_file(folder.adapter / name) as temporary:
+                shutil.copy2(folder.figures / name, temporary)
+        write_text(folder.adapter / "README.md", render_model_card(self._run.records, decision, images))
 
 
 def write_report(folder: RunFolder, records: Records, answers: Answers) -> None:
     """Write the figures and the report of the answers."""
-    figures = [*build_figures(records, answers.decision), *_build_spectrum_figures(folder.adapter)]
+    figures = build_figures(records, answers.decision)
+    if (folder.adapter / CONFIG_FILE).exists():
+        with suppress(InputError):  # an adapter that a custom trainer saved in another format
+            figures += filter(None, [build_spectrum_figure(inspect_adapter(folder.adapter))])
     write_figures(folder.figures, figures)
     exports = folder.path / "exports"
     page = render_report(
@@ -443,21 +401,3 @@ def write_report(folder: RunFolder, records: Records, answers: Answers) -> None:
         exports=sorted(path.name for path in exports.iterdir() if path.is_dir()) if exports.is_dir() else (),
     )
     write_text(folder.report, page)
-
-
-def _build_spectrum_figures(adapter: Path) -> list[Figure]:
-    """Build the spectrum of the exported adapter.
-
-    There is no figure before the export, for an adapter that is not in PEFT's format, or where torch is not installed.
-    """
-    if not (adapter / "adapter_config.json").exists():
-        return []
-    try:
-        from rightrank.adapters.spectra import inspect_adapter
-    except ModuleNotFoundError:
-        return []
-    try:
-        figure = build_spectrum_figure(inspect_adapter(adapter))
-    except InputError:
-        return []
-    return [] if figure is None else [figure]

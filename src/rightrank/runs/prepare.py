@@ -73,9 +73,6 @@ class LoadedSelection(PreparedSelection):
         with self.open_workers(self, folder, listener) as executor:
             yield executor
 
-    def predict_peak_bytes(self, ranks: Sequence[int]) -> int | None:
-        return self.planned.peak_bytes.get(ranks[0]) if self.planned is not None and len(ranks) == 1 else None
-
     def evaluate_test_split(self, trial: TrialFinished, adapter: Path | None) -> TestEvaluated | None:
         if not self.runtime.data.splits["test"]:
             return None

@@ -25,7 +25,6 @@ from rightrank.decision.run_answers import (
     prefer_direct_training,
 )
 from rightrank.report.answer import build_answers
-from rightrank.report.format import format_bytes
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.hooks import Hook, Hooks, Run
 from rightrank.runs.selection import Executor, Prepare, Selected, SelectedRank
@@ -53,7 +52,6 @@ from rightrank.schema.trials import (
     Trial,
     TrialFailed,
     TrialFinished,
-    TrialOutcome,
     compute_trial_id,
 )
 from rightrank.search.protocol import choose_adapter
@@ -71,7 +69,7 @@ def select(prepare: Prepare, folder: RunFolder, hooks: Sequence[Hook]) -> Select
         AllTrialsFailedError: fewer than two ranks have a result, or the first trials all failed.
         DeviceMemoryError: every trial ran out of memory.
         InterruptedRun: a hook asked to stop; the journal holds the finished trials.
-        HookError: a hook failed.
+        RunError: a hook failed.
     """
     run = open_run(prepare, folder, Hooks(hooks))
     start_run(run)
@@ -150,7 +148,7 @@ def run_trials(run: Run, executor: Executor) -> None:
             return
         base = next((trial for trial in run.records.list_finished() if trial.rank == 0), None)
         for outcome in executor.run(trials, None if base is None else base.metrics.get("loss")):
-            run.on_event(_add_predicted_memory(run, outcome))
+            run.on_event(outcome)
             failed = [trial for trial in run.records.outcomes if isinstance(trial, TrialFailed) and trial.rank > 0]
             # The base of a custom trainer may have a value although no training works.
             is_custom = run.selection.started.is_custom_trainer
@@ -172,12 +170,8 @@ def require_result(run: Run) -> str:
         raise error(f"none of {len(reasons)} trials ended with a result{first_reason}; {run.selection.advice}")
     if any(trial.arm.is_direct for trial in run.records.list_finished() if trial.rank > 0):
         return first_reason
-    if reasons:
-        raise AllTrialsFailedError(
-            f"no training reached its last step{first_reason}; {run.selection.advice}, or a larger budget"
-        )
     raise AllTrialsFailedError(
-        "the budget ended before the first training did; the same command with a larger one continues"
+        f"no training reached its last step{first_reason}; the same command with a larger budget continues, or {run.selection.advice}"
     )
 
 
@@ -190,21 +184,6 @@ def decide_training_rank(run: Run, first_reason: str) -> Decision:
             f"fewer than two ranks have a full training, so there is nothing to compare{first_reason}; "
             f"{run.selection.advice}, or a larger budget"
         ) from None
-
-
-def _add_predicted_memory(run: Run, outcome: TrialOutcome) -> TrialOutcome:
-    """Return the outcome with the predicted peak memory, if there is a memory plan."""
-    if outcome.rank == 0 or outcome.arm.steps == 0:
-        return outcome
-    if isinstance(outcome, TrialFinished):
-        predicted = run.selection.predict_peak_bytes(outcome.pass_ranks or [outcome.rank])
-        return outcome if predicted is None else outcome.model_copy(update={"predicted_peak_bytes": predicted})
-    predicted = run.selection.predict_peak_bytes([outcome.rank])
-    if predicted is None or not isinstance(outcome, TrialFailed) or outcome.error != "out_of_memory":
-        return outcome
-    return outcome.model_copy(
-        update={"reason": f"{outcome.reason}; the memory plan predicted {format_bytes(predicted)}"}
-    )
 
 
 def _find_changed_settings(journal: Sequence[JournalRecord], started: RunStarted) -> RunContinued | None:
@@ -322,7 +301,8 @@ def _evaluate_test_split(run: Run, trial_ids: Iterable[str]) -> None:
     for trial_id in trial_ids if run.selection.base_identity is not None else ():
         if all(test.trial_id != trial_id for test in run.records.tests):
             trial = run.records.by_id[trial_id]
-            if (tested := run.selection.evaluate_test_split(trial, run.folder.find_trial_adapter(trial))) is not None:
+            adapter = None if trial.rank == 0 else run.folder.require_trial_adapter(trial_id)
+            if (tested := run.selection.evaluate_test_split(trial, adapter)) is not None:
                 run.on_event(tested)
 
 
@@ -377,11 +357,11 @@ def _choose_final_adapter(run: Run, decision: Decision | None) -> AdapterAnswer:
     if decision is not None:
         ranks = (decision.recommended_rank, decision.reference_rank)
         chosen, reference = (find_best_trial(records, decision, rank) for rank in ranks)
-        return build_trained_answer(chosen, criterion, reference, plain)
-    direct = [trial for trial in records.list_finished() if trial.rank > 0 and trial.arm.is_direct]
-    sign = -1 if criterion.higher_is_better else 1
-    best = min(direct, key=lambda trial: (-trial.rank, sign * trial.value))
-    return build_trained_answer(best, criterion, outcomes=plain)
+    else:
+        direct = [trial for trial in records.list_finished() if trial.rank > 0 and trial.arm.is_direct]
+        sign = -1 if criterion.higher_is_better else 1
+        chosen = reference = min(direct, key=lambda trial: (-trial.rank, sign * trial.value))
+    return build_trained_answer(chosen, criterion, reference, plain)
 
 
 def _describe_exported_adapter(records: Records, answer: AdapterAnswer, saved: Path) -> ExportedAdapter:

@@ -13,7 +13,7 @@ from rightrank.report.answer import Answers
 from rightrank.runs.folder import RunFolder, build_trials_frame
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.events import JournalRecord, Listener, Records, RunStarted, TestEvaluated, read_records
-from rightrank.schema.results import Decision, ExportedAdapter
+from rightrank.schema.results import Decision
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Trial, TrialFinished, TrialOutcome
 from rightrank.search.protocol import Strategy
@@ -74,10 +74,6 @@ class PreparedSelection:
     ) -> AbstractContextManager[Executor]:
         """Open the executor of the trials for the length of the block; `records` follow the journal as it grows."""
         raise NotImplementedError
-
-    def predict_peak_bytes(self, ranks: Sequence[int]) -> int | None:
-        """Return the peak tensor memory, in bytes, of training these ranks in one pass; None without a memory plan."""
-        return None
 
     def evaluate_test_split(self, trial: TrialFinished, adapter: Path | None) -> TestEvaluated | None:
         """Evaluate the trial's adapter, or the base, on the test split; None without one."""
@@ -143,28 +139,18 @@ class Selected:
         return next((command for command in self.answers.next_commands if command is not None), None)
 
     @property
-    def exported_adapter(self) -> ExportedAdapter | None:
-        """Return the description of the exported adapter; None without one."""
-        return None if self.answers.adapter is None else self.answers.adapter.handed_over
-
-    @property
-    def decision_or_none(self) -> Decision | None:
-        """Return the decision on the training rank; None unless the goal is "training-rank"."""
-        return self.answers.decision
-
-    @property
     def decision(self) -> Decision:
         """Return the decision on the training rank.
 
         Raises:
             ResultsError: the training rank was not the goal.
         """
-        if self.decision_or_none is None:
+        if self.answers.decision is None:
             raise ResultsError(
                 f"{self.run}: goal {self.answers.goal!r} has no decision on the training rank; see adapter and answers, or select "
                 "again with goal 'training-rank'"
             )
-        return self.decision_or_none
+        return self.answers.decision
 
     @property
     def cost(self) -> Mapping[str, float | None]:
@@ -173,7 +159,7 @@ class Selected:
 
     def __repr__(self) -> str:
         """Return the ranks and the run folder on one line; `print` shows more."""
-        verdict = None if self.decision_or_none is None else self.decision_or_none.verdict
+        verdict = None if self.answers.decision is None else self.answers.decision.verdict
         adapter, training = (None if answer is None else answer.rank for answer in (self.adapter, self.training))
         return f"Selected(adapter={adapter}, training={training}, verdict={verdict!r}, run={str(self.run)!r})"
 

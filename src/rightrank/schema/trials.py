@@ -197,7 +197,6 @@ class TrialFinished(TrialRecord, ExampleScores):
     eval_seconds: float = 0.0
     answer_seconds: float = 0.0  # included in eval_seconds: generating and scoring the model's answers
     peak_bytes: BoundedInt = 0  # allocated on the device; on the CPU, growth of the resident memory
-    predicted_peak_bytes: BoundedInt | None = None  # planned bytes of tensors; None: not planned
     # The number of adapters that share the passes and the peak; seconds are divided evenly.
     adapters_per_pass: BoundedInt = 1
     pass_ranks: list[BoundedInt] = Field(
