@@ -170,14 +170,13 @@ def _format_answer(comparison: Comparison, margin: float, verdict: Verdict, unit
         case _ if chosen == reference:
             reason = "the best of those tried"
         case _ if 0 in comparison.by_rank:
-            lost, gain = (unit.convert_difference(comparison.by_rank[rank].difference.mean) for rank in (chosen, 0))
-            reason = f"it keeps {format_share(1 - lost / gain)} of what rank {reference} gained"
+            reason = f"it keeps {_format_share_kept(comparison, chosen, unit)} of what rank {reference} gained"
         case _:
             reason = f"within {margin_text} of the best (rank {reference})"
     likely = comparison.by_rank[chosen].probability
     likely_text = "" if likely is None else f" ({format_probability(likely)} likely)"
     if verdict != "overfitting" and (lower := comparison.next_lower_rank) is not None:
-        reason += f"; rank {lower} is {_format_worse(comparison, lower, unit)}"
+        reason += f"; rank {lower} {_format_lower_rank(comparison, lower, unit)}"
     return f"Rank {chosen} {'is' if is_sure else 'looks'} enough{likely_text}: {reason}{caution}."
 
 
@@ -203,13 +202,21 @@ def _format_caution(comparison: Comparison) -> str:
     return "".join(texts)
 
 
-def _format_worse(comparison: Comparison, rank: int, unit: MetricUnit) -> str:
-    """Say how much worse the rank is than the reference or, if that is not shown, how likely it is to be enough."""
+def _format_share_kept(comparison: Comparison, rank: int, unit: MetricUnit) -> str:
+    """Format the share that the rank keeps of what the reference gained over the base, as measured."""
+    lost, gain = (unit.convert_difference(comparison.by_rank[each].difference.mean) for each in (rank, 0))
+    return format_share(1 - lost / gain)
+
+
+def _format_lower_rank(comparison: Comparison, rank: int, unit: MetricUnit) -> str:
+    """Say how likely the rank is to be enough or, if it is shown not to be, what it keeps of the gain, or how much worse it is."""
     compared = comparison.by_rank[rank]
     if compared.probability is not None and compared.non_inferior is not False:
-        return f"{format_probability(compared.probability)} likely"
+        return f"is {format_probability(compared.probability)} likely"
+    if 0 in comparison.by_rank:
+        return f"keeps {_format_share_kept(comparison, rank, unit)} of the gain"
     difference = unit.convert_difference(compared.difference.mean)
-    return f"{format_number(abs(difference))} {'better' if difference < 0 else 'worse'}"
+    return f"is {format_number(abs(difference))} {'better' if difference < 0 else 'worse'}"
 
 
 def _format_undecided(comparison: Comparison, margin_text: str, unit: MetricUnit) -> str:

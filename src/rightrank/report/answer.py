@@ -251,7 +251,7 @@ def build_evidence_table(decision: Decision) -> list[list[str]]:
     with_learning_rate = any(evidence.learning_rate for evidence in decision.ranks)
     heading = ["rank", decision.metric, "worse by", format_interval_label(decision.confidence, "bounds"), "enough"]
     heading += ["likely"] * _has_probabilities(decision)
-    heading += ["learning rate"] * with_learning_rate + ["seeds"]
+    heading += ["rate"] * with_learning_rate + ["seeds"]
     return [heading, *(_build_evidence_row(evidence, decision, with_learning_rate) for evidence in decision.ranks)]
 
 

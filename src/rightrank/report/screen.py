@@ -168,9 +168,7 @@ def _format_next_step(answers: Answers, run: Path, width: int) -> list[tuple[str
     runs, is_built_in = answers.next_runs, answers.started is not None and not answers.started.is_custom_trainer
     wider = find_wider_margin(answers.adapter.answer) if answers.adapter and answers.decision is None else None
     if wider and is_built_in:
-        return _format_command(
-            "a wider margin, which costs no training", ["select", "--out", str(run), "--margin", wider]
-        )
+        return _format_command("the wider margin", ["select", "--out", str(run), "--margin", wider])
     for next_run, command in zip(runs, answers.next_commands, strict=False):
         if command is not None:
             return [("next", f"{ADDITIONS[next_run.action]}:"), ("", command)]
