@@ -152,13 +152,13 @@ def test_a_budget_buys_the_most_energy_a_parameter() -> None:
 
 
 @settings(max_examples=80, deadline=None)
-@given(sizes, st.integers(1, 12), st.floats(0.1, 10), st.integers(0, 6), st.booleans())
+@given(sizes, st.integers(1, 12), st.floats(0.1, 10), st.integers(0, 6), st.booleans(), st.booleans())
 def test_truncation_error_is_the_discarded_energy(
-    size: tuple[int, int, int, int], rank: int, ratio: float, decay: int, is_padded: bool
+    size: tuple[int, int, int, int], rank: int, ratio: float, decay: int, is_padded: bool, has_zero_row: bool
 ) -> None:
     """Eckart and Young: no approximation of that rank is nearer, and its distance is the tail of the spectrum.
 
-    Neither columns of B that are nearly dependent or zero, nor columns that differ in size from the rows of A, cost more than the
+    Neither columns of B that are nearly dependent, nor columns of B or rows of A that are zero, nor columns that differ in size from the rows of A, cost more than the
     digits that a product of factors loses.
     """
     rows, columns, present, seed = size
@@ -166,6 +166,7 @@ def test_truncation_error_is_the_discarded_energy(
     mixing = np.linalg.qr(draw_factors(present, present, present, seed)[1])[0]
     b = b * np.logspace(0, -decay, present) @ mixing
     b[:, -1] *= not is_padded
+    a[0] *= not has_zero_row
     balance = 10.0 ** np.random.default_rng(seed).integers(-6, 7, present)
     b, a = b * balance, a / balance[:, None]
     dense = np.linalg.svd(b @ a, compute_uv=False)

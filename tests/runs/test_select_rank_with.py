@@ -132,10 +132,13 @@ def make_trainer(value: Any) -> Any:
             "train gave example_scores.1 = inf",
         ),
         (make_trainer(TrialResult(metrics={"loss": 1.0}, example_scores=[])), "train returned 0 example_scores"),
-        (make_trainer(TrialResult(metrics={"loss": 1.0}, example_weights=[1.0])), "example_weights that do not match"),
+        (
+            make_trainer(TrialResult(metrics={"loss": 1.0}, example_weights=[1.0])),
+            "example_weights or example_groups that do not match",
+        ),
         (
             make_trainer(TrialResult(metrics={"loss": 1.0}, example_scores=[1.0], example_groups=[0, 1])),
-            "example_groups that do not",
+            "example_groups that do not match",
         ),
     ],
 )

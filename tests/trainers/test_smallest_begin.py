@@ -96,7 +96,7 @@ def test_rows_that_cannot_be_scored_are_refused(
 
 
 def test_the_callback_of_another_trainer_is_refused(model_folder: Path, rows: Rows, tmp_path: Path) -> None:
-    """Refuse rows in place of the trainer, the callback of another trainer, and two callbacks."""
+    """Refuse rows in place of the trainer, and the callback of another trainer."""
     trainer = make_trainer(model_folder, rows, tmp_path)
     with pytest.raises(
         SettingsError, match=r"first argument is a RowList, .* trainer.add_callback\(SmallestAdapter\(trainer\)\)"
@@ -104,11 +104,6 @@ def test_the_callback_of_another_trainer_is_refused(model_folder: Path, rows: Ro
         SmallestAdapter(trainer.eval_dataset)  # type: ignore[arg-type]
     refuse(
         make_trainer(model_folder, rows, tmp_path, lambda _: SmallestAdapter(trainer)), "another trainer", SettingsError
-    )
-    refuse(
-        make_trainer(model_folder, rows, tmp_path, SmallestAdapter, SmallestAdapter),
-        "two of these callbacks",
-        SettingsError,
     )
 
 

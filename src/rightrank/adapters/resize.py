@@ -303,4 +303,4 @@ def list_candidate_ranks(adapter: AdapterFolder, requested: Sequence[int] | None
             if not 1 <= rank <= top:
                 raise SettingsError(f"rank {rank} cannot be reached by truncation; give ranks from 1 to {top}")
         return sorted({*requested, top})
-    return sorted({2**power for power in range(top.bit_length()) if 2**power < top} | {top})
+    return sorted({2**power for power in range(top.bit_length())} | {top})

@@ -314,9 +314,10 @@ def call_function(function: TrainFunction, task: TrialTask, metric: str) -> obje
             raise _report_exception(error) from error
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "its fields"
-        fields = f"; the fields: {', '.join(TrialResult.model_fields)}" if first["type"] == "extra_forbidden" else ""
         kind = NotFiniteError if first["type"] == "finite_number" else ReportError
-        raise kind(f"gave {field} = {quote_value(first['input'])}: {first['msg']}{fields}") from error
+        raise kind(
+            f"gave {field} = {quote_value(first['input'])}: {first['msg']}; the fields: {', '.join(TrialResult.model_fields)}"
+        ) from error
     except Exception as error:
         raise _report_exception(error) from error
 
@@ -345,12 +346,12 @@ def parse_result(returned: object, metric: str, examples: int | None) -> TrialRe
         raise ReportError(
             f"returned {len(scores)} example_scores, but earlier trials returned {examples or 'some'}; score the same examples in the same order in every trial"
         )
-    if weights is not None and (scores is None or len(weights) != len(scores) or min(weights) <= 0):
+    has_wrong_weights = weights is not None and (len(weights) != len(scores or ()) or min(weights) <= 0)
+    if has_wrong_weights or (groups is not None and len(groups) != len(scores or ())):
         raise ReportError(
-            "returned example_weights that do not match example_scores; return one weight above 0 per example"
+            "returned example_weights or example_groups that do not match example_scores; return one weight above 0 and one number of a "
+            "group for each example"
         )
-    if groups is not None and len(groups) != len(scores or ()):
-        raise ReportError("returned example_groups that do not match example_scores; return one number per example")
     return returned
 
 

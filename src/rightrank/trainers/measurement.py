@@ -131,17 +131,11 @@ class TrainingSummary:
 
     steps: int = 0  # 0 if unknown
     seconds: float | None = None  # without the measurement; None if unknown
-    checkpoint_step: int | None = None  # step of the best checkpoint if it is measured; None for the last one
+    weights: str = "last"  # which of its checkpoints is measured
     learning_rate: float | None = None
     batch_size: int | None = None  # per device
     gradient_accumulation_steps: int | None = None
     notes: Sequence[str] = ()
-
-    @property
-    def checkpoint(self) -> str:
-        if self.checkpoint_step is not None:
-            return f"best (step {self.checkpoint_step})"
-        return f"last (step {self.steps})" if self.steps else "last"
 
     def format_settings(self, config: Mapping[str, Any]) -> str:
         """Format the settings of the training in the names of PEFT and transformers. `config` is that of the trained adapter."""
@@ -160,7 +154,9 @@ class TrainingSummary:
     def format_cost(self, examples: int, seconds: float) -> str:
         """Describe the cost of the measurement, compared with that of the training."""
         time_share = f", {seconds / self.seconds:.1%} of the training's time" if self.seconds else ""
-        return f"Measured on the {self.checkpoint} weights with {examples} held-out examples in {seconds:.1f} s{time_share}."
+        return (
+            f"Measured on the {self.weights} weights with {examples} held-out examples in {seconds:.1f} s{time_share}."
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,7 +160,7 @@ class SmallestAdapter(TrainerCallback):
             require_result_folder(folder / "rightrank")
 
     def _require_own_trainer(self, args: TrainingArguments) -> None:
-        """Raise if the events come from another trainer, or if it has two of these callbacks, and move this one to the front.
+        """Raise if the events come from another trainer, and move this callback to the front.
 
         Trackers close their runs in `on_train_end`, so the callback that logs to them must come first.
         """
@@ -170,10 +170,6 @@ class SmallestAdapter(TrainerCallback):
                 "SmallestAdapter: it was created for another trainer than the one that trains; create one for each trainer"
             )
         callbacks.remove(self)
-        if any(isinstance(callback, SmallestAdapter) for callback in callbacks):
-            raise SettingsError(
-                f"SmallestAdapter: the trainer has two of these callbacks, which would both write to {args.output_dir}/rightrank; add one"
-            )
         callbacks.insert(0, self)
 
     def _make_reader(self) -> RowReader:
@@ -276,8 +272,8 @@ class SmallestAdapter(TrainerCallback):
         is_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
         return TrainingSummary(
             steps=state.global_step,
+            weights=f"best (step {state.best_global_step})" if is_best else f"last (step {state.global_step})",
             seconds=time.monotonic() - self._start_time,
-            checkpoint_step=state.best_global_step if is_best else None,
             learning_rate=args.learning_rate,
             batch_size=args.per_device_train_batch_size,
             gradient_accumulation_steps=args.gradient_accumulation_steps,

@@ -436,16 +436,15 @@ def _find_shared_inputs(input_hashes: Sequence[int], reader: RowReader) -> tuple
         return set(), ["the training set is a stream and is not read; held-out rows were not looked for in it"]
     index_by_hash = {input_hash: index for index, input_hash in reversed(list(enumerate(input_hashes)))}
     sampled_indices = sample_indices(len(reader.rows), MAX_COMPARED_ROWS)[get_process_index() :: get_world_size()]
-    deadline, num_compared, leaked_indices = time.monotonic() + MAX_COMPARISON_SECONDS, 0, set()
+    deadline, num_compared, leaked_indices = time.monotonic() + MAX_COMPARISON_SECONDS, 0, set[int | None]()
     with sync_errors():
         for index in sampled_indices:
             if time.monotonic() > deadline:
                 break
-            leaked_index = index_by_hash.get(hash_inputs(reader.rows[index], reader.columns))
-            leaked_indices |= set() if leaked_index is None else {leaked_index}
+            leaked_indices.add(index_by_hash.get(hash_inputs(reader.rows[index], reader.columns)))
             num_compared += 1
     # Indices are exchanged instead of hashes, because each process hashes strings differently.
-    by_process = gather_objects((num_compared, leaked_indices))
+    by_process = gather_objects((num_compared, leaked_indices - {None}))
     total_compared = sum(count for count, _ in by_process)
     notes = []
     if total_compared < len(reader.rows):
