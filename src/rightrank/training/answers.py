@@ -318,16 +318,13 @@ def score_answers(spec: MetricSpec, answers: Sequence[ModelAnswer]) -> tuple[flo
     returned = _call_function(spec, answers)
     is_single_value = not isinstance(returned, list | tuple)
     scores = [returned] if is_single_value else list(returned)
-    if not is_single_value and len(scores) != len(answers):
+    are_finite = all(isinstance(score, int | float) and math.isfinite(score) for score in scores)
+    if not are_finite or len(scores) != (1 if is_single_value else len(answers)):
         raise MetricError(
-            f"metric {spec.name!r}: the function returned {len(scores)} scores for {len(answers)} examples; return one score per example"
+            f"metric {spec.name!r}: the function returned {quote_value(returned)} for {len(answers)} examples; return a finite number, or one "
+            "for each example"
         )
-    for value in scores:
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise MetricError(
-                f"metric {spec.name!r}: the function returned {quote_value(value)}; return finite numbers"
-            )
-    values = [float(value) for value in scores]
+    values = [float(score) for score in scores]
     return sum(values) / len(values), None if is_single_value else values
 
 

@@ -149,14 +149,11 @@ class ArmTraining:
         """
         folders = self.folders
         sources = ((folders.checkpoint, self.trial.trial_id), (folders.continue_from, self.trial.arm.continue_from))
-        stored = (
-            (tensors, state)
-            for path, trial_id in sources
-            if path is not None
-            for tensors, state in filter(None, [load_checkpoint(path)])
-            if state.get("trial_id") == trial_id
-        )
-        return next(stored, None)
+        for path, trial_id in sources:
+            checkpoint = None if path is None else load_checkpoint(path)
+            if checkpoint is not None and checkpoint[1].get("trial_id") == trial_id:
+                return checkpoint
+        return None
 
     @property
     def progress(self) -> Progress:

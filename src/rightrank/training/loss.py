@@ -141,9 +141,7 @@ def _compute_head_losses(model: Any, batch: Batch, scale: Scale) -> _LabelLosses
 
 def _compute_hidden_losses(hidden: torch.Tensor, batch: LabelledBatch, head: OutputHead, scale: Scale) -> _LabelLosses:
     """Compute the cross-entropies of the labels from the last hidden states [rows, n, d]."""
-    is_label, targets = _find_label_positions(batch)
-    sequences = batch.sequence_numbers()[:, 1:][is_label]
-    label_scale = _expand_scale(scale, sequences)
+    is_label, targets, sequences, label_scale = _select_labels(batch, scale)
     return _LabelLosses(*chunked_cross_entropy(hidden[:, :-1][is_label], targets, head, label_scale), sequences)
 
 
@@ -153,10 +151,9 @@ def _compute_full_logits_losses(model: Any, batch: LabelledBatch, scale: Scale) 
 
 
 def _compute_logits_losses(logits: torch.Tensor, batch: LabelledBatch, scale: Scale) -> _LabelLosses:
-    is_label, targets = _find_label_positions(batch)
+    is_label, targets, sequences, label_scale = _select_labels(batch, scale)
     losses = F.cross_entropy(logits[:, :-1][is_label].float(), targets, reduction="none")
-    sequences = batch.sequence_numbers()[:, 1:][is_label]
-    return _LabelLosses(losses * _expand_scale(scale, sequences), losses.detach(), sequences)
+    return _LabelLosses(losses * label_scale, losses.detach(), sequences)
 
 
 def get_base_model(model: Any) -> Any:
@@ -292,16 +289,12 @@ class OutputHead:
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 
 
-def _find_label_positions(batch: LabelledBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `(is_label [b, n-1], targets [m])`: True where the next token is a label, and those labels."""
+def _select_labels(batch: LabelledBatch, scale: Scale) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Scale]:
+    """Return where the next token is a label [b, n-1], and of each of these m labels the token, the sequence and the scale."""
     shifted = batch.labels[:, 1:]
     is_label = shifted != IGNORED
-    return is_label, shifted[is_label]
-
-
-def _expand_scale(scale: Scale, sequences: torch.Tensor) -> Scale:
-    """Return the scale of each label [m] from the scale of each sequence."""
-    return scale[sequences] if isinstance(scale, torch.Tensor) else scale
+    sequences = batch.sequence_numbers()[:, 1:][is_label]
+    return is_label, shifted[is_label], sequences, scale[sequences] if isinstance(scale, torch.Tensor) else scale
 
 
 @torch.no_grad()

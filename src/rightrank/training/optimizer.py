@@ -24,7 +24,6 @@ from rightrank.training.loss import Progress
 from rightrank.training.runtime import Runtime
 
 BEST_PREFIX = "best."  # prefix of the best parameters among a checkpoint's tensors
-SUM_PREFIX = "sum."  # prefix of the sums of the parameters over steps
 Schedule: TypeAlias = Callable[[int], float]  # step (from 0) → factor of the learning rate
 # The same patterns as in transformers' Trainer.
 NO_DECAY_PATTERNS = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
@@ -114,15 +113,29 @@ class ArmOptimizer:
             mean.add(self.named_parameters, self.progress.step)
         self.progress.train_tokens += self._tokens
 
-    def collect_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the tensors of a checkpoint."""
+    def _list_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors that a step changes, under their names in a checkpoint."""
         tensors = {f"parameter.{name}": value.detach() for name, value in self.named_parameters.items()}
         for index, parameter in enumerate(self._parameters):
             state = self._optimizer.state[parameter]
             tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
         for kind, mean in self.means.items():
-            tensors |= {f"{SUM_PREFIX}{kind}.{name}": total for name, total in mean.sums.items()}
-        return tensors | {f"{BEST_PREFIX}{name}": value for name, value in self.best.items()}
+            tensors |= {f"sum.{kind}.{name}": total for name, total in mean.sums.items()}
+        return tensors
+
+    def collect_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of a checkpoint."""
+        return self._list_tensors() | {f"{BEST_PREFIX}{name}": value for name, value in self.best.items()}
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+        """Restore the tensors and the progress of a checkpoint."""
+        for name, tensor in self._list_tensors().items():
+            tensor.copy_(tensors[name])
+        self.best = {
+            name.removeprefix(BEST_PREFIX): value for name, value in tensors.items() if name.startswith(BEST_PREFIX)
+        }
+        self.progress = Progress.model_validate(state)
 
     def keep_best(self, mean: MeanName | None) -> None:
         """Keep a mean of the parameters as the best so far, or the parameters themselves if the mean is None."""
@@ -149,24 +162,6 @@ class ArmOptimizer:
     def set_parameters(self, parameters: Mapping[str, torch.Tensor]) -> None:
         for name, value in self.named_parameters.items():
             value.copy_(parameters[name])
-
-    def restore(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
-        """Restore the tensors and the progress of a checkpoint."""
-        self.set_parameters({name: tensors[f"parameter.{name}"] for name in self.named_parameters})
-        self.best = {
-            name: tensors[f"{BEST_PREFIX}{name}"] for name in self.named_parameters if f"{BEST_PREFIX}{name}" in tensors
-        }
-        for kind, mean in self.means.items():
-            for name, total in mean.sums.items():
-                total.copy_(tensors[f"{SUM_PREFIX}{kind}.{name}"])
-        for index, parameter in enumerate(self._parameters):
-            prefix = f"optimizer.{index}."
-            saved = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-            self._optimizer.state[parameter] = {
-                key: value.to(parameter.device) if value.dim() > 0 or _is_fused(parameter) else value
-                for key, value in saved.items()
-            }
-        self.progress = Progress.model_validate(state)
 
 
 def count_warmup_steps(settings: SelectSettings, steps: int) -> int:

@@ -401,13 +401,14 @@ class Runtime:
         probe = self._collate("validation", batch_by_length(data.splits["validation"], settings.batch_size)[0])
         if data.is_classification:  # transformers uses it to find an example's last token
             self.model.config.get_text_config().pad_token_id = self._pad_id
-        if self._can_see_later_tokens(probe):
+        longest = self._make_longest_batch()
+        if self._can_see_later_tokens(probe, longest):
             raise ModelError(
                 f"{loaded.name}: it sees the tokens that follow, so a label is visible where it is predicted, as in BERT; "
                 "give a causal model, or `text` and `label` to train a classifier"
             )
         self._likelihood = make_likelihood(self.model, probe, data.is_classification)
-        self.fast_paths = self._find_fast_paths(probe, cache_folder)
+        self.fast_paths = self._find_fast_paths(probe, longest, cache_folder)
         self.objective: Objective = self._likelihood
         # Receives the number of evaluated examples and the number of all examples.
         self.on_evaluated: Callable[[int, int], None] = lambda _done, _of: None
@@ -568,13 +569,12 @@ class Runtime:
             yield
 
     @torch.no_grad()
-    def _can_see_later_tokens(self, probe: Batch) -> bool:
-        """Return whether a language model sees the labels that it predicts. This runs the base's first passes, on the longest example too.
+    def _can_see_later_tokens(self, probe: Batch, longest: Batch) -> bool:
+        """Return whether a language model sees the labels that it predicts. This runs the base's first passes.
 
         Raises:
             ModelError: the base's own code fails.
         """
-        longest = self._make_longest_batch()
         try:
             self.model.base_model(input_ids=longest.input_ids, attention_mask=longest.attention_mask)  # without a head
             real = probe.input_ids[0][probe.attention_mask[0].bool()]
@@ -588,26 +588,20 @@ class Runtime:
                 f"({type(error).__name__}: {get_first_line(error)}); {hint}"
             ) from error
 
-    def _find_fast_paths(self, probe: Batch, cache_folder: Path | None) -> FastPaths:
-        """Find the fast paths of the model.
-
-        Sequence packing is checked on the longest example of all, with the shortest and the median of its split. The frozen prefix
-        consists of the blocks below all trainable modules.
-        """
+    def _find_fast_paths(self, probe: Batch, longest: Batch, cache_folder: Path | None) -> FastPaths:
+        """Find the fast paths of the model. The frozen prefix consists of the blocks below all trainable modules."""
         trainable = [*(module.name for module in self.targets.modules), *self.settings.modules_to_save]
         prefix: FrozenPrefix | None = None
         if cache_folder is not None and (blocks := find_frozen_blocks(self.model, trainable)):
             batches, device = self._make_cache_batches(), self.loaded.device
             prefix = FrozenPrefix(blocks, batches, self._pad_id, device, cache_folder)
-        return find_fast_paths(self.model, self._likelihood, self._make_longest_batch(with_shorter=True), probe, prefix)
+        return find_fast_paths(self.model, self._likelihood, longest, probe, prefix)
 
-    def _make_longest_batch(self, with_shorter: bool = False) -> Batch:
-        """Collate the longest example of all; with `with_shorter`, also the shortest and the median of its split."""
+    def _make_longest_batch(self) -> Batch:
+        """Collate the longest example of all with the shortest and the median of its split."""
         split, longest = max(self.data.splits.items(), key=lambda item: int(item[1].lengths.max(initial=0)))
         by_length: list[int] = np.argsort(longest.lengths, kind="stable").tolist()
-        return self._collate(
-            split, [by_length[0], by_length[-1], by_length[len(by_length) // 2]] if with_shorter else by_length[-1:]
-        )
+        return self._collate(split, [by_length[0], by_length[-1], by_length[len(by_length) // 2]])
 
     def _make_cache_batches(self) -> dict[SplitName, CacheBatches]:
         """Return the batches in which results of the base alone are computed for the examples that the arms will use."""
