@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rightrank import resize
 from rightrank.adapters.adapter_files import AdapterFolder, open_adapter
-from rightrank.adapters.resize import cap_ranks, resize_adapter
+from rightrank.adapters.rank_math import find_server_rank
+from rightrank.adapters.resize import cap_ranks, choose_uniform_rank, resize_adapter
 from rightrank.adapters.truncation import Moments, allocate_ranks, decompose_update
 from rightrank.cli import main
 from rightrank.data.splits import load_data
 from rightrank.runs.resize_by_data import load_evaluation_data
-from rightrank.schema.errors import DataError
+from rightrank.schema.errors import DataError, SettingsError
 from rightrank.schema.events import Listener
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial
@@ -32,7 +35,7 @@ from tests.adapters.adapters import (
     make_base,
 )
 from tests.helpers import make_runtime, run_trial
-from tests.tiny import build_small_settings, write_completions
+from tests.tiny import build_small_settings
 
 pytestmark = pytest.mark.trains
 
@@ -146,6 +149,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("base"))
 
 
+@pytest.fixture(scope="module")
+def plain_adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> AdapterFolder:
+    return open_adapter(make_adapter(base, tmp_path_factory.mktemp("plain") / "adapter"))
+
+
 def draw_moments(adapter: AdapterFolder) -> dict[str, Moments]:
     """Draw moments of different scales, so that some modules should get a higher rank than others."""
     generator = np.random.default_rng(0)
@@ -163,6 +171,38 @@ def has_equal_scales(base: Path, folder: Path) -> bool:
     model = load_strictly(base, folder)
     scales = [module.scaling["default"] for module in model.modules() if hasattr(module, "get_delta_weight")]
     return scales == pytest.approx([scale] * len(scales), rel=1e-12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 12), st.booleans(), st.booleans())
+def test_capped_ranks_share_out_the_parameters_of_a_uniform_rank(
+    plain_adapter: AdapterFolder, rank: int, has_moments: bool, has_all_moments: bool
+) -> None:
+    modules, moments = plain_adapter.modules, draw_moments(plain_adapter) if has_moments else {}
+    if not has_all_moments:
+        moments.pop(modules[-1].name, None)
+    chosen, reserved = cap_ranks(plain_adapter, rank, moments), find_server_rank(rank)
+    sizes = {module.name: module.rows + module.columns for module in modules}
+    if has_moments and has_all_moments and rank < min(reserved, plain_adapter.rank):
+        assert all(1 <= module_rank <= reserved for module_rank in chosen.values())
+        assert len(set(chosen.values())) > 1
+        spare = rank * sum(sizes.values()) - sum(module_rank * sizes[name] for name, module_rank in chosen.items())
+        limits = {module.name: min(reserved, module.rank) for module in modules}
+        assert 0 <= spare < min(sizes[name] for name in sizes if chosen[name] < limits[name])
+    else:
+        assert chosen == {module.name: min(rank, module.rank) for module in modules}
+
+
+@given(st.integers(-1, 40))
+def test_one_rank_for_all_modules_is_allowed_up_to_that_of_the_smallest_matrix(
+    plain_adapter: AdapterFolder, rank: int
+) -> None:
+    limit = min(max(module.rank, min(module.rows, module.columns)) for module in plain_adapter.modules)
+    if 1 <= rank <= limit:
+        assert choose_uniform_rank(plain_adapter, rank) == {module.name: rank for module in plain_adapter.modules}
+    else:
+        with pytest.raises(SettingsError, match=f"--rank {rank} is"):
+            choose_uniform_rank(plain_adapter, rank)
 
 
 @pytest.mark.parametrize("kind", ["plain", "rslora"])
@@ -189,8 +229,3 @@ def test_peft_loads_the_pattern_and_gives_the_truncation(base: Path, tmp_path: P
         p.numel() for name, p in load_strictly(base, tmp_path / "small").named_parameters() if "lora_" in name
     )
     assert num_parameters == resized.parameters_after
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_completions(tmp_path_factory.mktemp("data") / "rows.jsonl", 30)

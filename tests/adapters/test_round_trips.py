@@ -85,6 +85,11 @@ def test_a_resized_adapter_loads_in_peft_with_the_stated_update(
     assert resized.relative_delta_error == pytest.approx(total, abs=2e-6)
 
     old_tensors, new_tensors = load_tensors(folder), load_tensors(out)
+    unchanged = [value.numel() for key, value in old_tensors.items() if "lora_" not in key]
+    note = f"unchanged: {len(unchanged)} fully trained tensors with {sum(unchanged):,} parameters"
+    assert [line for line in resized.notes if not line.startswith("DoRA")] == [note] * bool(unchanged)
+    assert open_adapter(out).config["init_lora_weights"] is True
+    assert resized.rank == (ranks[module.name] if len({module.rank for module in resized.modules}) == 1 else None)
     assert new_tensors.keys() == old_tensors.keys()
     for tensors, parameters in ((old_tensors, resized.parameters_before), (new_tensors, resized.parameters_after)):
         assert (

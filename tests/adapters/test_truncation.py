@@ -13,7 +13,9 @@ from rightrank.adapters.truncation import (
     compute_distance,
     compute_singular_values,
     decompose_update,
+    load_moments,
     resize_factors,
+    save_moments,
 )
 from rightrank.schema.trials import Floats
 
@@ -103,6 +105,20 @@ def test_directions_of_a_truncation_are_orthogonal(
     used = np.linalg.norm(new_b, axis=0) > 0
     for gram in (new_b[:, used].T @ new_b[:, used], new_a[used] @ new_a[used].T):
         assert np.allclose(gram, np.diag(np.diag(gram)), atol=1e-6 * gram.max())
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.dictionaries(st.sampled_from(["q", "layers.0.v", "layers.10.v.inputs"]), st.integers(1, 5)))
+def test_moments_are_read_as_they_were_written(tmp_path_factory: pytest.TempPathFactory, ranks: dict[str, int]) -> None:
+    path = tmp_path_factory.mktemp("moments") / "moments.safetensors"
+    assert load_moments(path) == {}
+    moments = {name: Moments(draw_covariance(rank, 0), draw_covariance(rank, 1)) for name, rank in ranks.items()}
+    save_moments(path, moments)
+    loaded = load_moments(path)
+    assert loaded.keys() == moments.keys()
+    for name, moment in moments.items():
+        assert np.allclose(loaded[name].inputs, moment.inputs, rtol=1e-6)
+        assert np.allclose(loaded[name].gradients, moment.gradients, rtol=1e-6)
 
 
 def test_a_direction_that_the_data_do_not_see_goes_first() -> None:
