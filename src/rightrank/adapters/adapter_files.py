@@ -51,9 +51,7 @@ from rightrank.adapters.foreign_files import ForeignFile, read_mlx_folder, read_
 from rightrank.adapters.rank_math import (
     MAX_ALPHA,
     MIN_ALPHA,
-    compute_equivalent_rank,
     compute_scaling,
-    format_rank,
     get_pattern_value,
     is_valid_alpha,
 )
@@ -168,13 +166,6 @@ class AdapterFolder:
     def rank(self) -> int:
         """Return the largest rank of any module."""
         return max(module.rank for module in self.modules)
-
-    @property
-    def rank_text(self) -> str:
-        """Describe the rank in words, with the range of the modules if they differ."""
-        ranks = [module.rank for module in self.modules]
-        sizes = [module.rows + module.columns for module in self.modules]
-        return format_rank(compute_equivalent_rank(ranks, sizes), min(ranks), max(ranks))
 
     @property
     def trainable_parameters(self) -> int:

@@ -220,10 +220,8 @@ def _build_resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> d
     largest module; else it is the largest rank.
     """
     pair_ranks = [_find_pair_rank(pair, ranks) for pair in adapter.pairs]
-    largest, r = (
-        max(pair_ranks),
-        compute_equivalent_rank(pair_ranks, [pair[0].rows + pair[0].columns for pair in adapter.pairs]),
-    )
+    largest, sizes = max(pair_ranks), [pair[0].rows + pair[0].columns for pair in adapter.pairs]
+    r = compute_equivalent_rank(pair_ranks, sizes)
     r = r if find_server_rank(r) >= largest else largest
     alpha = adapter.config["lora_alpha"] * (1 if adapter.foreign is None else r / adapter.config["r"])
     rank_pattern, alpha_pattern = _build_patterns(adapter, ranks, r, alpha, adapter.use_rslora)

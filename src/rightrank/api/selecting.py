@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from rightrank.bases.model_sources import require_model
 from rightrank.cluster.workers import open_pool
-from rightrank.data.rows import require_data_source
+from rightrank.data.rows import read_rows
 from rightrank.runs.hooks import Hook, Hooks
 from rightrank.runs.selection import Rows, Selected, SelectionRequest
 from rightrank.schema.errors import InterruptedRun, MissingExtraError, SettingsError
@@ -144,7 +144,7 @@ def _validate_request(request: SelectionRequest) -> None:
     make_strategy(settings.strategy, build_space(settings, settings.max_steps or 1))
     for source in (request.data, settings.validation or None):
         if isinstance(source, str | Path):
-            require_data_source(Path(source))
+            read_rows(Path(source))  # raises if it is no file or folder of rows, and reads none
     if isinstance(request.model, str):
         require_model(request.model)
     for label, value in (("model", request.model), ("data", request.data)):

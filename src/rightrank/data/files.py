@@ -280,9 +280,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise SettingsError(f"{path}: can't read it ({error}); give a YAML file of settings") from None
     try:
         values = yaml.load(text, _PlainLoader)
-    except RecursionError:
-        raise SettingsError(f"{path}: nested too deeply; give `name: value` lines") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise SettingsError(f"{path}: not YAML of plain values ({reason}); give `name: value` lines") from None
     if not isinstance(values, dict):

@@ -95,26 +95,6 @@ def read_rows(source: Path | Any) -> RowsBySplit:
     return chained
 
 
-def require_data_source(source: Path) -> None:
-    """Raise if a file or folder is missing or has an unsupported type. No rows are read.
-
-    Raises:
-        DataError: as for `read_rows`.
-    """
-    if not _is_saved_dataset(source):
-        read_rows(source)
-
-
-def read_held_out_rows(source: Path) -> list[Mapping[str, Any]]:
-    """Return the test rows of a file or folder, else its validation rows, or all rows if they are not split."""
-    rows = read_rows(source)
-    held_out_split = next((split for split in ("test", "validation") if split in rows), None)
-    return [
-        row.fields
-        for row in (rows[held_out_split] if held_out_split is not None else chain.from_iterable(rows.values()))
-    ]
-
-
 def _read_memory(source: Any) -> RowsBySplit:
     if not isinstance(source, Mapping):
         return {None: _iterate_mappings(convert_data_frame(source), "row")}

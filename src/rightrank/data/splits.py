@@ -34,7 +34,7 @@ from rightrank.data.forms import (
     is_empty,
     to_json_value,
 )
-from rightrank.data.rows import MAX_DETECTION_ROWS, Row, RowsBySplit, are_instructions, read_held_out_rows, read_rows
+from rightrank.data.rows import MAX_DETECTION_ROWS, Row, RowsBySplit, are_instructions, read_rows
 from rightrank.data.token_store import Store
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import DataSummary
@@ -236,7 +236,9 @@ def load_held_out(
     Raises:
         DataError: rows that cannot be used, or fewer than two.
     """
-    rows = read_held_out_rows(source)
+    by_split = read_rows(source)
+    held_out = next((by_split[split] for split in ("test", "validation") if split in by_split), None)
+    rows = [row.fields for row in (chain.from_iterable(by_split.values()) if held_out is None else held_out)]
     if len(rows) < 2:
         raise DataError(f"{source}: {len(rows)} rows; give 2 or more, which are needed to tell a difference from noise")
     settings = settings.model_copy(update={"max_eval_examples": len(rows), "ranks": (1,)})
@@ -340,6 +342,11 @@ def _require_sizes(
     rows: int,
 ) -> None:
     """Raise if a split has too few examples, or if the column of groups has the same value in all rows, or a different one in each."""
+    min_test_size = 2 if settings.test_fraction or examples["test"] else 0
+    min_sizes: dict[SplitName, int] = {"train": settings.examples_per_step, "validation": 2, "test": min_test_size}
+    short_split = next((split for split, min_size in min_sizes.items() if len(examples[split]) < min_size), None)
+    if short_split is None and not settings.group:
+        return
     train, samples = cast(ExampleStore, examples["train"]), reader.held_out.values()
     distinct = len(np.unique(np.concatenate([*train.numbers(), *(np.array(sample.ids) for sample in samples)])))
     groups = len(np.unique(np.concatenate([*train.numbers("group"), *(np.array(sample.groups) for sample in samples)])))
@@ -349,16 +356,13 @@ def _require_sizes(
             f"{name}: {fault} a value of {settings.group!r}, which --columns names for `group`; name a column in which several "
             "rows share each value, or leave it out: rows are then treated as independent"
         )
-    min_test_size = 2 if settings.test_fraction or examples["test"] else 0
-    min_sizes: dict[SplitName, int] = {"train": settings.examples_per_step, "validation": 2, "test": min_test_size}
-    for split, min_size in min_sizes.items():
-        if len(examples[split]) < min_size:
-            group_count = f" in {groups:,} groups" if groups < distinct else ""
-            raise DataError(
-                f"{name}: {len(examples[split])} distinct examples for the {split} split, at least {min_size} needed, from {rows:,} "
-                f"rows{group_count}; give more rows that differ{' and belong to other groups' if group_count else ''}, or another fraction for "
-                "the split"
-            )
+    if short_split is not None:
+        group_count = f" in {groups:,} groups" if groups < distinct else ""
+        raise DataError(
+            f"{name}: {len(examples[short_split])} distinct examples for the {short_split} split, at least {min_sizes[short_split]} needed, from "
+            f"{rows:,} rows{group_count}; give more rows that differ{' and belong to other groups' if group_count else ''}, or another fraction "
+            "for the split"
+        )
 
 
 def _list_classes(

@@ -137,7 +137,7 @@ def resize_by_data(
         notes.append(f"truncated by K-FAC over {gathered.tokens} tokens of the training split")
     if chosen.config["rank_pattern"]:
         notes.append(
-            f"rank {chosen.rank_text}: the parameters of rank {answer.rank} are shared out over the modules (rank_pattern), all at the scale "
+            f"the parameters of rank {answer.rank} are shared out over the modules (rank_pattern), all at the scale "
             "of lora_alpha and r (alpha_pattern)"
         )
     search = shlex.join(["rightrank", "select", runtime.loaded.name, "TRAINING_DATA", "--goal", "training-rank"])
