@@ -22,9 +22,7 @@ from rightrank import export
 from rightrank.adapters.adapter_files import open_adapter
 from rightrank.adapters.resize import resize_adapter
 from rightrank.exports.servers import SERVERS
-from rightrank.runs.folder import RunFolder
-from rightrank.schema.errors import ModelError, ResultsError, RightrankError, RunFolderError, SettingsError
-from rightrank.schema.events import read_records
+from rightrank.schema.errors import ModelError, RightrankError, RunFolderError, SettingsError
 from tests.adapters.adapters import (
     compute_deltas,
     edit_config,
@@ -178,7 +176,6 @@ def test_what_cannot_be_served_is_refused_in_one_line(base: Path, tmp_path: Path
         (mlx, "sglang", {"base": "model"}, ModelError, "servers load adapter folders of PEFT"),
         (nameless, "vllm", {}, SettingsError, "names no base model; give --base MODEL"),
         (adapter, "vlm", {}, SettingsError, "did you mean 'vllm'.*allowed: vllm, sglang, merged"),
-        (adapter, "vllm", {"rank": 4}, SettingsError, "an adapter folder has one rank"),
         (adapter, "vllm", {"kind": "f32"}, SettingsError, "work only with merged"),
         ([adapter, pissa], "merged", {}, SettingsError, "takes one adapter, and 2 were given"),
         (tmp_path, "vllm", {}, RunFolderError, r"no journal\.jsonl there"),
@@ -190,22 +187,13 @@ def test_what_cannot_be_served_is_refused_in_one_line(base: Path, tmp_path: Path
 
 
 @pytest.mark.trains
-def test_a_run_is_exported_into_its_folder_at_the_rank_that_is_asked_for(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_exported_into_its_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The base was given as a relative path, and the export runs in another folder."""
     monkeypatch.chdir(tmp_path)
     exported = export(run, "vllm")
     assert exported.folder == run / "exports" / "vllm"
     script = read_script(exported.folder)
     assert (script["run"], script["base"]) == (str(run / "adapter"), str((run.parent / "model").resolve()))
-    records = read_records(RunFolder(run).journal.read(), "the run")
-    for rank in {trial.rank for trial in records.list_finished() if trial.rank}:
-        folder = Path(read_script(export(run, "vllm", tmp_path / f"{rank}", rank=rank).folder)["run"])
-        assert folder.parent in (run / "trials", tmp_path / f"{rank}")
-        assert open_adapter(folder).rank >= rank
-    with pytest.raises(ResultsError, match=r"the run has no adapter of rank 3; give one of 1, .*or leave rank out"):
-        export(run, "sglang", rank=3)
     with pytest.raises(RunFolderError, match="this path already exists"):
         export(run, "vllm")
     shutil.rmtree(run / "adapter")

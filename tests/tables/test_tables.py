@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rightrank import decide, plots, to_pandas
+from rightrank import decide, plots
 from rightrank.cli import cli
 from rightrank.schema.errors import ResultsError
 from rightrank.tables.trainings import FAILURES, SUCCESSES
@@ -267,8 +267,8 @@ def test_the_runs_of_mlflow_are_a_data_frame(tmp_path: Path) -> None:
 def test_a_file_and_its_decision_are_plotted_and_become_a_data_frame(tmp_path: Path) -> None:
     path = write_table(tmp_path, GOOD)
     decided = decide(path)
+    assert list(decided.decision.to_pandas().index) == [1, 4, 16, 64]
     for source in (path, str(path), decided, decided.decision):
-        assert list(to_pandas(source).index) == [1, 4, 16, 64]
         assert plots.rank_curve(source).get_xlabel()
 
 

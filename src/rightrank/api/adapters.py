@@ -80,6 +80,10 @@ def resize(
     opened = open_adapter(Path(adapter))
     require_plain_update(opened)
     if rank is not None:
+        if any((margin, train, ranks, base, settings)):
+            raise SettingsError(
+                "margin, train, ranks, base and settings work only with data (--data FILE); leave them out"
+            )
         resized = resize_adapter(opened, Path(out), choose_uniform_rank(opened, rank), rule=f"rank {rank}")
     else:
         from rightrank.runs.resize_by_data import resize_by_data  # imports torch and transformers

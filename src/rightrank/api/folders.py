@@ -13,11 +13,10 @@ from rightrank.decision.run_answers import decide_if_possible
 from rightrank.report.answer import Answers, build_answers
 from rightrank.report.screen import RunStatus, build_run_status, find_last_decision, format_screen
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
-from rightrank.schema.errors import ResultsError, RunFolderError, SettingsError
+from rightrank.schema.errors import RunFolderError, SettingsError
 from rightrank.schema.events import EvaluationProgress, Records
 from rightrank.schema.results import Decision
 from rightrank.schema.settings import SelectSettings
-from rightrank.schema.trials import TrialFinished
 
 if TYPE_CHECKING:
     from rightrank.exports.servers import ExportResult
@@ -57,7 +56,6 @@ def export(
     to: str,
     out: str | Path | None = None,
     *,
-    rank: int | None = None,
     base: str | None = None,
     check: str | Path | Sequence[str | Path] = (),
     kind: str | None = None,
@@ -73,7 +71,6 @@ def export(
         to: vllm, sglang or merged.
         out: the folder to write, which must not exist. None for `exports/<to>` in the current folder or, for a single run, in the run
             folder.
-        rank: the rank of the run's adapter to export; the best one at this rank is used. None for the adapter in `adapter/`.
         base: the base model; None for the one that the run or the adapter names.
         check: for a merged model: held-out rows to compare on; by default the run's test split.
         kind: for a merged model: the type of its values, f32, bf16 or f16; None for f32.
@@ -83,7 +80,7 @@ def export(
     Raises:
         SettingsError: an unknown target, an argument that belongs to another target, or adapters of different base models.
         RunFolderError: there is no run, it has no decision or adapter, or `out` exists.
-        ResultsError: a rank that the server does not serve, or that the run has not trained.
+        ResultsError: a rank that the server does not serve.
         ModelError: an adapter that cannot be served, or a merged model that cannot be made.
     """
     from rightrank.exports.servers import (
@@ -103,7 +100,7 @@ def export(
         raise SettingsError(f"--to {MERGED} takes one adapter, and {len(paths)} were given")
     if to != MERGED and (files or kind or settings):
         raise SettingsError(f"--to {to}: check, type and settings work only with {MERGED}; leave them out")
-    sources = [_open_export_source(path, rank) for path in paths]
+    sources = [_open_export_source(path) for path in paths]
     adapter, run, records = sources[0]
     adapters = [source_adapter for source_adapter, _, _ in sources]
     if run is not None and settings is not None:
@@ -126,29 +123,14 @@ def export(
         return write_merged_model(adapter, base, target, merge_settings, kind or "f32", run_data, files, on_event)
 
 
-def _open_export_source(path: Path, rank: int | None) -> tuple[Path, RunFolder | None, Records | None]:
+def _open_export_source(path: Path) -> tuple[Path, RunFolder | None, Records | None]:
     """Return the adapter of a run folder with the run and its records, or an adapter folder alone."""
     if (path / CONFIG_FILE).is_file():
-        if rank is not None:
-            raise SettingsError(f"{path}: an adapter folder has one rank; leave rank out, or give a run folder")
         return path, None, None
     folder, _, records = open_run(path, is_live=False)
-    if rank is not None:
-        return folder.require_trial_adapter(_find_best_trial(records, rank).trial_id), folder, records
     if not (folder.adapter / CONFIG_FILE).is_file():
         raise RunFolderError(f"{path}: no adapter yet; run `rightrank select` again, then export")
     return folder.adapter, folder, records
-
-
-def _find_best_trial(records: Records, rank: int) -> TrialFinished:
-    """Return the trained or truncated adapter of a rank with the best held-out value."""
-    trials = [trial for trial in records.list_finished() if trial.rank > 0 and trial.arm.stop_at is None]
-    candidates = [trial for trial in trials if trial.rank == rank]
-    if not candidates:
-        ranks = ", ".join(map(str, sorted({trial.rank for trial in trials}))) or "none"
-        raise ResultsError(f"the run has no adapter of rank {rank}; give one of {ranks}, or leave rank out")
-    sign = -1 if records.started.higher_is_better else 1
-    return min(candidates, key=lambda trial: (sign * trial.value, trial.seed))
 
 
 def status(run: str | Path) -> RunStatus:

@@ -24,20 +24,16 @@ if TYPE_CHECKING:  # functions import their own dependencies, so that `status` i
     from pandas import DataFrame
 
 
-def to_pandas(run: str | Path | DecisionResult | Decision, *, examples: bool = False) -> DataFrame:
+def to_pandas(run: str | Path, *, examples: bool = False) -> DataFrame:
     """Return the trials of a run as a table, or with `examples` the scores of their held-out examples.
 
     Args:
-        run: a run folder. For a decision, or a file of results, which is decided on, the table has a row for each rank.
+        run: a run folder. `decide` returns a decision that has a table of its own, with a row for each rank.
         examples: return one row for each held-out example of each finished trial instead of one for each trial.
 
     Raises:
         RunFolderError: there is no run.
     """
-    if isinstance(run, str | Path) and Path(run).is_file():
-        run = decide(run)
-    if isinstance(run, DecisionResult | Decision):
-        return (run if isinstance(run, Decision) else run.decision).to_pandas()
     _, _, records = open_run(run, is_live=True)
     return build_trials_frame(records, examples)
 
@@ -75,7 +71,6 @@ class DecisionResult:
 
     decision: Decision
     input_notes: list[str]
-    adapter_sentence: str | None = None  # on the deployment rank, if a run folder has one
     next_commands: Sequence[str | None] = ()  # of a run folder: for each next run, the command that continues the run
     trainings: Sequence[TrialOutcome] | None = None  # of a table; None for a run folder
 
@@ -184,7 +179,6 @@ def _decide_run_folder(
     """Decide on a run folder, at the run's own metric and margin unless others are given."""
     records = read_records(folder.journal.read(), str(folder.path))
     started = records.started
-    direct = list_comparable_outcomes(records)
     metric = metric or started.metric
     metrics = records.list_metrics()
     if metric not in metrics or (started.data.form == "custom" and metric != started.metric):
@@ -196,11 +190,11 @@ def _decide_run_folder(
             f"--goal training-rank continues the run); the adapter: {records.adapters[-1].answer.sentence}"
         )
     decision = decide_run(records, metric, margin, **options)
-    adapter = records.adapters[-1].answer.sentence if records.adapters else None
-    decision = decision.model_copy(update={"adapter_sentence": adapter})
-    commands = (
-        build_next_commands(started, decision.next_runs, str(folder.path), margin, records.list_tried_rates())
-        if metric == started.metric
-        else []
-    )
-    return DecisionResult(decision, [f"{len(direct)} trainings of a run folder"], adapter, commands)
+    if records.adapters:
+        decision = decision.model_copy(update={"adapter_sentence": records.adapters[-1].answer.sentence})
+    commands: list[str | None] = []
+    if metric == started.metric:
+        path, tried_rates = str(folder.path), records.list_tried_rates()
+        commands = build_next_commands(started, decision.next_runs, path, margin, tried_rates)
+    notes = [f"{len(list_comparable_outcomes(records))} trainings of a run folder"]
+    return DecisionResult(decision, notes, commands)

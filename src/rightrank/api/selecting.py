@@ -136,11 +136,8 @@ def _validate_request(request: SelectionRequest) -> None:
         ModelError: a model folder that is missing or holds no model, a name that the hub does not have.
     """
     settings = request.settings
-    try:
-        require_no_secret("model", request.model_name)
-        require_no_secret("data", request.data_name)
-    except ValueError as error:
-        raise SettingsError(str(error)) from None
+    require_no_secret("model", request.model_name)
+    require_no_secret("data", request.data_name)
     make_strategy(settings.strategy, build_space(settings, settings.max_steps or 1))
     for source in (request.data, settings.validation or None):
         if isinstance(source, str | Path):

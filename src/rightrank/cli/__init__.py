@@ -20,11 +20,6 @@ from rightrank.cli import adapter_commands, plan_commands, run_commands, select
 from rightrank.schema.errors import RightrankError, format_one_line, is_out_of_memory
 from rightrank.version import __version__
 
-# The order in `--help`: the main job, its run folder, finished results, adapters.
-ORDER = (
-    *("demo", "select", "expect", "plan", "status", "report", "export", "decide", "compare"),
-    *("inspect", "resize"),
-)
 # Packages of `rightrank[train]`; commands that need none of them work without them.
 TRAINING_PACKAGES = frozenset(
     ("accelerate", "datasets", "huggingface_hub", "pandas", "peft", "pyarrow", "torch", "transformers")
@@ -32,10 +27,10 @@ TRAINING_PACKAGES = frozenset(
 
 
 class Commands(click.Group):
-    """The commands in the order of `ORDER`."""
+    """The commands in the order in which they are added: the main job, before it, its run folder, finished results, adapters."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(self.commands, key=ORDER.index)
+        return list(self.commands)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

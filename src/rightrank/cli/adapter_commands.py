@@ -15,8 +15,6 @@ from rightrank.cli.options import (
     format_json,
     gather_settings,
 )
-from rightrank.schema.errors import SettingsError
-from rightrank.schema.metrics import Margin
 from rightrank.schema.settings import SelectSettings
 
 if TYPE_CHECKING:
@@ -68,7 +66,6 @@ def _inspect(adapter: Path, as_json: bool) -> None:
 def _resize(
     adapter: Path,
     out: Path,
-    margin: Margin | None,
     assignments: tuple[str, ...],
     as_json: bool,
     **rule: Any,
@@ -76,17 +73,9 @@ def _resize(
     """Write ADAPTER to OUT at another rank and report the truncation error."""
     from rightrank.api import adapters as api
 
-    data_options = {"--margin": margin, "--set": assignments}
-    data_options |= {f"--{name}": rule[name] for name in ("train", "base")}
-    orphan = next((option for option, value in data_options.items() if value), None)
-    if orphan is not None and rule["data"] is None:
-        raise SettingsError(f"{orphan} works only with --data FILE, which was not given; give both, or leave it out")
-    if rule["data"] is None:
-        resized = api.resize(adapter, out, **rule)
-    else:
-        settings = SelectSettings(**gather_settings(None, assignments, {"margin": margin}))
-        with open_progress_view() as view:
-            resized = api.resize(adapter, out, settings=settings, on_event=view.on_event, **rule)
+    settings = SelectSettings(**gather_settings(None, assignments, {})) if assignments else None
+    with open_progress_view() as view:
+        resized = api.resize(adapter, out, settings=settings, on_event=view.on_event, **rule)
     click.echo(format_json(resized) if as_json else _format_resize_result(resized))
 
 
@@ -221,4 +210,4 @@ def _format_content(content: AdapterContent | None) -> str:
     return f"LoRA factors {format_bytes(content.factor_bytes)}{full} ({', '.join(content.types)})"
 
 
-COMMANDS = (_inspect, _resize, _compare)
+COMMANDS = (_compare, _inspect, _resize)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
@@ -38,15 +38,13 @@ _UNITS = {"s": 1 / 3600, "sec": 1 / 3600, "m": 1 / 60, "min": 1 / 60, "h": 1.0, 
 
 
 def parse_hours(_context: click.Context, _parameter: click.Parameter, value: str | None) -> float | None:
-    """Parse `3h`, `90min`, `1d` or `1h30m` as hours."""
+    """Parse `3h`, `90min` or `1d` as hours."""
     if value is None:
         return None
-    matches = re.findall(r"(\d+(?:\.\d+)?)\s*([a-z]+)", value.lower())
-    matched_text = "".join(number + unit for number, unit in matches)
-    total = sum(float(number) * _UNITS.get(unit, 0.0) for number, unit in matches)
-    if matched_text != value.lower().replace(" ", "") or any(unit not in _UNITS for _, unit in matches) or total <= 0:
-        raise SettingsError(f"--time {value!r} is not a time: give a number and a unit, such as 3h, 90min or 1h30m")
-    return total
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", value.lower())
+    if match is None or match[2] not in _UNITS:
+        raise SettingsError(f"--time {value!r} is not a time: give a number and a unit, such as 3h or 90min")
+    return float(match[1]) * _UNITS[match[2]]
 
 
 def add_setting_options(kind: type[Settings], *settings: str) -> Callable[[Command], Command]:
@@ -131,20 +129,6 @@ def gather_settings(config_file: Path | None, assignments: tuple[str, ...], opti
             raise SettingsError(f"--set {assignment!r}: give NAME=VALUE, such as lora_dropout=0.05")
         values[name.strip().replace("-", "_")] = value
     return values | {name: value for name, value in options.items() if value is not None and value != ()}
-
-
-def parse_integers(values: Sequence[str] | None, option: str) -> list[int] | None:
-    """Parse the numbers of a list option.
-
-    Raises:
-        SettingsError: a value that is not a whole number.
-    """
-    if values is None:
-        return None
-    wrong = next((value for value in values if not value.isdecimal()), None)
-    if wrong is not None:
-        raise SettingsError(f"{option}: got {wrong!r}; give whole numbers, separated by commas, such as 4,8,16")
-    return [int(value) for value in values]
 
 
 def announce(activity: str) -> None:

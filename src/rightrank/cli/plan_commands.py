@@ -19,8 +19,6 @@ from rightrank.cli.options import (
     announce,
     format_json,
     gather_settings,
-    parse_integers,
-    split_commas,
 )
 from rightrank.report.format import format_bytes
 from rightrank.schema.settings import PlanSettings
@@ -41,15 +39,15 @@ SILENT_SECONDS = 2.0  # after which `plan` reports what it traces
 @click.option("--task", metavar="FAMILY", help=f"chat, {', '.join(FAMILIES[:-1])}, or {FAMILIES[-1]}.")
 @click.option("--rows", type=int, help="Number of training rows (default: the rows of DATA).")
 @click.option("--metric", help="loss, accuracy, or another.")
-@click.option("--ranks", callback=split_commas, help="Ranks to show (default: powers of two to 256).")
+@click.option("--ranks", help="Ranks to show (default: powers of two to 256).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def _expect(ranks: list[str] | None, as_json: bool, **inputs: Any) -> None:
+def _expect(ranks: str | None, as_json: bool, **inputs: Any) -> None:
     """Count in how many public sweeps each rank was enough. `--json` lists the sources.
 
     All arguments are optional, and DATA may stand alone. Needs no network, model or GPU. To measure what your own data
     need, run `rightrank select`.
     """
-    expectation = expect(**inputs, ranks=parse_integers(ranks, "--ranks"))
+    expectation = expect(**inputs, ranks=None if ranks is None else PlanSettings(ranks=ranks).ranks)
     click.echo(format_json(asdict(expectation)) if as_json else _format_expectation(expectation))
 
 

@@ -54,7 +54,6 @@ def _report(run: Path, as_json: bool) -> None:
 @click.option(
     "--out", type=click.Path(path_type=Path), help="New folder (default: exports/TARGET, in the run's folder)."
 )
-@click.option("--rank", type=int, help="Another rank of the run (default: that of its adapter).")
 @click.option("--base", help="The base model (default: the one that the run or the adapter names).")
 @click.option(
     "--check",
@@ -176,7 +175,6 @@ def _decide(results: Path | None, example: bool, report: Path | None, as_json: b
     if as_json:
         extra_fields = {
             "input_notes": result.input_notes,
-            "adapter_sentence": result.adapter_sentence,
             "next_command": result.next_command,
         }
         click.echo(format_json(result.decision.model_dump(mode="json") | extra_fields))
@@ -186,8 +184,8 @@ def _decide(results: Path | None, example: bool, report: Path | None, as_json: b
 
     width = shutil.get_terminal_size((100, 24)).columns
     click.echo(format_decision(result.decision, result.input_notes, width, result.next_commands))
-    if result.adapter_sentence is not None:
-        click.echo(f"adapter: {make_visible(result.adapter_sentence)}")
+    if result.decision.adapter_sentence is not None:
+        click.echo(f"adapter: {make_visible(result.decision.adapter_sentence)}")
     if example:
         click.echo(f"\nexample:    {EXAMPLE_FILE}\n            24 trainings of SmolLM2-135M-Instruct. {EXAMPLE_ADVICE}")
 

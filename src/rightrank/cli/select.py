@@ -156,4 +156,4 @@ def _run_with_progress(
             raise kind(f"{interruption}; run the same command again to resume {out}: {command}") from None
 
 
-COMMANDS = (_select, _demo)
+COMMANDS = (_demo, _select)

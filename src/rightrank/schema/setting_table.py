@@ -185,9 +185,9 @@ def parse_json_value(value: Any) -> Any:
 
 
 def require_no_secret(name: str, value: object) -> None:
-    """Raise ValueError if the value looks like a secret, since the journal stores it and the report shows it."""
+    """Raise SettingsError if the value looks like a secret, since the journal stores it and the report shows it."""
     if not isinstance(value, int | float | None) and redact_secrets(str(value)) != str(value):
-        raise ValueError(
+        raise SettingsError(
             f"{name}: this looks like a password, key or token, which would be stored in the run folder; set it in the environment instead"
         )
 
