@@ -48,7 +48,7 @@ def _require_consistent_bounds(
             assert (word == "no") == (not is_within(evidence.difference_low, decision.margin * (1 + 1e-7)))
             assert word != "yes" or is_within(evidence.difference_high, decision.margin * (1 + 1e-7))
         else:
-            assert word == "inconclusive"
+            assert word == "undecided"
 
 
 def _require_consistent_sentence(
@@ -57,13 +57,13 @@ def _require_consistent_sentence(
     sentence = decision.sentence
     if match := re.match(r"Rank (\d+) (is|looks) enough", sentence):
         assert int(match[1]) == decision.rank
-        likely = {"inconclusive"} if match[2] == "looks" else set()  # by the bounds, which are beside the probability
+        likely = {"undecided"} if match[2] == "looks" else set()  # by the bounds, which are beside the probability
         assert enough_column[int(match[1])] in {"yes"} | likely
-    doubtful = {"no"} if decision.basis not in ("std", "values") else {"no", "inconclusive"}
+    doubtful = {"no"} if decision.basis not in ("std", "values") else {"no", "undecided"}
     if lower := re.search(r"; rank (\d+) is \S+ worse", sentence):
         assert enough_column[int(lower[1])] in doubtful
     if sentence.startswith("Still rising"):
-        likely = {"inconclusive"} if "is probably better" in sentence else set()
+        likely = {"undecided"} if "is probably better" in sentence else set()
         assert {word for rank, word in enough_column.items() if rank != decision.rank} <= doubtful | likely
 
 

@@ -428,6 +428,13 @@ def _format_top_rank(lower: AdapterCandidate, adapter: ScoredAdapter, comparison
     )
 
 
+def is_shown_enough(candidate: AdapterCandidate, answer: AdapterAnswer) -> bool | None:
+    """Return whether a candidate is shown to be enough; None if the bounds leave it open."""
+    if candidate.is_within_margin or answer.has_no_gain or candidate.trial_id == answer.reference_id:
+        return candidate.is_within_margin
+    return None if _is_open(candidate, answer.margin_share, answer.margin) else False
+
+
 def _is_open(candidate: AdapterCandidate, share: float | None, margin: float) -> bool:
     """Return whether the bounds of a candidate that is not shown to be enough allow that it is."""
     if share is not None and candidate.share_kept_high is not None:

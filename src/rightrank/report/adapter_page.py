@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from rightrank.decision.adapter import format_share
+from rightrank.decision.adapter import format_share, is_shown_enough
 from rightrank.report.figures import INSTALL_HINT, is_matplotlib_installed, plot_adapters
 from rightrank.report.format import ENOUGH, make_visible
 from rightrank.schema.results import AdapterAnswer, AdapterCandidate
@@ -19,10 +19,16 @@ if TYPE_CHECKING:
 
 
 def build_candidate_table(answer: AdapterAnswer, metric: str) -> list[list[str]]:
-    """Return the candidate adapters as rows of text, heading first. Shares of the gain come before the differences, if there is a gain."""
+    """Return the candidate adapters as rows of text, heading first.
+
+    Shares of the gain come before the differences, if there is a gain. The method is in the last column, unless every lower rank is truncated.
+    """
     has_shares = any(candidate.share_kept is not None for candidate in answer.candidates)
-    heading = ["rank", *["keeps", "at least"] * has_shares, metric, "worse by", "95% bound", "enough", "method"]
-    return [heading, *(_build_candidate_row(candidate, answer, has_shares) for candidate in answer.candidates)]
+    has_methods = any(candidate.method == "trained" for candidate in answer.candidates[1:])
+    heading = ["rank", *["keeps", "at least"] * has_shares, metric, "worse by", "95% bound", "enough"]
+    rows = [_build_candidate_row(candidate, answer, has_shares) for candidate in answer.candidates]
+    methods = [["method"], *([candidate.method] for candidate in answer.candidates)]
+    return [row + method * has_methods for row, method in zip([heading, *rows], methods, strict=True)]
 
 
 def _build_candidate_row(candidate: AdapterCandidate, answer: AdapterAnswer, has_shares: bool) -> list[str]:
@@ -38,8 +44,7 @@ def _build_candidate_row(candidate: AdapterCandidate, answer: AdapterAnswer, has
         f"{candidate.value:.4f}",
         "reference" if is_reference else f"{candidate.difference:+.4f}",
         "" if is_reference else bound,
-        ENOUGH[candidate.is_within_margin],
-        candidate.method,
+        ENOUGH[is_shown_enough(candidate, answer)],
     ]
 
 

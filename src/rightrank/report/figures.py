@@ -20,6 +20,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rightrank.data.files import write_text
+from rightrank.decision.adapter import is_shown_enough
 from rightrank.report.format import ENOUGH, format_interval_label, format_metric_label, make_visible
 from rightrank.schema.errors import MissingExtraError
 from rightrank.schema.events import Records, RunStarted
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 TableCell: TypeAlias = str | float | int | None
 INSTALL_HINT = "figures need matplotlib; install it with: pip install 'rightrank[plots]'"
 WIDTH, HEIGHT, LEGEND_ROW_HEIGHT = 5.0, 3.4, 0.21  # inches
-TITLE_WIDTH, LABEL_WIDTH, LEGEND_WIDTH = 50, 38, 58  # characters
+TITLE_WIDTH, LABEL_WIDTH, LEGEND_WIDTH = 44, 38, 58  # characters
 MAX_TICKS = 10  # of a logarithmic axis
 RANK = "LoRA rank"  # the label of an axis
 Interval: TypeAlias = tuple[float, float, float, float]  # x, the value, and both ends of its whisker
@@ -449,12 +450,20 @@ def plot_adapters(
 
     return Figure(
         name="adapters",
-        title=f"Trained and truncated adapters by rank{off_scale_text}",
+        title=f"Adapters by rank{off_scale_text}",
         x_label=RANK,
         y_label=format_metric_label(metric, higher_is_better),
         columns=("rank", "method", "value", "difference", "lower bound", "upper bound", "holds"),
         rows=[
-            (a.rank, a.method, a.value, a.difference, a.difference_low, a.difference_high, ENOUGH[a.is_within_margin])
+            (
+                a.rank,
+                a.method,
+                a.value,
+                a.difference,
+                a.difference_low,
+                a.difference_high,
+                ENOUGH[is_shown_enough(a, answer)],
+            )
             for a in adapters
         ],
         draw=draw,

@@ -163,4 +163,4 @@ def format_table(rows: Sequence[Sequence[str]], left_columns: Collection[int] = 
     ]
 
 
-ENOUGH = {True: "yes", False: "no", None: "inconclusive"}  # by `is_within_margin` or `RankEvidence.non_inferior`
+ENOUGH = {True: "yes", False: "no", None: "undecided"}  # by `is_shown_enough` or `RankEvidence.non_inferior`

@@ -21,6 +21,7 @@ from rightrank.adapters.adapter_folders import (
     format_base_arguments,
     format_loading_code,
 )
+from rightrank.decision.adapter import format_share
 from rightrank.decision.run_answers import compare_run_adapters, describe_run_learning_rate, format_provenance
 from rightrank.report.adapter_page import build_candidate_table, load_templates
 from rightrank.report.answer import (
@@ -39,7 +40,7 @@ from rightrank.report.figures import (
     plot_adapters,
     plot_learning_rates,
 )
-from rightrank.report.format import format_bytes, get_metric_unit
+from rightrank.report.format import format_bytes
 from rightrank.schema.events import Records, RunStarted, TestEvaluated
 from rightrank.schema.results import Decision
 from rightrank.schema.settings import build_reproduce_command
@@ -150,9 +151,16 @@ def _list_decision_values(decision: Decision) -> dict[str, Any]:
         "rank_curve": build_rank_figure(decision),
         "evidence": build_evidence_table(decision),
         "certainty": build_certainty_rows(decision),
-        "margin": f"{decision.margin:.4g} {get_metric_unit(decision.metric)}",
+        "margin": _format_decision_margin(decision),
         "figure_hint": "" if is_matplotlib_installed() else INSTALL_HINT,
     }
+
+
+def _format_decision_margin(decision: Decision) -> str:
+    """Format the margin with the share of the gain that it is, if the base was measured and something gained."""
+    amount = f"{decision.margin:.4g}{' nats' if decision.metric == 'loss' else ''}"
+    gain = next((evidence.difference for evidence in decision.ranks if evidence.rank == 0), None)
+    return f"{format_share(decision.margin / gain)} of the gain ({amount})" if gain and gain > 0 else amount
 
 
 def _list_trial_values(outcomes: Sequence[TrialOutcome]) -> dict[str, Any]:

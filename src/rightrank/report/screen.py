@@ -212,7 +212,7 @@ def format_decision(decision: Decision, table_notes: list[str], width: int, comm
     stairs = ", ".join(f"{step.rank} from {format_brief(step.margin)}" for step in decision.staircase)
     answer = (decision.verdict.replace("_", " "), decision.sentence)
     rows = [
-        ("margins", f"{stairs} (requested: {decision.margin:g})"),
+        ("margins", f"{stairs} (used: {decision.margin:g})"),
         *build_certainty_rows(decision),
         ("read", "; ".join(table_notes)),
         *build_next_rows(answers),
