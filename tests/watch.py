@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from rightrank.runs.hooks import Hook
+from rightrank.runs.run import Hook
 from rightrank.schema.events import Event, Notice
 
 GENEROUS_SECONDS = 600.0  # of every wait in a test: it ends a test that hangs, and never one on a busy machine

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rightrank.api.training_function import select_rank_with
     from rightrank.atlas import expect
     from rightrank.planning import plan
-    from rightrank.runs.selection import Selected
+    from rightrank.runs.run import Selected
     from rightrank.schema.results import Decision
     from rightrank.schema.settings import PlanSettings, SelectSettings
     from rightrank.schema.trials import EvalPoint
@@ -38,7 +38,7 @@ _MODULES = {
     "trainers.custom_trainer": ("TrialResult", "TrialTask"),
     "atlas": ("expect",),
     "planning": ("plan",),
-    "runs.selection": ("Selected",),
+    "runs.run": ("Selected",),
     "schema.results": ("Decision",),
     "schema.settings": ("PlanSettings", "SelectSettings"),
     "schema.trials": ("EvalPoint",),

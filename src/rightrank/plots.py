@@ -21,7 +21,7 @@ from rightrank.api.runs import DecisionResult, decide
 from rightrank.report import figures
 from rightrank.report.figures import Figure, require_matplotlib
 from rightrank.report.html import build_adapter_figure, build_learning_rate_figure
-from rightrank.runs.selection import Selected
+from rightrank.runs.run import Selected
 from rightrank.schema.errors import ResultsError, SettingsError
 from rightrank.schema.events import Records
 from rightrank.schema.results import Decision, Inspection

@@ -21,7 +21,7 @@ from rightrank.decision.run_answers import (
 )
 from rightrank.report.answer import Answers, build_answers
 from rightrank.report.screen import MAX_LINES, format_screen
-from rightrank.runs.selection import SelectedRank
+from rightrank.runs.run import SelectedRank
 from rightrank.schema.events import Records
 from rightrank.schema.results import Decision
 from rightrank.schema.settings import Goal

@@ -9,7 +9,7 @@ import pytest
 
 from rightrank import Selected, TrialTask, select_rank_with
 from rightrank.runs.folder import Journal
-from rightrank.runs.hooks import Hook, Run
+from rightrank.runs.run import Hook, Run
 from rightrank.schema.errors import InterruptedRun, RunError
 from rightrank.schema.events import Event, SelectionPlanned
 from rightrank.schema.trials import TrialFinished

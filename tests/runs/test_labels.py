@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rightrank import select_rank
-from rightrank.runs.selection import Selected
+from rightrank.runs.run import Selected
 from tests.tiny import build_small_settings, write_jsonl
 
 LABELS = ["news", "art", "sport", "law"]  # not in the order of the alphabet

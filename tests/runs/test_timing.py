@@ -10,7 +10,7 @@ import pytest
 from rightrank.api.selecting import select_rank
 from rightrank.report.progress import format_time_estimate
 from rightrank.runs import preflight as planned
-from rightrank.runs.selection import Selected
+from rightrank.runs.run import Selected
 from rightrank.schema.events import DurationEstimated, Event
 from rightrank.schema.trials import Arm, TrialFinished, TrialStarted
 from rightrank.training.pace import Pace, measure_pace

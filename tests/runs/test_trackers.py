@@ -14,7 +14,7 @@ from rightrank.api.runs import decide
 from rightrank.decision.run_answers import decide_run
 from rightrank.runs import trackers as registry
 from rightrank.runs.folder import Journal, RunFolder
-from rightrank.runs.hooks import Hooks, Run
+from rightrank.runs.run import Hooks, Run
 from rightrank.runs.trackers import Trackers
 from rightrank.schema.events import DecisionRecorded, Records, read_records
 from rightrank.schema.trials import TrialFinished

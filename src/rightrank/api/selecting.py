@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Unpack
 from rightrank.bases.model_sources import require_model
 from rightrank.cluster.workers import open_pool
 from rightrank.data.rows import read_rows
-from rightrank.runs.hooks import Hook, Hooks
-from rightrank.runs.selection import Rows, Selected, SelectionRequest
+from rightrank.runs.run import Hook, Hooks, Selected
+from rightrank.runs.selection import Rows, SelectionRequest
 from rightrank.schema.errors import InterruptedRun, MissingExtraError, SettingsError
 from rightrank.schema.events import Notice
 from rightrank.schema.keywords import SelectKeywords
@@ -48,7 +48,7 @@ def select_rank(
         out: the run folder. A second call with the same arguments resumes an unfinished run.
         tokenizer: the tokenizer of a model in memory.
         settings: see `SelectSettings`; None for the defaults.
-        callbacks: hooks that watch the selection and can stop it; see `rightrank.runs.hooks.Hook`.
+        callbacks: hooks that watch the selection and can stop it; see `rightrank.runs.run.Hook`.
         progress: show the progress on stderr.
         keywords: the command's options by name, such as `ranks=(4, 16, 64), margin=0.01`; they override `settings`.
 

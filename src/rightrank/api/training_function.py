@@ -7,8 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rightrank.runs.hooks import Hook
-from rightrank.runs.selection import Selected
+from rightrank.runs.run import Hook, Selected
 from rightrank.schema.metrics import Margin
 from rightrank.schema.settings import Goal
 

@@ -16,8 +16,7 @@ from rightrank.schema.errors import InterruptedRun, SettingsError, TerminatedRun
 from rightrank.schema.settings import SelectSettings
 
 if TYPE_CHECKING:
-    from rightrank.runs.hooks import Hook
-    from rightrank.runs.selection import Selected
+    from rightrank.runs.run import Hook, Selected
 
 
 @click.command(
@@ -124,7 +123,7 @@ def _demo(out: Path, as_json: bool) -> None:
     """
     from rightrank.api.selecting import select_rank
     from rightrank.demo import DEMO_SETTINGS, prepare_demo
-    from rightrank.runs.hooks import Hooks
+    from rightrank.runs.run import Hooks
 
     def run(hooks: list[Hook]) -> Selected:
         model, data = prepare_demo(out, Hooks(hooks).send_notice)
@@ -142,7 +141,8 @@ def _run_with_progress(
     """Run with progress on stderr; Ctrl-C and SIGTERM stop the run with checkpoints."""
     if not quiet and not log_json:
         announce(f"run folder {out}: checking the request, then loading model and data")
-    from rightrank.runs.hooks import Hooks, JsonLog, ProgressFile, SignalHandler, View
+    from rightrank.runs.hooks import JsonLog, ProgressFile, SignalHandler, View
+    from rightrank.runs.run import Hooks
 
     with ExitStack() as stack:
         view = JsonLog(sys.stderr) if log_json else stack.enter_context(View(quiet))

@@ -1,6 +1,4 @@
-"""Hooks, which watch a selection and can stop it: the base class, and those for the terminal, a JSON log, a progress file, signals and the
-report. The core knows none of them by name.
-"""
+"""Hooks for the terminal, a JSON log, a progress file, signals and the report. A selection knows none of them by name."""
 
 from __future__ import annotations
 
@@ -10,13 +8,11 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self, TextIO
 
 from rich.console import Console
@@ -33,130 +29,21 @@ from rightrank.report.format import format_quantity
 from rightrank.report.html import build_figures, render_model_card, render_report
 from rightrank.report.progress import Progress, format_plan
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
-from rightrank.runs.selection import PreparedSelection, Selected
-from rightrank.schema.errors import InputError, RightrankError, RunError, TerminatedRun, describe_error, log_traceback
+from rightrank.runs.run import Hook, Run, Selected
+from rightrank.schema.errors import InputError, TerminatedRun
 from rightrank.schema.events import (
     AdapterRecorded,
-    AnyJournalRecord,
     DurationEstimated,
     EvaluationProgress,
     Event,
-    Listener,
     Notice,
     Records,
-    RunContinued,
-    RunStarted,
     RunStopped,
     SelectionPlanned,
     StepDone,
 )
 from rightrank.schema.results import Decision
 from rightrank.schema.trials import OUTCOMES, SCHEMA_VERSION, Record, TrialEvaluated, TrialStarted
-
-
-class Hook(Listener):
-    """A base class for objects that watch a selection and can stop it. Every method does nothing by default.
-
-    All methods run on the thread that calls `select_rank`, one hook after the other in the order of `callbacks`. A hook that
-    raises an error ends the selection with one line that names the hook. Finished trials are kept, and the same call resumes.
-
-    Example::
-
-        class Deadline(Hook):
-            def should_stop(self) -> bool:
-                return time.time() > END
-
-        select_rank(model, data, "run", callbacks=[Deadline()])
-    """
-
-    is_required = True
-    """Whether an error of the hook ends the selection at once. Otherwise the selection continues without the hook, and reports
-    the error at the end."""
-
-    def on_start(self, run: Run) -> None:
-        """Handle the start, when data and base are loaded and nothing is written yet. An `InputError` refuses the selection.
-
-        `run.selection`, `run.folder` and `run.records` describe the run; hooks read them. `run.on_event` passes an event to all hooks, and to
-        the journal if it is a record.
-        """
-
-    def on_end(self, selected: Selected) -> None:
-        """Handle the end, when the adapter is exported and the decision is in the journal."""
-
-
-class Hooks(Hook):
-    """Several hooks that act as one."""
-
-    def __init__(self, hooks: Sequence[Hook] = ()) -> None:
-        self._hooks = list(hooks)
-        self._faults: dict[Hook, RunError] = {}
-
-    def on_start(self, run: Run) -> None:
-        self._call_each(lambda hook: hook.on_start(run))
-
-    def on_event(self, event: Event) -> None:
-        self._call_each(lambda hook: hook.on_event(event))
-
-    def should_stop(self) -> bool:
-        requests: list[bool] = []
-        self._call_each(lambda hook: requests.append(hook.should_stop()))
-        return any(requests)
-
-    def on_end(self, selected: Selected) -> None:
-        """Notify every hook.
-
-        Raises:
-            RunError: a hook that is not required had failed earlier.
-        """
-        self._call_each(lambda hook: hook.on_end(selected))
-        for fault in self._faults.values():
-            raise fault
-
-    def _call_each(self, call: Callable[[Hook], object]) -> None:
-        for hook in self._hooks:
-            if hook not in self._faults:
-                with ExitStack() as stack:
-                    stack.push(partial(self._handle_error, hook))
-                    call(hook)
-
-    def _handle_error(
-        self, hook: Hook, _kind: type[BaseException] | None, error: BaseException | None, _at: TracebackType | None
-    ) -> bool:
-        """Describe an error of a hook in one line that names it. Errors that already have such a line pass unchanged.
-
-        Return whether the selection continues without the hook.
-        """
-        if not isinstance(error, Exception) or isinstance(error, RightrankError | OSError):
-            return False
-        log_traceback(error)
-        advice = "finished trials are kept, and the same call resumes"
-        self._faults[hook] = RunError(f"{type(hook).__name__} failed ({describe_error(error)}); {advice}")
-        if hook.is_required:
-            raise self._faults[hook] from error
-        return True
-
-
-@dataclass(frozen=True, eq=False)
-class Run(Listener):
-    """A run: the prepared selection, its folder, and the records so far. Events are journaled here and passed to the hooks."""
-
-    selection: PreparedSelection
-    folder: RunFolder
-    hooks: Hooks
-    records: Records
-    # The first record, or the settings with which the run continues; None if they are unchanged.
-    start_record: RunStarted | RunContinued | None
-
-    def on_event(self, event: Event) -> None:
-        """Journal the event if it is a record, and pass it to the hooks."""
-        if isinstance(event, AnyJournalRecord):
-            self.folder.journal.append(event)
-            self.records.add(event)
-        self.hooks.on_event(event)
-
-    def should_stop(self) -> bool:
-        return self.hooks.should_stop()
-
 
 PLAIN_SECONDS = 15.0  # between progress lines of a view without a terminal
 PROGRESS_SECONDS = 2.0  # between writes of the progress file

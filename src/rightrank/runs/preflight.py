@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from rightrank.decision.adapter import Criterion
 from rightrank.decision.comparison import CONFIDENCE, NORMAL
 from rightrank.report.format import format_quantity
 from rightrank.report.progress import describe_data_issues, format_memory, format_preflight_cost, format_time_estimate
-from rightrank.runs.hooks import Hook, Run
 from rightrank.runs.prepare import LoadedSelection
-from rightrank.schema.events import DurationEstimated, Event, Notice, SelectionPlanned
+from rightrank.runs.run import Hook, Run
+from rightrank.schema.events import DurationEstimated, Event, SelectionPlanned
 from rightrank.schema.metrics import MetricKind, get_margin_share, infer_metric_kind
 from rightrank.schema.results import Preflight, PreflightCost, PreflightRank
-from rightrank.schema.trials import Arm, TrialFinished
+from rightrank.schema.trials import TrialFinished
 from rightrank.search.protocol import orient_value
 from rightrank.training.pace import Pace, measure_pace
 
@@ -26,7 +26,7 @@ def run_preflight(prepared: LoadedSelection, announce: Callable[[str], None]) ->
     announce(MEASURING)
     pace = _measure_top_pace(prepared)
     preflight, time_text = _build_preflight(prepared, pace)
-    notes = [*_format_resolution(preflight), *_format_exceptions(prepared)]
+    notes = [*_format_resolution(prepared), *_format_exceptions(prepared)]
     if pace is not None:
         steps = format_quantity(len(pace.batches), "step")
         examples = format_quantity(len(pace.evaluated), "validation example")
@@ -40,17 +40,9 @@ def run_preflight(prepared: LoadedSelection, announce: Callable[[str], None]) ->
 
 def _measure_top_pace(prepared: LoadedSelection) -> Pace | None:
     """Measure the pace of the highest rank in a few real steps; None if trainings run in workers, or memory runs out."""
-    settings = prepared.settings
-    if settings.has_workers:
-        return None
-    arm = Arm(
-        rank=max(settings.ranks),
-        learning_rate=min(settings.learning_rates),
-        lora_alpha=settings.lora_alpha,
-        seed=settings.seeds[0],
-        steps=prepared.steps,
-    )
-    return measure_pace(prepared.runtime, arm)
+    space = prepared.strategy.space
+    arm = space.make_arm(space.top, space.learning_rates[0])
+    return None if prepared.settings.has_workers else measure_pace(prepared.runtime, arm)
 
 
 def _build_preflight(prepared: LoadedSelection, pace: Pace | None) -> tuple[Preflight, str]:
@@ -121,35 +113,32 @@ def estimate_resolution(criterion: Criterion, examples: int, margin: float | Non
     return bound / math.sqrt(examples), None if margin is None else math.ceil((bound / margin) ** 2)
 
 
-def _format_resolution(preflight: Preflight) -> Iterator[str]:
-    """Yield a sentence on what the validation examples can tell."""
-    resolution, needed, margin = preflight.resolution, preflight.examples_needed, preflight.margin
-    examples = preflight.splits["validation"].examples
+def _format_resolution(prepared: LoadedSelection, gain: float | None = None) -> Iterator[str]:
+    """Yield a sentence on what the validation examples can tell; none for a metric that no grid has.
+
+    Args:
+        gain: What a training gained, of which the resolution is a share; None: not known yet.
+    """
+    data, criterion = prepared.started.data, prepared.strategy.space.criterion
+    examples, share = data.splits["validation"].examples, get_margin_share(criterion.margin)
+    margin = criterion.margin if isinstance(criterion.margin, float) else None
+    margin = margin if gain is None or share is None else share * gain
+    resolution, needed = estimate_resolution(criterion, examples, margin)
     if resolution is None:
         return
-    unit = "nats" if preflight.metric == "loss" else f"in {preflight.metric}"
-    text = f"Your {examples:,} held-out rows can tell a difference of about {resolution:.2g} {unit}"
-    if needed is None or needed <= examples:
-        yield f"{text}."
-    else:
-        available = examples + preflight.not_evaluated
+    unit = "nats" if criterion.metric == "loss" else f"in {criterion.metric}"
+    difference, target = f"a difference of about {resolution:.2g} {unit}", f"the margin of {margin:g}" if margin else ""
+    if gain is not None and share is not None:
+        difference, target = f"about {resolution / gain:.1%} of the gain", f"{100 * share:.2g}%"
+    if gain is not None and resolution >= gain:
+        yield f"Your {examples:,} held-out rows can hardly tell the gain of {gain:.2g} from none."
+        return
+    text = f"Your {examples:,} held-out rows can tell {difference}"
+    available = examples + data.not_evaluated
+    if needed is not None and needed > examples:
         ways = f"--max-eval-examples {needed}" if needed <= available else f"have {available:,}"
-        yield f"{text}; the margin of {margin:g} needs about {needed:,} ({ways})."
-
-
-def _format_share_resolution(prepared: LoadedSelection, gain: float, share: float) -> str | None:
-    """Say which share of a gain the validation examples can tell, and how many can tell the margin; None for a metric that no grid has."""
-    data = prepared.started.data
-    examples = data.splits["validation"].examples
-    resolution, needed = estimate_resolution(prepared.strategy.space.criterion, examples, share * gain)
-    if resolution is None or needed is None:
-        return None
-    if resolution >= gain:
-        return f"Your {examples:,} held-out rows can hardly tell the gain of {gain:.2g} from none."
-    text = f"Your {examples:,} held-out rows can tell about {resolution / gain:.1%} of the gain"
-    if needed <= examples:
-        return f"{text}."
-    return f"{text}; {100 * share:.2g}% needs about {needed:,} (have {examples + data.not_evaluated:,})."
+        text += f"; {target} needs about {needed:,} ({ways})"
+    yield f"{text}."
 
 
 def _format_exceptions(prepared: LoadedSelection) -> Iterator[str]:
@@ -184,20 +173,20 @@ class PreflightHook(Hook):
             self._report_share(event)
         if not isinstance(event, SelectionPlanned):
             return
-        prepared, tell = self._run.selection, self._run.on_event
+        prepared = self._run.selection
         assert isinstance(prepared, LoadedSelection)
         # A finished trial has a measured time.
         has_result = any(isinstance(outcome, TrialFinished) and outcome.rank > 0 for outcome in event.outcomes)
         pace = None
         if prepared.steps >= MIN_MEASURED_STEPS and not has_result:
-            tell(Notice(text=MEASURING))
+            self._run.send_notice(MEASURING)
             pace = _measure_top_pace(prepared)
         preflight, time_text = _build_preflight(prepared, pace)
         if preflight.cost.seconds is not None:
-            tell(DurationEstimated(expected_seconds=preflight.cost.seconds))
+            self._run.on_event(DurationEstimated(expected_seconds=preflight.cost.seconds))
         lines = [
             format_preflight_cost(preflight, time_text),
-            *_format_resolution(preflight),
+            *_format_resolution(prepared),
             *_format_exceptions(prepared),
         ]
         if any(row.fits is False for row in preflight.ranks):
@@ -208,18 +197,20 @@ class PreflightHook(Hook):
                 f"{prepared.started.data.splits['validation'].examples} examples, at most {prepared.settings.max_new_tokens} new tokens "
                 "each if the model generates text; the time is reported after the base"
             )
-        for line in lines:
-            tell(Notice(text=line))
+        self._report(lines)
 
     def _report_share(self, finished: TrialFinished) -> None:
         """Report what the validation examples can tell of the gain, as soon as the first training after the base shows one."""
         base, prepared = self._base, self._run.selection
         assert isinstance(prepared, LoadedSelection)
-        share, space = get_margin_share(prepared.settings.margin), prepared.strategy.space
         if finished.rank == 0:
             self._base = finished
-        elif base is not None and share is not None and finished.value_metric is None and finished.arm.is_direct:
+        elif base is not None and finished.value_metric is None and finished.arm.is_direct:
+            space = prepared.strategy.space
             gain, self._base = orient_value(base, space) - orient_value(finished, space), None
-            text = _format_share_resolution(prepared, gain, share) if gain > 0 else None
-            if text is not None:
-                self._run.on_event(Notice(text=text))
+            if gain > 0 and get_margin_share(space.criterion.margin) is not None:
+                self._report(_format_resolution(prepared, gain))
+
+    def _report(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self._run.send_notice(line)

@@ -30,7 +30,7 @@ from rightrank.schema.errors import SettingsError
 from rightrank.schema.events import JournalRecord, Listener, Records, RunStarted, TestEvaluated
 from rightrank.schema.settings import SelectSettings, select_identity_settings
 from rightrank.schema.trials import Trial, TrialFinished, TrialOutcome
-from rightrank.search.protocol import Strategy, build_space
+from rightrank.search.protocol import build_space
 from rightrank.search.strategies import make_strategy
 from rightrank.training.adapter_runtime import attach_adapter
 from rightrank.training.answers import measure_metrics, require_metric_functions
@@ -99,7 +99,6 @@ class LocalExecutor:
     _folder: RunFolder
     _listener: Listener
     _planned: MemoryPlan | None = None
-    _is_prepared: bool = False
 
     def run(self, trials: Sequence[Trial], base_loss: float | None) -> Iterator[TrialOutcome]:
         base = [trial for trial in trials if trial.arm.rank == 0]
@@ -107,9 +106,7 @@ class LocalExecutor:
         yield from train_trials(self._runtime, base, base_loss, self._get_trial_folders, self._listener)
         if not trained:
             return
-        if not self._is_prepared:
-            self._runtime.prepare(self._listener.on_event, self._listener.should_stop)
-            self._is_prepared = True
+        self._runtime.prepare(self._listener.on_event, self._listener.should_stop)  # computes what is missing
         arms = [trial.arm for trial in trained]
         largest = self._planned.max_adapters_per_pass if self._planned else None
         size = choose_adapters_per_pass(self._runtime, arms, self._listener.send_notice, largest)
@@ -126,14 +123,6 @@ class LocalExecutor:
             None if parent is None else folder.get_checkpoint_path(parent).with_suffix(".moments.safetensors"),
             folder.get_answers_path(trial.trial_id),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Sources:
-    splits: DataSplits
-    loaded: LoadedModel
-    encoded: EncodedData
-    targets: Targets | None  # None: a model in memory
 
 
 def prepare_selection(
@@ -153,43 +142,36 @@ def prepare_selection(
         InputError: model, data or settings can't be used.
     """
     request = _resolve_auto_dtype(request)
-    sources = _load_sources(request, cache.parent, announce)
-    held_out = request.settings.compute_max_eval_examples(len(sources.splits.examples["train"]))
-    requested = request.settings.model_copy(update={"max_eval_examples": held_out})
-    classes = len(sources.splits.summary.classes or ()) if sources.encoded.is_classification else None
+    splits, loaded, encoded, targets = _load_sources(request, cache.parent, announce)
+    held_out = request.settings.compute_max_eval_examples(len(splits.examples["train"]))
+    settings = request.settings.model_copy(update={"max_eval_examples": held_out})
+    classes = len(splits.summary.classes or ()) if encoded.is_classification else None
     notes: list[str] = []
-    planned = plan_loaded(sources.loaded, sources.encoded, classes, requested, notes.append)
-    settings = (
-        requested if planned is None else requested.model_copy(update={"ranks": planned.ranks})
-    )  # the ranks that fit
-    examples = len(sources.encoded.splits["train"])
-    steps = settings.count_training_steps(examples)
-    targets = None if planned is None else sources.targets  # without a plan the ranks are checked on the model
+    planned = plan_loaded(loaded, encoded, classes, settings, notes.append)
+    if planned is None:
+        targets = None  # without a plan the ranks are checked on the model
+    else:
+        settings = settings.model_copy(update={"ranks": planned.ranks})  # the ranks that fit
+    steps = settings.count_training_steps(len(encoded.splits["train"]))
     announce("checking the base model on a few examples")
-    runtime = Runtime(sources.loaded, sources.encoded, settings, steps, cache, targets)
-    started = _build_start_record(request, sources, settings, steps)
-    return LoadedSelection(
-        request=request,
-        runtime=runtime,
-        settings=settings,
-        steps=steps,
-        started=started,
-        planned=planned,
-        notes=tuple(notes),
-        open_workers=open_workers,
-        strategy=_build_strategy(runtime, settings, steps, started),
-    )
-
-
-def _build_strategy(runtime: Runtime, settings: SelectSettings, steps: int, started: RunStarted) -> Strategy:
-    """Build the strategy of the settings for this selection's steps and data."""
+    runtime = Runtime(loaded, encoded, settings, steps, cache, targets)
     reason = runtime.targets.untruncatable_reason
     if reason is not None and settings.goal != "training-rank":
         raise SettingsError(
             f"goal {settings.goal!r} needs adapters that can be truncated ({reason}); give goal 'training-rank'"
         )
-    space = build_space(settings, steps, started.data.loss_kind)
-    return make_strategy(settings.strategy, replace(space, can_truncate=reason is None))
+    space = replace(build_space(settings, steps, encoded.summary.loss_kind), can_truncate=reason is None)
+    return LoadedSelection(
+        request=request,
+        runtime=runtime,
+        settings=settings,
+        steps=steps,
+        started=_build_start_record(request, runtime, splits.fingerprint),
+        planned=planned,
+        notes=tuple(notes),
+        open_workers=open_workers,
+        strategy=make_strategy(settings.strategy, space),
+    )
 
 
 def prepare_run(
@@ -233,7 +215,10 @@ def _resolve_auto_dtype(request: SelectionRequest) -> SelectionRequest:
     return replace(request, settings=settings.model_copy(update={"dtype": dtype}))
 
 
-def _load_sources(request: SelectionRequest, folder: Path, announce: Notice) -> _Sources:
+def _load_sources(
+    request: SelectionRequest, folder: Path, announce: Notice
+) -> tuple[DataSplits, LoadedModel, EncodedData, Targets | None]:
+    """Load data and base, and find the targets of a model that is given by name."""
     settings = request.settings
     require_metric_functions(settings)
     if isinstance(request.model, str) and request.tokenizer is not None:
@@ -251,7 +236,7 @@ def _load_sources(request: SelectionRequest, folder: Path, announce: Notice) -> 
         loaded = load_base(request.model, settings, splits.summary.classes)
     else:
         loaded = adopt_model(request.model, request.tokenizer, settings.device, splits.summary.classes)
-    return _Sources(splits, loaded, encode_splits(splits, loaded, settings, folder), targets)
+    return splits, loaded, encode_splits(splits, loaded, settings, folder), targets
 
 
 def _find_targets(model: str, splits: DataSplits, settings: SelectSettings) -> Targets:
@@ -280,23 +265,22 @@ def _require_metrics_fit(settings: SelectSettings, form: DataForm) -> None:
             )
 
 
-def _build_start_record(
-    request: SelectionRequest, sources: _Sources, settings: SelectSettings, steps: int
-) -> RunStarted:
+def _build_start_record(request: SelectionRequest, runtime: Runtime, data_fingerprint: str) -> RunStarted:
+    settings, loaded, encoded = runtime.settings, runtime.loaded, runtime.data
     values = {"model": request.model_name, "data": request.data_name, **settings.model_dump(mode="json")}
     identity = {
         "settings": select_identity_settings(values, request.original_settings or {}),
-        "model": sources.loaded.fingerprint,
-        "data": sources.splits.fingerprint,
-        "steps": steps,
+        "model": loaded.fingerprint,
+        "data": data_fingerprint,
+        "steps": runtime.steps,
     }
     return RunStarted.build(
         "selection",
         values,
         identity,
-        environment=describe_environment(str(sources.loaded.device)),
-        data=sources.encoded.summary,
-        evaluation_examples=[example.example_id for example in sources.encoded.splits["validation"]],
+        environment=describe_environment(str(loaded.device)),
+        data=encoded.summary,
+        evaluation_examples=[example.example_id for example in encoded.splits["validation"]],
         metric=settings.metric_name,
         higher_is_better=settings.is_higher_better(settings.metric_name),
         points_metric=settings.points_metric if settings.points_metric != settings.metric_name else None,

@@ -1,7 +1,8 @@
 """The whole job: begin or resume, run trials, finish. Every selection runs through `select`: from the command line, from Python, and with a
 custom trainer.
 
-A strategy requests arms, an executor runs them, and all events pass through `Run` to the journal and the hooks.
+A strategy requests arms, an executor runs them, and all events pass through `Run` to the journal and the hooks, which watch a run and can
+stop it; the core knows none of them by name.
 The journal is the only state, so a run that was killed resumes where it stopped. The adapter is exported into `adapter/` from the first
 result on, with its values on the test split.
 """
@@ -9,8 +10,13 @@ result on, with its values on the test split.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -24,27 +30,34 @@ from rightrank.decision.run_answers import (
     find_best_trial,
     prefer_direct_training,
 )
-from rightrank.report.answer import build_answers
-from rightrank.runs.folder import RunFolder
-from rightrank.runs.hooks import Hook, Hooks, Run
-from rightrank.runs.selection import Executor, Prepare, Selected, SelectedRank
+from rightrank.report.answer import Answers, build_answers
+from rightrank.runs.folder import RunFolder, build_trials_frame
+from rightrank.runs.selection import Executor, Prepare, PreparedSelection
 from rightrank.schema.errors import (
     AllTrialsFailedError,
     DeviceMemoryError,
     InterruptedRun,
     ResultsError,
+    RightrankError,
+    RunError,
     RunFolderError,
+    describe_error,
+    log_traceback,
 )
 from rightrank.schema.events import (
     AdapterRecorded,
+    AnyJournalRecord,
     DecisionRecorded,
+    Event,
     JournalRecord,
+    Listener,
     Records,
     RunContinued,
     RunStarted,
     RunStopped,
     SelectionPlanned,
     get_effective_start,
+    read_records,
 )
 from rightrank.schema.results import AdapterAnswer, Decision, ExportedAdapter
 from rightrank.schema.settings import CONTINUABLE_SETTINGS, select_identity_settings
@@ -55,6 +68,178 @@ from rightrank.schema.trials import (
     compute_trial_id,
 )
 from rightrank.search.protocol import choose_adapter
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+@dataclass(frozen=True, slots=True)
+class SelectedRank:
+    """A selected rank: the deployment rank or the training rank."""
+
+    rank: int | None  # None: undecided, or no rank is better than the base
+    sentence: str
+    # The folder of an adapter of that rank, or else of `recommended_rank`; None: no adapter was saved.
+    path: Path | None
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Selected:
+    """The result of a selection: deployment rank and training rank, and the paths of run folder, adapter and report."""
+
+    run: Path
+    # The smallest adapter within the margin, in `adapter/`; None if a custom trainer saved none.
+    adapter: SelectedRank | None
+    training: SelectedRank | None  # None unless the goal is "training-rank"
+    report: Path
+    answers: Answers  # deployment rank and training rank; `build_document()` returns the content of decision.json
+
+    @property
+    def next_command(self) -> str | None:
+        """Return the first command among the next runs; None if there is none."""
+        return next((command for command in self.answers.next_commands if command is not None), None)
+
+    @property
+    def decision(self) -> Decision:
+        """Return the decision on the training rank.
+
+        Raises:
+            ResultsError: the training rank was not the goal.
+        """
+        if self.answers.decision is None:
+            raise ResultsError(
+                f"{self.run}: goal {self.answers.goal!r} has no decision on the training rank; see adapter and answers, or select "
+                "again with goal 'training-rank'"
+            )
+        return self.answers.decision
+
+    @property
+    def cost(self) -> Mapping[str, float | None]:
+        """Return the cost. `trainings`: optimizer steps of all trials divided by those of one training; `trainings_to_adapter`: those up to the deployment rank."""
+        return self.answers.cost
+
+    def __repr__(self) -> str:
+        """Return the ranks and the run folder on one line; `print` shows more."""
+        verdict = None if self.answers.decision is None else self.answers.decision.verdict
+        adapter, training = (None if answer is None else answer.rank for answer in (self.adapter, self.training))
+        return f"Selected(adapter={adapter}, training={training}, verdict={verdict!r}, run={str(self.run)!r})"
+
+    def __str__(self) -> str:
+        """Return the final screen: the result in at most fourteen lines. The fields hold the details."""
+        from rightrank.report.screen import format_screen
+
+        adapter = None if self.adapter is None else self.adapter.path
+        return format_screen(self.answers, self.run, adapter, self.report, shutil.get_terminal_size((80, 24)).columns)
+
+    def to_pandas(self, *, examples: bool = False) -> DataFrame:
+        """Return the trials as a table, or the scores of their held-out examples; see `rightrank.to_pandas`."""
+        records = read_records(RunFolder(self.run).journal.read_complete_lines(), str(self.run))
+        return build_trials_frame(records, examples)
+
+
+class Hook(Listener):
+    """A base class for objects that watch a selection and can stop it. Every method does nothing by default.
+
+    All methods run on the thread that calls `select_rank`, one hook after the other in the order of `callbacks`. A hook that
+    raises an error ends the selection with one line that names the hook. Finished trials are kept, and the same call resumes.
+
+    Example::
+
+        class Deadline(Hook):
+            def should_stop(self) -> bool:
+                return time.time() > END
+
+        select_rank(model, data, "run", callbacks=[Deadline()])
+    """
+
+    is_required = True
+    """Whether an error of the hook ends the selection at once. Otherwise the selection continues without the hook, and reports
+    the error at the end."""
+
+    def on_start(self, run: Run) -> None:
+        """Handle the start, when data and base are loaded and nothing is written yet. An `InputError` refuses the selection.
+
+        `run.selection`, `run.folder` and `run.records` describe the run; hooks read them. `run.on_event` passes an event to all hooks, and to
+        the journal if it is a record.
+        """
+
+    def on_end(self, selected: Selected) -> None:
+        """Handle the end, when the adapter is exported and the decision is in the journal."""
+
+
+class Hooks(Hook):
+    """Several hooks that act as one."""
+
+    def __init__(self, hooks: Sequence[Hook] = ()) -> None:
+        self._hooks = list(hooks)
+        self._faults: dict[Hook, RunError] = {}
+
+    def on_start(self, run: Run) -> None:
+        self._call_each(lambda hook: hook.on_start(run))
+
+    def on_event(self, event: Event) -> None:
+        self._call_each(lambda hook: hook.on_event(event))
+
+    def should_stop(self) -> bool:
+        requests: list[bool] = []
+        self._call_each(lambda hook: requests.append(hook.should_stop()))
+        return any(requests)
+
+    def on_end(self, selected: Selected) -> None:
+        """Notify every hook.
+
+        Raises:
+            RunError: a hook that is not required had failed earlier.
+        """
+        self._call_each(lambda hook: hook.on_end(selected))
+        for fault in self._faults.values():
+            raise fault
+
+    def _call_each(self, call: Callable[[Hook], object]) -> None:
+        for hook in self._hooks:
+            if hook not in self._faults:
+                with ExitStack() as stack:
+                    stack.push(partial(self._handle_error, hook))
+                    call(hook)
+
+    def _handle_error(
+        self, hook: Hook, _kind: type[BaseException] | None, error: BaseException | None, _at: TracebackType | None
+    ) -> bool:
+        """Describe an error of a hook in one line that names it. Errors that already have such a line pass unchanged.
+
+        Return whether the selection continues without the hook.
+        """
+        if not isinstance(error, Exception) or isinstance(error, RightrankError | OSError):
+            return False
+        log_traceback(error)
+        advice = "finished trials are kept, and the same call resumes"
+        self._faults[hook] = RunError(f"{type(hook).__name__} failed ({describe_error(error)}); {advice}")
+        if hook.is_required:
+            raise self._faults[hook] from error
+        return True
+
+
+@dataclass(frozen=True, eq=False)
+class Run(Listener):
+    """A run: the prepared selection, its folder, and the records so far. Events are journaled here and passed to the hooks."""
+
+    selection: PreparedSelection
+    folder: RunFolder
+    hooks: Hooks
+    records: Records
+    # The first record, or the settings with which the run continues; None if they are unchanged.
+    start_record: RunStarted | RunContinued | None
+
+    def on_event(self, event: Event) -> None:
+        """Journal the event if it is a record, and pass it to the hooks."""
+        if isinstance(event, AnyJournalRecord):
+            self.folder.journal.append(event)
+            self.records.add(event)
+        self.hooks.on_event(event)
+
+    def should_stop(self) -> bool:
+        return self.hooks.should_stop()
+
 
 MAX_FAILED_AT_START = 3  # if these fail and none finishes, the cause is not a single arm
 

@@ -1,25 +1,26 @@
-"""A selection: the request, the prepared selection, the executor that runs its trials, and the result."""
+"""A selection before it runs: the request, the prepared selection, and the executor that runs its trials."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from rightrank.report.answer import Answers
-from rightrank.runs.folder import RunFolder, build_trials_frame
-from rightrank.schema.errors import ResultsError
-from rightrank.schema.events import JournalRecord, Listener, Records, RunStarted, TestEvaluated, read_records
-from rightrank.schema.results import Decision
+from rightrank.runs.folder import RunFolder
+from rightrank.schema.events import (
+    JournalRecord,
+    Listener,
+    Records,
+    RunStarted,
+    TestEvaluated,
+)
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Trial, TrialFinished, TrialOutcome
 from rightrank.search.protocol import Strategy
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -110,67 +111,3 @@ class Executor(Protocol):
 # Prepares a selection for a folder that has this journal, and writes nothing. It raises `InputError` if model, data, settings or folder
 # can't be used.
 Prepare: TypeAlias = Callable[[RunFolder, Sequence[JournalRecord]], PreparedSelection]
-
-
-@dataclass(frozen=True, slots=True)
-class SelectedRank:
-    """A selected rank: the deployment rank or the training rank."""
-
-    rank: int | None  # None: undecided, or no rank is better than the base
-    sentence: str
-    # The folder of an adapter of that rank, or else of `recommended_rank`; None: no adapter was saved.
-    path: Path | None
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class Selected:
-    """The result of a selection: deployment rank and training rank, and the paths of run folder, adapter and report."""
-
-    run: Path
-    # The smallest adapter within the margin, in `adapter/`; None if a custom trainer saved none.
-    adapter: SelectedRank | None
-    training: SelectedRank | None  # None unless the goal is "training-rank"
-    report: Path
-    answers: Answers  # deployment rank and training rank; `build_document()` returns the content of decision.json
-
-    @property
-    def next_command(self) -> str | None:
-        """Return the first command among the next runs; None if there is none."""
-        return next((command for command in self.answers.next_commands if command is not None), None)
-
-    @property
-    def decision(self) -> Decision:
-        """Return the decision on the training rank.
-
-        Raises:
-            ResultsError: the training rank was not the goal.
-        """
-        if self.answers.decision is None:
-            raise ResultsError(
-                f"{self.run}: goal {self.answers.goal!r} has no decision on the training rank; see adapter and answers, or select "
-                "again with goal 'training-rank'"
-            )
-        return self.answers.decision
-
-    @property
-    def cost(self) -> Mapping[str, float | None]:
-        """Return the cost. `trainings`: optimizer steps of all trials divided by those of one training; `trainings_to_adapter`: those up to the deployment rank."""
-        return self.answers.cost
-
-    def __repr__(self) -> str:
-        """Return the ranks and the run folder on one line; `print` shows more."""
-        verdict = None if self.answers.decision is None else self.answers.decision.verdict
-        adapter, training = (None if answer is None else answer.rank for answer in (self.adapter, self.training))
-        return f"Selected(adapter={adapter}, training={training}, verdict={verdict!r}, run={str(self.run)!r})"
-
-    def __str__(self) -> str:
-        """Return the final screen: the result in at most fourteen lines. The fields hold the details."""
-        from rightrank.report.screen import format_screen
-
-        adapter = None if self.adapter is None else self.adapter.path
-        return format_screen(self.answers, self.run, adapter, self.report, shutil.get_terminal_size((80, 24)).columns)
-
-    def to_pandas(self, *, examples: bool = False) -> DataFrame:
-        """Return the trials as a table, or the scores of their held-out examples; see `rightrank.to_pandas`."""
-        records = read_records(RunFolder(self.run).journal.read_complete_lines(), str(self.run))
-        return build_trials_frame(records, examples)

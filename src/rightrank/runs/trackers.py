@@ -18,7 +18,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, TypeAlias
 
-from rightrank.runs.hooks import Hook, Run
+from rightrank.runs.run import Hook, Run
 from rightrank.schema.errors import MissingExtraError, SettingsError, format_one_line, suggest_name
 from rightrank.schema.events import DecisionRecorded, Event, Notice, RunStarted
 from rightrank.schema.results import Decision
