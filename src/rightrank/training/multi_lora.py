@@ -321,7 +321,12 @@ class AdapterKind(ABC):
         return [("", int(module.out_features), int(module.in_features))]
 
     def initialize(self, module: Any, adapter: str, draw: InitialDraw) -> None:
-        """Set the adapter's tensors to their initial values."""
+        """Set the adapter's tensors to their initial values. PEFT gives the factors of an embedding the opposite roles."""
+        if adapter in module.lora_embedding_A:
+            b = module.lora_embedding_B[adapter]
+            module.lora_embedding_A[adapter].zero_()
+            b.copy_(draw.draw_normal(b.shape[1], b.shape[0]).T.to(b))
+            return
         a = module.lora_A[adapter].weight
         a.copy_(draw.draw_rows(a.shape[0], a[0].numel()).view_as(a).to(a))
         module.lora_B[adapter].weight.zero_()
@@ -346,14 +351,12 @@ def _enable_dropout(module: Any, adapter: str, seed: int | None) -> Iterator[Non
     if seed is None:
         yield
         return
-    layers = [module]
-    if adapter in module.lora_dropout and isinstance(module.lora_dropout[adapter], torch.nn.Dropout):
-        layers.append(module.lora_dropout[adapter])
-    draws = len(layers) > 1
+    dropout = module.lora_dropout[adapter]
+    draws = isinstance(dropout, torch.nn.Dropout)
     with torch.random.fork_rng(enabled=draws):
         if draws:
             torch.manual_seed((seed * 0x9E3779B1 + module.rightrank_salt) % 2**63)
-        with set_training_mode(True, [layer for layer in layers if not layer.training]):
+        with set_training_mode(True, [layer for layer in (module, dropout) if not layer.training]):
             yield
 
 
@@ -363,33 +366,28 @@ class Linear(AdapterKind):
     label = "a linear layer"
 
     def can_adapt(self, module: Any) -> bool:
-        if module.lora_variant or any(module.lora_bias.values()) or not module.lora_A:
-            return False
-        if type(module).__name__ in ("ParamWrapper", "MultiheadAttention"):
-            return False
-        if not all(isinstance(a, torch.nn.Linear) for a in module.lora_A.values()):
+        has_other_wrapper = type(module).__name__ in ("ParamWrapper", "MultiheadAttention")
+        if module.lora_variant or any(module.lora_bias.values()) or has_other_wrapper:
             return False
         # A maps the layer's inputs and B its outputs, as PEFT has it for every linear layer and no other.
-        a, b = next(iter(module.lora_A.values())), next(iter(module.lora_B.values()))
-        return (int(a.in_features), int(b.out_features)) == (int(module.in_features), int(module.out_features))
+        return bool(module.lora_A) and all(
+            isinstance(a, torch.nn.Linear)
+            and (a.in_features, b.out_features) == (module.in_features, module.out_features)
+            for a, b in zip(module.lora_A.values(), module.lora_B.values(), strict=True)
+        )
 
     def forward(self, module: Any, routing: Routing, *args: Any, **kwargs: Any) -> Any:
         return run_linear_layer(module, routing, *args, **kwargs)
 
 
 class _Embedding(AdapterKind):
-    """A `torch.nn.Embedding`. A and B have the names of a linear layer's factors, with their roles swapped."""
+    """A `torch.nn.Embedding`."""
 
     label = "an embedding"
     unshared_reason = "only PEFT's own forward pass computes it"
 
     def can_adapt(self, module: Any) -> bool:
         return isinstance(module.base_layer, torch.nn.Embedding) and not module.lora_variant
-
-    def initialize(self, module: Any, adapter: str, draw: InitialDraw) -> None:
-        b = module.lora_embedding_B[adapter]
-        module.lora_embedding_A[adapter].zero_()
-        b.copy_(draw.draw_normal(b.shape[1], b.shape[0]).T.to(b))
 
 
 class _Dora(AdapterKind):
@@ -401,12 +399,6 @@ class _Dora(AdapterKind):
     def can_adapt(self, module: Any) -> bool:
         variants = [type(variant).__name__ for variant in module.lora_variant.values()]
         return bool(variants) and all(name.startswith("Dora") for name in variants)
-
-    def initialize(self, module: Any, adapter: str, draw: InitialDraw) -> None:
-        if adapter in module.lora_embedding_A:
-            _Embedding().initialize(module, adapter, draw)
-        else:
-            super().initialize(module, adapter, draw)
 
 
 class _UnknownKind(AdapterKind):
