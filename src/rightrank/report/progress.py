@@ -113,6 +113,7 @@ class Progress:
         return max(0.0, self._expected - trainings) * seconds / trainings if trainings and seconds else None
 
     def format_progress(self) -> str:
+        """Return what is evaluated, or the trainings so far, what is running and the time left; empty before the plan."""
         if (work := self._evaluation) is not None:
             remaining_text = format_duration(work.seconds / work.examples * (work.total_examples - work.examples))
             return f"{work.label}: {work.examples:,} of {work.total_examples:,} examples, about {remaining_text} left"
@@ -122,8 +123,7 @@ class Progress:
             position = f"{trainings:.1f} trainings, more than the {self._expected:.1f} expected"
         # The planned trainings can be done while truncations remain, which are not planned.
         time_left = [f"about {format_duration(remaining)} left"] if remaining is not None and remaining >= 1 else []
-        start = position if self._expected else "measuring before the first training"
-        return " · ".join([start, *self._format_running(), *time_left])
+        return " · ".join([*[position] * bool(self._expected), *self._format_running(), *time_left])
 
     def _format_running(self) -> list[str]:
         """Return the first running arm, the number of the others, and its step or evaluation."""

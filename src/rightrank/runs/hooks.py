@@ -102,7 +102,7 @@ class View(Hook):
         text = self._progress.format_progress()
         if self._live is not None:
             self._live.update(Text(text, style="bold"))
-        elif text != self._last_text and time.monotonic() - self._last_line > PLAIN_SECONDS:
+        elif text not in ("", self._last_text) and time.monotonic() - self._last_line > PLAIN_SECONDS:
             self._last_line, self._last_text = time.monotonic(), text
             self.print_line(text)
 
