@@ -16,8 +16,9 @@ from rich.console import Console
 from rightrank.api.folders import status
 from rightrank.cli import cli
 from rightrank.report.format import CURVE_LINES, draw_terminal_curve
+from rightrank.runs import hooks
 from rightrank.runs.hooks import View
-from rightrank.schema.events import SelectionPlanned, StepDone
+from rightrank.schema.events import DurationEstimated, SelectionPlanned, StepDone
 from tests.commands import COMMANDS
 from tests.report.elements import Elements
 from tests.report.runs import STARTED, make_run, write_answered_run, write_journal
@@ -61,6 +62,18 @@ def test_plain_lines_contain_no_escape_and_quiet_prints_nothing(quiet: bool) -> 
             view.on_event(outcome)
     assert "\x1b" not in stream.getvalue()
     assert (stream.getvalue() == "") == quiet
+
+
+def test_a_plain_view_prints_each_state_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hooks, "PLAIN_SECONDS", -1.0)
+    stream = io.StringIO()
+    step = StepDone(trial_id="x", step=10, steps=40, loss=3.0, seconds=1.0)
+    with View(console=Console(file=stream)) as view:
+        view.on_event(DurationEstimated(expected_seconds=60.0))
+        assert stream.getvalue() == ""  # nothing is planned
+        for event in (PLANNED, STARTED, step, step):
+            view.on_event(event)
+    assert stream.getvalue().count("step 10/40") == 1
 
 
 def test_the_live_view_shows_progress_and_the_time_left() -> None:
