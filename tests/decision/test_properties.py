@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -10,12 +11,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rightrank.decision.evidence import compute_detectable_difference, compute_needed_seeds
+from rightrank.decision.evidence import Evidence, compute_detectable_difference, compute_needed_seeds
 from rightrank.decision.rule import decide_table
 from rightrank.decision.table import ScoreTable, build_table
 from tests.decision.tables import build_example_table, make_trial
 
 MARGINS = (0.005, 0.02, 0.08)
+PLAN_CONFIDENCE = 0.9
 TABLES = st.tuples(st.integers(0, 2**32 - 1), st.integers(1, 3), st.sampled_from((1, 60)))
 
 
@@ -150,3 +152,32 @@ def test_there_is_no_gain_exactly_where_the_base_is_within_the_margin(number: in
     losses = {0: 2 + share * 0.05, 1: 2.0, 4: 2.0005}
     table = build_example_table(losses, noise=0.003, seeds=range(seeds), seed=number)
     assert (decide_table(table, 0.05).verdict == "no_gain") == (share < 1)
+
+
+def build_noisy_table(noise: float, gap: float) -> ScoreTable:
+    """Build a table of two ranks with two seeds, whose losses are `gap` apart and differ by `noise` between seeds."""
+    levels = {4: (2 + gap + noise, 2 + gap - noise), 64: (2 - noise, 2 + noise)}
+    return build([
+        make_trial(f"{rank}-{seed}", rank, value, learning_rate=1e-3, seed=seed)
+        for rank, values in levels.items()
+        for seed, value in enumerate(values)
+    ])  # fmt: skip
+
+
+def plan_seeds(table: ScoreTable, margin: float) -> float:
+    """Return the planned number of seeds; infinite if none is planned."""
+    runs = decide_table(table, margin, confidence=PLAN_CONFIDENCE).next_runs
+    return next((run.seeds or math.inf for run in runs if run.action == "seeds"), math.inf)
+
+
+@settings(max_examples=40)
+@given(st.floats(1e-3, 0.05), st.floats(0, 0.5), st.integers(3, 12))
+def test_the_planned_seeds_are_the_fewest_that_are_enough_and_not_fewer_with_more_noise(
+    noise: float, gap: float, needed: int
+) -> None:
+    table = build_noisy_table(noise, gap * noise)
+    evidence = Evidence(table)
+    margin = min(evidence.compute_margins(PLAN_CONFIDENCE, needed).values())
+    assume(0 < margin < 0.99 * min(evidence.compute_margins(PLAN_CONFIDENCE, needed - 1).values()))
+    assert plan_seeds(table, margin) == needed
+    assert plan_seeds(build_noisy_table(2 * noise, gap * noise), margin) >= needed
