@@ -28,7 +28,7 @@ from benchmarks.decide.simulated import (
 from benchmarks.machine import describe_machine
 from rightrank.decision.comparison import CONFIDENCE
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.ranks import compare_ranks
+from rightrank.decision.rule import compare_ranks
 
 HERE = Path(__file__).parent
 SHAPES = ("power", "flat", "u_shaped", "rising")

@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks.decide.simulated import MARGIN, Floats, Shape, find_shown_rank
 from benchmarks.machine import describe_machine
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.ranks import Comparison, compare_ranks
+from rightrank.decision.rule import Comparison, compare_ranks
 from rightrank.decision.table import Cell, ScoreTable
 
 OUT = Path(__file__).with_name("printed.json")

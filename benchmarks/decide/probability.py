@@ -29,7 +29,7 @@ import numpy as np
 from benchmarks.machine import describe_machine
 from benchmarks.selection.tables import GridCurve, read_grids
 from rightrank.decision.evidence import NOISE, Evidence
-from rightrank.decision.ranks import DEFAULT_CONFIDENCE, compare_ranks, find_unexplained_rank
+from rightrank.decision.rule import DEFAULT_CONFIDENCE, compare_ranks, find_unexplained_rank
 from rightrank.decision.table import Cell, ScoreTable
 from rightrank.schema.metrics import infer_metric_kind
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rightrank.decision.comparison import walk_down
-from rightrank.decision.ranks import Comparison
+from rightrank.decision.rule import Comparison
 from rightrank.decision.table import Cell, ScoreTable
 
 Floats = NDArray[np.float64]

@@ -13,7 +13,7 @@ from benchmarks.decide.printed import SHAPES, Design, judge_design
 from benchmarks.decide.simulated import MARGIN, RANKS, World, draw_table, draw_true_losses, find_shown_rank
 
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.ranks import compare_ranks
+from rightrank.decision.rule import compare_ranks
 
 
 @pytest.mark.trains

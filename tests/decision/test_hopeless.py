@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.ranks import DEFAULT_CONFIDENCE, compare_ranks
-from rightrank.decision.rule import decide_table
+from rightrank.decision.rule import DEFAULT_CONFIDENCE, compare_ranks, decide_table
 from rightrank.decision.table import Cell, ScoreTable
 
 MARGIN, ROWS, TOLERANCE = 0.02, 100, 0.02

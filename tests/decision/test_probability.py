@@ -12,8 +12,7 @@ import pytest
 from scipy.stats import t as student
 
 from rightrank.decision.evidence import LOSS_NOISE, NOISE, NOISE_DEGREES, NoiseComponents, get_noise
-from rightrank.decision.ranks import DEFAULT_CONFIDENCE
-from rightrank.decision.rule import decide_table, format_probability
+from rightrank.decision.rule import DEFAULT_CONFIDENCE, decide_table, format_probability
 from rightrank.decision.table import Cell, ScoreTable
 from rightrank.schema.errors import ResultsError
 from rightrank.schema.results import Decision

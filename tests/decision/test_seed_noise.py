@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rightrank.decision.evidence import NOISE, Evidence, PairNoise, Prior, measure_pair_noise, pool_prior
-from rightrank.decision.ranks import compare_ranks
+from rightrank.decision.rule import compare_ranks
 from rightrank.decision.table import Cell, ScoreTable, compute_adjusted_means, select_best_learning_rate
 
 

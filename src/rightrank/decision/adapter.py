@@ -43,7 +43,6 @@ from rightrank.schema.metrics import (
 )
 from rightrank.schema.results import AdapterAnswer, AdapterCandidate, AdapterMethod, Gain, MetricComparison, ShareStep
 
-SEARCH_OPTION = "(--goal training-rank)"  # the option that searches the training rank, for notes
 # Fields that an answer copies from the chosen candidate.
 ANSWER_FIELDS = {
     "rank",
@@ -54,7 +53,6 @@ ANSWER_FIELDS = {
     "share_kept",
     "share_kept_low",
 }
-MAX_DIRECT_RANK = 4  # at these ranks a direct training can beat a truncation (docs/explanation/science.md)
 STEP_SHARES = (0.99, 0.98, 0.95, 0.9)  # shares of the gain for which an answer names the smallest rank
 MAX_WIDER_PERCENT = 50  # of the gain, as a margin that is suggested
 MAX_STEPS = 60  # of the search for a bound of a share
@@ -291,7 +289,7 @@ def build_truncation_answer(
         comparison,
         [comparison.build_candidate(top), *candidates],
         _format_answer(answer, comparison, candidates, descending) + format_steps(steps, answer.rank),
-        notes=[*_collect_notes(answer, candidates, comparison), *filter(None, [top.cell.assumption])],
+        notes=[*_collect_notes(candidates, comparison), *filter(None, [top.cell.assumption])],
         staircase=steps,
     )
 
@@ -459,22 +457,12 @@ def find_wider_margin(answer: AdapterAnswer) -> str | None:
     return _compute_wider_margin(lower, answer.margin_share) if is_undecided else None
 
 
-def _collect_notes(
-    answer: AdapterCandidate, candidates: Sequence[AdapterCandidate], comparison: ReferenceComparison
-) -> list[str]:
+def _collect_notes(candidates: Sequence[AdapterCandidate], comparison: ReferenceComparison) -> list[str]:
     notes, top, share = [], comparison.reference, get_margin_share(comparison.criterion.margin)
     if comparison.base is None and share is not None:
         notes.append(
             f"The base was not measured, so there is no gain to keep {1 - share:.0%} of, and the "
             f"margin is {comparison.margin:.4g} in the metric's unit."
-        )
-    failed_ranks = [
-        candidate.rank for candidate in candidates if candidate.rank < answer.rank and not candidate.is_within_margin
-    ]
-    if failed_ranks and max(failed_ranks) <= MAX_DIRECT_RANK and not comparison.has_no_gain:
-        notes.append(
-            f"At rank {max(failed_ranks)} a direct training can beat a truncation; the search for the training rank "
-            f"{SEARCH_OPTION} tries it."
         )
     better = [
         candidate

@@ -96,9 +96,9 @@ class Bounds:
         return None if is_within(self.low, margin) else False
 
 
-def compute_bounds(estimate: Estimate, confidence: float = CONFIDENCE) -> Bounds:
+def compute_bounds(estimate: Estimate) -> Bounds:
     """Compute the one-sided bounds of an estimate."""
-    return Bounds(estimate.mean, estimate.compute_bound(1 - confidence), estimate.compute_bound(confidence))
+    return Bounds(estimate.mean, estimate.compute_bound(1 - CONFIDENCE), estimate.compute_bound(CONFIDENCE))
 
 
 def compute_file_bounds(
@@ -106,7 +106,6 @@ def compute_file_bounds(
     weights: Floats,
     score_range: float = 0.0,
     groups: Groups | None = None,
-    confidence: float = CONFIDENCE,
 ) -> Bounds:
     """Compute bounds for a comparison of exactly two adapters.
 
@@ -124,14 +123,14 @@ def compute_file_bounds(
     ):
         worse, better = int((sums > 0).sum()), int((sums < 0).sum())
         low, high = (
-            score_range * compute_binary_bound(*counts, len(sums), confidence)
+            score_range * compute_binary_bound(*counts, len(sums), CONFIDENCE)
             for counts in ((better, worse), (worse, better))
         )
         return Bounds(float(sums.mean()), -low, high)
-    return compute_bounds(estimate_file_difference(sums, weights, score_range, groups, confidence), confidence)
+    return compute_bounds(estimate_file_difference(sums, weights, score_range, groups))
 
 
-def compute_required_examples(estimate: Estimate, margin: float, confidence: float = CONFIDENCE) -> int | None:
+def compute_required_examples(estimate: Estimate, margin: float) -> int | None:
     """Compute about how many examples settle the difference with probability `POWER`, rounded up to two digits.
 
     The distances of the present bound from the mean, and of a true mean that passes it, shrink with the root of their number.
@@ -140,7 +139,7 @@ def compute_required_examples(estimate: Estimate, margin: float, confidence: flo
     """
     if estimate.examples < 2 or estimate.mean == margin:
         return None
-    bound = estimate.compute_bound(confidence if estimate.mean < margin else 1 - confidence)
+    bound = estimate.compute_bound(CONFIDENCE if estimate.mean < margin else 1 - CONFIDENCE)
     distance = abs(bound - estimate.mean) + NORMAL.inv_cdf(POWER) * estimate.standard_error
     growth = (distance / (margin - estimate.mean)) ** 2
     if growth > MAX_EXAMPLE_GROWTH:
@@ -231,7 +230,6 @@ def estimate_mean(
     weights: Floats,
     score_range: float = 0.0,
     groups: Groups | None = None,
-    confidence: float = CONFIDENCE,
 ) -> Estimate:
     """Estimate the weighted mean over seeds and examples, Σ sums / Σ weights averaged over seeds.
 
@@ -242,7 +240,6 @@ def estimate_mean(
         weights: [examples] the tokens of each example, or ones.
         score_range: the range of one example's score; 0 for losses, which have no bound and are equal for equal functions alone.
         groups: [examples] the group of each example, numbered from 0 without gaps; None: no groups.
-        confidence: the confidence at which bounds of rare differences equal the exact ones.
     """
     seeds, examples = sums.shape
     by_seed = sums.sum(axis=1) / weights.sum()
@@ -261,9 +258,7 @@ def estimate_mean(
     free, count = (1.0, examples * (examples - 1)) if groups is None else (1 - weights / weights.sum(), examples**2)
     examples_variance = float((influence**2 / free).sum()) / count
     if score_range and _is_rare(int(np.count_nonzero(differing)), influence):
-        reach = math.log(1 - confidence) / math.log(1 - CONFIDENCE)  # of the exact bound if no example differs
-        rare_error = RULE_OF_THREE * reach * NORMAL.inv_cdf(CONFIDENCE) / NORMAL.inv_cdf(confidence)
-        examples_variance = max(examples_variance, (rare_error * score_range / examples) ** 2)
+        examples_variance = max(examples_variance, (RULE_OF_THREE * score_range / examples) ** 2)
     interaction_variance = 0.0
     if seeds > 1:
         residuals = (sums - np.outer(by_seed, weights)) / weights.mean() - influence
@@ -337,10 +332,9 @@ def estimate_file_difference(
     weights: Floats,
     score_range: float = 0.0,
     groups: Groups | None = None,
-    confidence: float = CONFIDENCE,
 ) -> Estimate:
     """Estimate one paired difference of two adapters, [examples]; see `estimate_mean`."""
-    plain = estimate_mean(sums[None, :], weights, score_range, groups, confidence)
+    plain = estimate_mean(sums[None, :], weights, score_range, groups)
     influence = sum_by_group(sums - weights * plain.mean, groups)
     mean_square = float(np.mean(influence**2))
     if mean_square == 0:

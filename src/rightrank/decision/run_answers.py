@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from rightrank.decision.adapter import (
     ANSWER_FIELDS,
@@ -15,8 +14,7 @@ from rightrank.decision.adapter import (
     format_claim,
     format_steps,
 )
-from rightrank.decision.ranks import DEFAULT_CONFIDENCE
-from rightrank.decision.rule import decide_table
+from rightrank.decision.rule import DEFAULT_CONFIDENCE, decide_table
 from rightrank.decision.table import (
     ScoreTable,
     build_table,
@@ -123,13 +121,20 @@ def prefer_direct_training(
     if answer.reference_id not in adapters or answer.trial_id not in adapters:
         return None
     comparison, present = _compare_with_reference(answer, outcomes, criterion), adapters[answer.trial_id]
-    better: list[AdapterCandidate] = []
-    for adapter in adapters.values():
-        if adapter.method != "trained" or adapter.rank > answer.rank or adapter is present:
-            continue
-        candidate, is_lower = comparison.build_candidate(adapter), adapter.rank < answer.rank
-        if candidate.is_within_margin and (is_lower or comparison.compute_bounds(adapter.cell, present.cell).high < 0):
-            better.append(candidate)
+    trained = [
+        comparison.build_candidate(adapter)
+        for adapter in adapters.values()
+        if adapter.method == "trained" and adapter.rank <= answer.rank and adapter is not present
+    ]
+    better = [
+        candidate
+        for candidate in trained
+        if candidate.is_within_margin
+        and (
+            candidate.rank < answer.rank
+            or comparison.compute_bounds(adapters[candidate.trial_id].cell, present.cell).high < 0
+        )
+    ]
     if not better:
         return None
     best = min(better, key=lambda candidate: (candidate.rank, candidate.difference, candidate.trial_id))
@@ -155,12 +160,10 @@ def compare_adapters(
         return answer.candidates
     parents = {outcome.trial_id: outcome.truncate_from for outcome in outcomes}
     comparison = _compare_with_reference(answer, outcomes, criterion)
-    shown = [adapters[trial_id] for trial_id in sorted(named_ids, key=lambda trial_id: adapters[trial_id].cell.loss)]
-    shown_keys = {(adapter.rank, adapter.method) for adapter in shown}
-    for adapter in sorted(adapters.values(), key=lambda adapter: adapter.cell.loss):
-        key = adapter.rank, adapter.method
-        if parents[adapter.name] in (None, answer.trained_id) and key not in shown_keys:
-            shown_keys.add(key)
+    shown: list[ScoredAdapter] = []
+    for adapter in sorted(adapters.values(), key=lambda adapter: (adapter.name not in named_ids, adapter.cell.loss)):
+        is_best = (adapter.rank, adapter.method) not in {(better.rank, better.method) for better in shown}
+        if adapter.name in named_ids or (is_best and parents[adapter.name] in (None, answer.trained_id)):
             shown.append(adapter)
     return [
         comparison.build_candidate(adapter)
@@ -211,12 +214,14 @@ def format_provenance(trial: TrialFinished, trained: TrialFinished) -> str:
     Args:
         trained: the training that the trial truncates, or the trial itself.
     """
-    details = [f"learning rate {trained.learning_rate:g}"] if trained.learning_rate else []  # 0: unknown
-    if trained.steps:  # 0: a custom trainer decides
-        step = "" if trained.checkpoint_step is None else f"step {trained.checkpoint_step} of "
-        mean = "the mean of the factors at " if trained.checkpoint_is_mean else ""
-        details.append(f"{mean}{step}{trained.steps} steps")
-    text = f"trained at rank {trained.rank}" + (f" ({', '.join(details)})" if details else "")
+    step = "" if trained.checkpoint_step is None else f"step {trained.checkpoint_step} of "
+    mean = "the mean of the factors at " if trained.checkpoint_is_mean else ""
+    details = (  # 0: unknown, as of a custom trainer
+        f"learning rate {trained.learning_rate:g}" if trained.learning_rate else "",
+        f"{mean}{step}{trained.steps} steps" if trained.steps else "",
+    )
+    settings = ", ".join(filter(None, details))
+    text = f"trained at rank {trained.rank}" + (f" ({settings})" if settings else "")
     if trial.rank == trained.rank:
         return text
     return f"{text}, truncated to rank {trial.rank} by {TRUNCATION_METHODS[trial.truncation or 'svd']}"
@@ -266,22 +271,17 @@ def describe_learning_rate(
     failures = {trial.learning_rate: trial.end_text for trial in trainings if not isinstance(trial, TrialFinished)}
     candidates = []
     for rate, outcome in sorted(at_step.items()):
-        adapter = scored.get(outcome.trial_id)
-        fields: dict[str, Any] = {}
+        adapter, difference = scored.get(outcome.trial_id), {}
         if adapter is not None and adapter is not comparison.reference:
-            candidate = comparison.build_candidate(adapter)
-            names = ("difference", "difference_low", "difference_high")
-            fields = {name: getattr(candidate, name) for name in names}
-            fields["is_within_margin"] = candidate.is_within_margin if adapter.cell.examples else None
-        if has_means and isinstance(outcome, TrialFinished):
-            fields["current_value"] = outcome.metrics.get(criterion.metric)
+            fields = {"difference", "difference_low", "difference_high"}
+            difference = comparison.build_candidate(adapter).model_dump(include=fields)
         candidates.append(
             LearningRateCandidate(
                 learning_rate=rate,
                 value=adapter and adapter.cell.value,
                 final_value=final_values.get(rate),
                 failure=failures.get(rate) or (None if adapter else "failed"),
-                **fields,
+                **difference,
             )
         )
     answer = LearningRateAnswer(
@@ -346,14 +346,7 @@ def decide_run(
         margin = records.settings.margin
     table = build_run_table(records, metric, higher)
     checkpoint = checkpoint or records.settings.checkpoint
-    decision = decide_table(table, margin, checkpoint=checkpoint, confidence=confidence)
-    if not records.started.is_custom_trainer or any(trial.rank == 0 for trial in records.list_finished()):
-        return decision
-    failed = next((trial for trial in records.outcomes if trial.rank == 0), None)
-    reason = "add 0 to the ranks" if failed is None or isinstance(failed, TrialFinished) else failed.reason
-    return decision.model_copy(
-        update={"sentence": f"{decision.sentence} The base was not measured, so no gain over it is shown ({reason})."}
-    )
+    return decide_table(table, margin, checkpoint=checkpoint, confidence=confidence)
 
 
 def build_run_table(records: Records, metric: str | None = None, higher: bool | None = None) -> ScoreTable:

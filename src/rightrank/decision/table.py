@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
+from operator import itemgetter
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -83,7 +84,7 @@ class Cell:
         return float(self.sums.sum() / self.weights.sum())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ScoreTable:
     """Cells by (rank, learning rate, seed). `missing` counts the trials of a rank without a result.
 
@@ -96,14 +97,13 @@ class ScoreTable:
     missing: Mapping[int, int] = field(default_factory=dict)
     kind: MetricKind = "token_loss"
     tried_rates: Mapping[int, Collection[float]] = field(default_factory=dict)
-    _by_rank: Mapping[int, Mapping[float, Mapping[int, Cell]]] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def _by_rank(self) -> Mapping[int, Mapping[float, Mapping[int, Cell]]]:
         by_rank: dict[int, dict[float, dict[int, Cell]]] = {}
-        for rank, learning_rate, seed in sorted(self.cells):
-            cells_by_seed = by_rank.setdefault(rank, {}).setdefault(learning_rate, {})
-            cells_by_seed[seed] = self.cells[rank, learning_rate, seed]
-        object.__setattr__(self, "_by_rank", by_rank)
+        for (rank, learning_rate, seed), cell in sorted(self.cells.items(), key=itemgetter(0)):
+            by_rank.setdefault(rank, {}).setdefault(learning_rate, {})[seed] = cell
+        return by_rank
 
     def list_ranks(self) -> list[int]:
         """List the ranks with a finished trial, ascending, without the base model."""

@@ -351,16 +351,9 @@ def plot_learning_rates(answer: LearningRateAnswer, started: RunStarted) -> Figu
         title=f"Learning rates at rank {answer.rank}" + (f" (no result: {failed})" if failed else ""),
         x_label="learning rate",
         y_label=format_metric_label(answer.metric, started.higher_is_better and is_same_metric),
-        columns=(
-            *("learning rate", "value", "with the current factors", "difference", "lower bound", "upper bound"),
-            "value at the end",
-        ),
+        columns=("learning rate", "value", "difference", "lower bound", "upper bound", "value at the end"),
         rows=[
-            (
-                *(c.learning_rate, c.value, c.current_value, c.difference, c.difference_low, c.difference_high),
-                c.final_value,
-            )
-            for c in rates
+            (c.learning_rate, c.value, c.difference, c.difference_low, c.difference_high, c.final_value) for c in rates
         ],
         draw=draw,
     )

@@ -6,7 +6,6 @@ and measured on the same examples.
 
 from __future__ import annotations
 
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ from rightrank.adapters.resize import (
 from rightrank.adapters.truncation import Moments
 from rightrank.data.rows import read_rows
 from rightrank.data.splits import DataSplits, load_data, load_held_out
-from rightrank.decision.adapter import SEARCH_OPTION, Criterion, ScoredAdapter, format_margin
+from rightrank.decision.adapter import Criterion, ScoredAdapter, format_margin
 from rightrank.runs.compare import load_run_splits, read_labels
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import EvaluationProgress, Notice
@@ -140,13 +139,11 @@ def resize_by_data(
             f"the parameters of rank {answer.rank} are shared out over the modules (rank_pattern), all at the scale "
             "of lora_alpha and r (alpha_pattern)"
         )
-    search = shlex.join(["rightrank", "select", runtime.loaded.name, "TRAINING_DATA", "--goal", "training-rank"])
-    answer_notes = [text.replace(SEARCH_OPTION, f"({search})") for text in answer.notes]
     updates = {
         "rank": answer.rank,
         "bytes_after": written_bytes,
         "chosen_by": f"data, margin {format_margin(answer)}",
-        "answer": answer.model_copy(update={"notes": answer_notes}),
+        "answer": answer,
         "out": str(out),
         "notes": [*notes, note],
     }

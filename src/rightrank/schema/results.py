@@ -188,11 +188,9 @@ class LearningRateCandidate(Record):
     learning_rate: float
     # at that step, in the metric's unit and direction, with the mean of the factors if it was measured; None: it diverged or failed
     value: float | None
-    current_value: float | None = None  # the same with the current factors, if `value` is that of a mean
     difference: float | None = None  # how much worse than the chosen learning rate
     difference_low: float | None = None  # its 95% bounds, one-sided, over examples; None without example scores
     difference_high: float | None = None
-    is_within_margin: bool | None = None  # by the upper bound; False: not shown; None: without example scores
     final_value: float | None = None  # at the end of the training; None if it was not finished
     failure: str | None = None  # how its training ended without a result, such as "diverged at step 40"
 
