@@ -18,14 +18,13 @@ if TYPE_CHECKING:
     from rightrank.api.folders import export, write_report
     from rightrank.api.runs import decide, to_pandas
     from rightrank.api.selecting import preflight, select_rank
-    from rightrank.api.training_function import select_rank_with
     from rightrank.atlas import expect
     from rightrank.planning import plan
     from rightrank.runs.run import Selected
     from rightrank.schema.results import Decision
     from rightrank.schema.settings import PlanSettings, SelectSettings
     from rightrank.schema.trials import EvalPoint
-    from rightrank.trainers.custom_trainer import TrialResult, TrialTask
+    from rightrank.trainers.custom_trainer import TrialResult, TrialTask, select_rank_with
     from rightrank.trainers.smallest import SmallestAdapter
 
 _MODULES = {
@@ -33,9 +32,8 @@ _MODULES = {
     "api.folders": ("export", "write_report"),
     "api.runs": ("decide", "to_pandas"),
     "api.selecting": ("preflight", "select_rank"),
-    "api.training_function": ("select_rank_with",),
     "trainers.smallest": ("SmallestAdapter",),
-    "trainers.custom_trainer": ("TrialResult", "TrialTask"),
+    "trainers.custom_trainer": ("TrialResult", "TrialTask", "select_rank_with"),
     "atlas": ("expect",),
     "planning": ("plan",),
     "runs.run": ("Selected",),

@@ -13,7 +13,7 @@ from rightrank.decision.run_answers import decide_if_possible
 from rightrank.report.answer import Answers, build_answers
 from rightrank.report.screen import RunStatus, build_run_status, find_last_decision, format_screen
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
-from rightrank.schema.errors import RunFolderError, SettingsError
+from rightrank.schema.errors import RunFolderError, SettingsError, suggest_name
 from rightrank.schema.events import EvaluationProgress, Records
 from rightrank.schema.results import Decision
 from rightrank.schema.settings import SelectSettings
@@ -85,15 +85,17 @@ def export(
     """
     from rightrank.exports.servers import (
         MERGED,
+        SERVERS,
         find_base,
         name_adapters,
-        read_served_adapters,
-        require_target,
+        read_served_adapter,
         resolve_path,
         write_server_files,
     )
 
-    require_target(to)
+    names = [*SERVERS, MERGED]
+    if to not in names:
+        raise SettingsError(f"unknown export target {to!r}{suggest_name(to, names)}; allowed: {', '.join(names)}")
     paths = [Path(source)] if isinstance(source, str | Path) else list(map(Path, source))
     files = [Path(check)] if isinstance(check, str | Path) else list(map(Path, check))
     if to == MERGED and len(paths) != 1:
@@ -113,7 +115,7 @@ def export(
     base = find_base(adapters, base)
     with report_disk_errors(target):
         if to != MERGED:
-            served = read_served_adapters(dict(zip(name_adapters(paths), adapters, strict=True)))
+            served = list(map(read_served_adapter, name_adapters(paths), adapters))
             return write_server_files(to, served, base, target)
         from rightrank.exports.merge import write_merged_model
 

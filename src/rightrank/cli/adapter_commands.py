@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,6 @@ from rightrank.cli.options import (
 from rightrank.schema.settings import SelectSettings
 
 if TYPE_CHECKING:
-    from rightrank.runs.hooks import View
     from rightrank.schema.results import AdapterContent, Inspection, ModuleSpectrum, Resized
 
 MAX_ROWS = 20  # modules in the table; --json has all
@@ -72,18 +70,12 @@ def _resize(
 ) -> None:
     """Write ADAPTER to OUT at another rank and report the truncation error."""
     from rightrank.api import adapters as api
-
-    settings = SelectSettings(**gather_settings(None, assignments, {})) if assignments else None
-    with open_progress_view() as view:
-        resized = api.resize(adapter, out, settings=settings, on_event=view.on_event, **rule)
-    click.echo(format_json(resized) if as_json else _format_resize_result(resized))
-
-
-def open_progress_view() -> AbstractContextManager[View]:
-    """Open the view of the progress of evaluations on stderr."""
     from rightrank.runs.hooks import View
 
-    return View()
+    settings = SelectSettings(**gather_settings(None, assignments, {})) if assignments else None
+    with View() as view:
+        resized = api.resize(adapter, out, settings=settings, on_event=view.on_event, **rule)
+    click.echo(format_json(resized) if as_json else _format_resize_result(resized))
 
 
 @click.command(
@@ -122,10 +114,11 @@ def _compare(
     margin or broken, 4 the examples cannot tell.
     """
     from rightrank.api import adapters as api
+    from rightrank.runs.hooks import View
 
     settings = SelectSettings(**gather_settings(None, assignments, options))
     announce("loading model and data")
-    with open_progress_view() as view:
+    with View() as view:
         comparison = api.compare(
             a, b, model=model, data=list(data), settings=settings, base_b=base_b, on_event=view.on_event
         )

@@ -14,6 +14,7 @@ import click
 
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.setting_table import Group, Row, Settings, is_list_type, list_rows
+from rightrank.schema.settings import PlanSettings, SelectSettings
 from rightrank.version import __version__
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _build_option(name: str, row: Row, hint: Any) -> Callable[[Command], Command
         arguments |= {"callback": parse_hours}
     elif kinds & {int, float}:
         arguments |= {"metavar": "NUMBER"}
-    return click.option(flag, name, cls=_SettingOption, group=row.group, help=_format_help(row), **arguments)
+    return click.option(flag, name, help=_format_help(row), **arguments)
 
 
 def _format_help(row: Row) -> str:
@@ -95,23 +96,17 @@ def _format_default(default: Any) -> str:
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
-class _SettingOption(click.Option):
-    """The option of a setting, with its section of `--help`."""
-
-    def __init__(self, *arguments: Any, group: Group, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        self.section = group.value
-
-
 class SettingsCommand(click.Command):
     """A command whose `--help` lists its own options first, then the options of settings by group."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        kinds = (PlanSettings, SelectSettings)
+        titles = {name: row.group.value for kind in kinds for name, row in list_rows(kind).items()}
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
             if record is not None:
-                sections.setdefault(getattr(parameter, "section", "Options"), []).append(record)
+                sections.setdefault(titles.get(parameter.name or "", "Options"), []).append(record)
         for title in ("Options", *(group.value for group in Group)):
             if title in sections:
                 with formatter.section(title):

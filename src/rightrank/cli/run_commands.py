@@ -84,11 +84,12 @@ def _export(
     than the margin or broken, 4 the examples cannot tell.
     """
     from rightrank.api import folders as api
-    from rightrank.cli.adapter_commands import EXIT_STATUS, open_progress_view
+    from rightrank.cli.adapter_commands import EXIT_STATUS
+    from rightrank.runs.hooks import View
     from rightrank.schema.settings import SelectSettings
 
     settings = SelectSettings(**gather_settings(None, assignments, {})) if assignments else None
-    with open_progress_view() as view:
+    with View() as view:
         exported = api.export(sources, to, out, settings=settings, on_event=view.on_event, **arguments)
     if as_json:
         click.echo(format_json(asdict(exported) | {"folder": str(exported.folder)}))

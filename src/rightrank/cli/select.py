@@ -58,33 +58,28 @@ def _select(
     MODEL is a model folder, a GGUF file or a hub name. DATA is a JSONL, CSV or Parquet file, or a folder, with
     `text`; `prompt` and `completion`; `messages`; `text` and `label`; … (docs/reference/file-formats.md).
     """
+    values = gather_settings(config_file, assignments, options)
     if dry_run:
         if model is None or data is None:
             raise SettingsError("--dry-run: give MODEL and DATA")
-        _dry_run(model, data, gather_settings(config_file, assignments, options), quiet, as_json)
+        _dry_run(model, data, values, quiet, as_json)
         return
-    if (model is None) != (data is None) or (model is None and out is None):
-        raise SettingsError("give MODEL and DATA, or neither to continue the run in --out")
-    if out is None:
-        assert model is not None
-        assert data is not None
-        out = _name_run_folder(model, data)
     from rightrank.api.runs import load_run_config
     from rightrank.api.selecting import select_rank
 
-    original = load_run_config(out) if model is None else {}
-    base = str(original.pop("model")) if model is None else model
-    rows = Path(str(original.pop("data"))) if data is None else data
-    settings = SelectSettings(**original | gather_settings(config_file, assignments, options))
+    if model is not None and data is not None:
+        base, rows = model, data
+        run = out or Path(f"{data.resolve().stem}-{Path(model).resolve().name.removesuffix('.gguf')}")
+    elif model is None and data is None and out is not None:
+        run, values = out, load_run_config(out) | values
+        base, rows = str(values.pop("model")), Path(str(values.pop("data")))
+    else:
+        raise SettingsError("give MODEL and DATA, or neither to continue the run in --out")
+    settings = SelectSettings(**values)
     selected = _run_with_progress(
-        lambda hooks: select_rank(base, rows, out, settings=settings, callbacks=hooks), out, quiet, log_json
+        lambda hooks: select_rank(base, rows, run, settings=settings, callbacks=hooks), run, quiet, log_json
     )
     _print_selected(selected, as_json)
-
-
-def _name_run_folder(model: str, data: Path) -> Path:
-    """Return a folder of the working directory, named after the data and the model."""
-    return Path(f"{data.resolve().stem}-{Path(model).resolve().name.removesuffix('.gguf')}")
 
 
 def _print_selected(selected: Selected, as_json: bool) -> None:

@@ -27,7 +27,7 @@ from rightrank.adapters.resize import write_uniform_adapter
 from rightrank.bases.safetensors_files import open_tensors
 from rightrank.data.files import replace_folder
 from rightrank.report.format import format_bytes
-from rightrank.schema.errors import ModelError, ResultsError, SettingsError, suggest_name
+from rightrank.schema.errors import ModelError, ResultsError, SettingsError
 
 MERGED = "merged"  # a model without an adapter, written by `exports.merge`
 MAX_PARENT_FOLDERS = 4  # parents of an adapter: the trials folder, the run, and two above the run
@@ -68,30 +68,12 @@ class ExportResult:
     check: dict[str, Any] | None = None  # for a merged model, the comparison with the adapter
 
 
-def require_target(name: str) -> None:
-    """Raise if an export target is unknown, before anything is read.
+def read_served_adapter(name: str, folder: Path) -> ServedAdapter:
+    """Read an adapter that a server is to load under this name, without its weights.
 
     Raises:
-        SettingsError: an unknown target; the message suggests the nearest one.
+        ModelError: the folder holds no LoRA adapter of PEFT, or one that may change the base model on loading.
     """
-    names = [*SERVERS, MERGED]
-    if name not in names:
-        raise SettingsError(f"unknown export target {name!r}{suggest_name(name, names)}; allowed: {', '.join(names)}")
-
-
-def read_served_adapters(folders: Mapping[str, Path]) -> list[ServedAdapter]:
-    """Read the adapters that a server is to load, without their weights.
-
-    Args:
-        folders: the adapter folders by name.
-
-    Raises:
-        ModelError: a folder holds no LoRA adapter of PEFT, or one that may change the base model on loading.
-    """
-    return [_read_served_adapter(name, folder) for name, folder in folders.items()]
-
-
-def _read_served_adapter(name: str, folder: Path) -> ServedAdapter:
     require_adapter_folder(folder)
     if not (folder / WEIGHTS_FILE).is_file():
         raise ModelError(f"{folder}: servers load adapter folders of PEFT, with {CONFIG_FILE} and {WEIGHTS_FILE}")

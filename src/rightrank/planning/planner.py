@@ -108,20 +108,12 @@ def plan_loaded(
         return None
     if "ranks" not in settings.model_fields_set:
         notice(f"using the default ranks {', '.join(map(str, planned.ranks))}; give --ranks to choose others")
-    if (line := format_left_out_ranks(planned)) is not None:
-        notice(line)
-    return planned
-
-
-def format_left_out_ranks(planned: MemoryPlan) -> str | None:
-    """Describe which ranks are left out and why; return None if all ranks fit."""
     left_out = [rank for rank in planned.needed_bytes if rank not in planned.ranks]
-    if not left_out or planned.memory_bytes is None:
-        return None
-    rank_texts = ", ".join(f"{rank} ({format_bytes(planned.needed_bytes[rank])})" for rank in left_out)
-    return (
-        f"ranks left out because they need more than the available {format_bytes(planned.memory_bytes)}: {rank_texts}"
-    )
+    if left_out and planned.memory_bytes is not None:
+        ranks = ", ".join(f"{rank} ({format_bytes(planned.needed_bytes[rank])})" for rank in left_out)
+        available = format_bytes(planned.memory_bytes)
+        notice(f"ranks left out because they need more than the available {available}: {ranks}")
+    return planned
 
 
 def plan_selection(

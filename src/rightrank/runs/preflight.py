@@ -87,7 +87,6 @@ def _build_preflight(prepared: LoadedSelection, pace: Pace | None) -> tuple[Pref
             trainings_at_most=trainings.maximum,
             trainings_to_adapter=trainings.expected_until_adapter,
             seconds=expected,
-            seconds_at_most=at_most,
         ),
         not_evaluated=data.not_evaluated,
         resolution=resolution,

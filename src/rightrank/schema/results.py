@@ -223,17 +223,12 @@ class ExportedAdapter(Record):
     test_difference_high: float | None = None
 
     @property
-    def module_rank_range(self) -> str:
-        """Return a text such as `modules from 1 to 4` if a truncation gave modules different ranks, else an empty text."""
+    def rank_text(self) -> str:
+        """Return the rank as text, with the range of the modules if a truncation gave them different ranks."""
         lowest = self.min_module_rank
         if self.method == "trained" or lowest is None or lowest == self.max_module_rank:
-            return ""
-        return f"modules from {lowest} to {self.max_module_rank}"
-
-    @property
-    def rank_text(self) -> str:
-        """Return the rank as text, with the range of the modules where they differ."""
-        return f"{self.rank} ({self.module_rank_range})" if self.module_rank_range else f"{self.rank}"
+            return f"{self.rank}"
+        return f"{self.rank} (modules from {lowest} to {self.max_module_rank})"
 
 
 class RankPlan(Record):
@@ -296,7 +291,6 @@ class PreflightCost(Record):
     trainings_at_most: float
     trainings_to_adapter: float  # expected, until the first question is answered
     seconds: float | None  # None: not measured
-    seconds_at_most: float | None
 
 
 class Preflight(Record):

@@ -199,7 +199,11 @@ def build_options(kind: type[Settings], values: Mapping[str, Any]) -> list[str]:
 
 
 def _build_arguments(name: str, row: Row, value: Any) -> list[str]:
-    texts = [_format_value(entry) for entry in value] if isinstance(value, tuple) else [_format_value(value)]
+    texts = (
+        [str(entry).removesuffix(".0") for entry in value]
+        if isinstance(value, tuple)
+        else [str(value).removesuffix(".0")]
+    )
     text = ",".join(texts)
     if isinstance(value, dict) or (isinstance(value, tuple) and not _can_be_joined(texts)):
         return ["--set", f"{name}={json.dumps(value)}"]
@@ -217,11 +221,3 @@ def _build_arguments(name: str, row: Row, value: Any) -> list[str]:
 def _can_be_joined(texts: list[str]) -> bool:
     """Return whether a list can be written with commas between its values."""
     return bool(texts) and not any(not text or text != text.strip() or "," in text or text[0] == "[" for text in texts)
-
-
-def _format_value(value: Any) -> str:
-    """Format a value; a number gets the fewest digits from which it can be restored."""
-    if not isinstance(value, float):
-        return str(value)
-    short = f"{value:g}"
-    return short if float(short) == value else repr(value)

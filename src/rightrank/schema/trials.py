@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
 from rightrank.schema.errors import MAX_EXACT_INTEGER, redact_secrets
 
@@ -203,15 +203,6 @@ class TrialFinished(TrialRecord, ExampleScores):
         default_factory=list
     )  # ranks of the adapters in the largest pass, its own first
     train_losses: list[float] = Field(default_factory=list)  # nats per label, one per step
-
-    @model_validator(mode="after")
-    def _require_equal_lengths(self) -> TrialFinished:
-        weighed = self.example_scores is not None and self.example_weights is not None
-        if len(self.example_losses) != len(self.example_tokens) or (
-            weighed and len(self.example_scores or ()) != len(self.example_weights or ())
-        ):
-            raise ValueError("the numbers of example scores and example weights differ")
-        return self
 
     def use_mean_losses(self) -> TrialFinished:
         """Return the record with the losses of the mean of the factors in place of those of the current ones, if it has them."""
