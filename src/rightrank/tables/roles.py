@@ -172,17 +172,15 @@ def _find_value(
         value_names = (metric_name, *(f"{split}_{metric_name}" for split in SPLITS), "value")
     candidates: list[str] = next((columns_by_name[name] for name in value_names if name in columns_by_name), [])
     names = sorted(table.columns)
-    if not candidates and metric is not None:
-        raise ResultsError(
-            f"{table.name}: there is no column {metric!r} and no column `value`{suggest_name(metric, names)}; the columns are {format_names(names)}"
-        )
-    if not candidates:  # a column that is the only one with the name of a metric
+    if not candidates and metric is None:  # a column that is the only one with the name of a metric
         metrics = [name for name in names if infer_column_direction(name) is not None and "train" not in name.lower()]
         candidates = metrics if len(metrics) == 1 else []
     if not candidates:
-        note = " (a training loss does not measure held-out data)" if "train_loss" in columns_by_name else ""
+        fault = "none is recognized as the held-out value"
+        if metric is not None:
+            fault = f"there is no {metric!r} and no `value`{suggest_name(metric, names)}"
         raise ResultsError(
-            f"{table.name}: none of the columns ({format_names(names)}) is recognized as the held-out value{note}; name it with --metric COLUMN"
+            f"{table.name}: {fault}; name it with --metric COLUMN; the columns are {format_names(names)}"
         )
     column = _require_one(table, candidates, "--metric COLUMN")
     if metric is not None:

@@ -36,6 +36,7 @@ LIMITS: dict[str, tuple[str, float, float]] = {  # the allowed numbers of a role
     ),
 }
 WHOLE_ROLES = ("rank", "seed", "step", "std_seeds")
+NOTATION = "; write numbers with a decimal point, without thousands separators and percent signs, and 1 and 0 for true and false"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ def read_rows(table: Table, roles: Roles, role: str) -> Floats:
         title = name if role == "value" else "learning rate" if role == "lr" else role
         raise ResultsError(
             f"{table.describe_row(row)}: {title} {quote_value(cell, 40)} is not allowed: give {allowed}"
-            f"{_suggest_notation(str(cell).strip())}"
+            f"{'' if parse_number(cell) is not None else NOTATION}"
         )
     return numbers[column.codes]
 
@@ -111,14 +112,6 @@ def _is_integer(cell: Any) -> bool:
     if isinstance(cell, str):
         return is_blank(cell) or cell.strip().removesuffix(".0").isdecimal()
     return is_blank(cell) or float(cell).is_integer()
-
-
-def _suggest_notation(text: str) -> str:
-    if text.endswith("%"):
-        return "; write it without the percent sign, in every row alike"
-    if text.lower() in ("true", "false"):
-        return "; write 1 and 0 where a right answer counts"
-    return "; write it with a decimal point, and thousands without a comma" if "," in text else ""
 
 
 def encode_texts(table: Table, roles: Roles, role: str) -> tuple[list[str], Codes]:
@@ -410,11 +403,7 @@ def _find_distinct_rows(table: Table, roles: Roles, evaluations: Evaluations) ->
 
 
 def _format_conflict(table: Table, roles: Roles, evaluations: Evaluations, first: int, second: int) -> str:
-    evaluation_name = evaluations.describe_training(evaluations.trainings[second])
-    if "example" in roles.columns:
-        evaluation_name += f", example {evaluations.example_names[evaluations.examples[second]]}"
-    if "step" in roles.columns:
-        evaluation_name += f", step {evaluations.step_numbers[evaluations.steps[second]]:g}"
+    training = evaluations.describe_training(evaluations.trainings[second])
     unused = table.columns.keys() - roles.columns.values()
     differing = sorted(name for name in unused if table.get_cell(name, first) != table.get_cell(name, second))
     advice = (
@@ -422,7 +411,7 @@ def _format_conflict(table: Table, roles: Roles, evaluations: Evaluations, first
         if differing
         else "add the column that distinguishes them (seed, lr, step or item), or remove one"
     )
-    return f"{table.describe_row(second)}: {evaluation_name} occurs twice with different values (also in {table.describe_row(first)}); {advice}"
+    return f"{table.describe_row(second)}: {training} occurs twice with different values (also in {table.describe_row(first)}); {advice}"
 
 
 def _require_equal_rows(
@@ -474,13 +463,9 @@ def _number_groups(
 
 def _require_comparable(finished: Sequence[TrialFinished], table_name: str) -> None:
     trainings = [trial for trial in finished if trial.rank > 0]
-    ranks = {trial.rank for trial in trainings}
-    if len(ranks) < 2:
-        raise ResultsError(
-            f"{table_name}: the trainings have only rank {ranks.pop()}; give two or more ranks to compare"
-        )
     first = trainings[0]
-    if all((trial.value, trial.example_scores) == (first.value, first.example_scores) for trial in trainings):
+    is_equal = all((trial.value, trial.example_scores) == (first.value, first.example_scores) for trial in trainings)
+    if is_equal and len(trainings) > 1:
         raise ResultsError(
             f"{table_name}: every training has the value {trainings[0].value:g}, so there is nothing to compare; give the held-out metric"
         )
