@@ -259,10 +259,6 @@ class RunStatus(Record):
     verdict: str | None
     next_runs: list[str] = Field(default_factory=list)  # suggested next runs, the most useful first
     next_commands: list[str | None] = Field(default_factory=list)  # the command for each of them, if it can be pasted
-    metric: str  # of the values of both curves
-    higher_is_better: bool
-    curve: list[tuple[int, float]]  # of the trained ranks
-    truncated_curve: list[tuple[int, float]]  # of the truncations: the best of each rank
 
 
 def build_run_status(
@@ -286,8 +282,7 @@ def build_run_status(
     adapter = answers.adapter.answer if answers.adapter else None
     is_done = find_last_decision(journal) is not None or (goal != "training-rank" and adapter is not None)
     state = "running" if is_locked else "done" if is_done else "stopped"
-    started, (trained, truncated) = records.started, collect_curves(answers)
-    can_resume = state != "done" and not started.is_custom_trainer
+    can_resume = state != "done" and not records.started.is_custom_trainer
     return RunStatus(
         run=run,
         state=state,
@@ -309,10 +304,6 @@ def build_run_status(
         verdict=decision.verdict if decision is not None else None,
         next_runs=[next_run.sentence for next_run in answers.next_runs],
         next_commands=list(answers.next_commands),
-        metric=started.metric,
-        higher_is_better=started.higher_is_better,
-        curve=list(trained),
-        truncated_curve=list(truncated),
     )
 
 
