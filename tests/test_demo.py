@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import gguf
 import pytest
 
-from rightrank import demo, select_rank
+from rightrank import demo, select_rank, to_pandas
 from rightrank.schema.errors import MissingExtraError
 
 pytestmark = pytest.mark.trains
@@ -48,7 +48,7 @@ def test_the_demo_in_short(shortened: None, tmp_path: Path) -> None:
     demo.find_model_file()  # the make targets install it: a missing model is a failure, not a skip
     model, data = demo.prepare_demo(tmp_path, print)
     selected = select_rank(model, data, tmp_path / "run", settings=demo.DEMO_SETTINGS)
-    table = selected.to_pandas()
+    table = to_pandas(selected.run)
     (base_loss,) = table[table["rank"] == 0].loss
     assert selected.answers.candidates[0].rank == 8
     assert all(

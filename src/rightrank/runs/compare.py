@@ -222,9 +222,10 @@ def _compare_sides(
             f"metric {metric!r}: the examples of {data} have no score by it, so two adapters can't be compared in pairs; they have scores by "
             f"{', '.join(sorted(a.scores.metrics))} (rows with `text` and `label` have accuracy, rows with prompts exact_match and f1)"
         )
-    summaries = [side.runtime.data.summary for side in (a, b)]
+    summaries = [compared_side.runtime.data.summary for compared_side in (a, b)]
     criterion = Criterion(metric, settings.is_higher_better(metric), settings.margin, summaries[0].loss_kind)
-    side_a, side_b = (side.scores.build_scored_adapter(name, 1, criterion) for side, name in ((a, "A"), (b, "B")))
+    side_a = a.scores.build_scored_adapter("A", 1, criterion)
+    side_b = b.scores.build_scored_adapter("B", 1, criterion)
     scored_base = None if base is None else base.build_scored_adapter("base", 1, criterion)
     comparison = ReferenceComparison(side_a, {"A": side_a}, criterion, scored_base)
     comparison = replace(comparison, base=None) if comparison.has_no_gain else comparison
@@ -285,12 +286,12 @@ def find_shared_labels(sides: Sequence[str]) -> list[str] | None:
     Raises:
         ModelError: The sides are classifiers with different labels, or with another order of them.
     """
-    labels_by_side = [(side, labels) for side in sides if (labels := read_labels(side)) is not None]
-    for side, labels in labels_by_side:
+    labels_by_side = [(model, labels) for model in sides if (labels := read_labels(model)) is not None]
+    for model, labels in labels_by_side:
         first, first_labels = labels_by_side[0]
         if labels != first_labels:
             raise ModelError(
-                f"{side}: its labels are {', '.join(labels)}, and those of {first} are {', '.join(first_labels)}: classifiers can only be "
+                f"{model}: its labels are {', '.join(labels)}, and those of {first} are {', '.join(first_labels)}: classifiers can only be "
                 "compared if they have the same labels in the same order"
             )
     return labels_by_side[0][1] if labels_by_side else None

@@ -249,38 +249,19 @@ class RunFolder:
             yield
         finally:
             if not self.journal.path.exists():
-                self._clean_up(is_new)
+                shutil.rmtree(self.cache, ignore_errors=True)  # a folder without a run had no cache
+                if is_new:
+                    with suppress(OSError):  # another program may have written here in the meantime
+                        (self.path / ".lock").unlink()
+                        self.path.rmdir()
             lock.release()
-
-    def _clean_up(self, is_new: bool) -> None:
-        """Remove the files of a process that did not begin a run: the cache, and the folder if it is new."""
-        shutil.rmtree(self.cache, ignore_errors=True)  # a folder without a run had no cache
-        if is_new:
-            with suppress(OSError):  # another program may have written here in the meantime
-                (self.path / ".lock").unlink()
-                self.path.rmdir()
-
-    def move_aside(self, name: str) -> Path | None:
-        """Move a file or a folder of the run into a new folder `earlier-N`, and return that; None if there is nothing to move.
-
-        The caller must hold the lock.
-        """
-        if not (self.path / name).exists():
-            return None
-        number = 1
-        while (target := self.path / f"earlier-{number}").exists():
-            number += 1
-        target.mkdir()
-        (self.path / name).rename(target / Path(name).name)
-        return target
 
     def is_in_use(self) -> bool:
         """Check whether another process holds the lock."""
         if not (self.path / ".lock").exists():
             return False
-        lock = FileLock(self.path / ".lock", timeout=0)
         try:
-            with lock:
+            with FileLock(self.path / ".lock", timeout=0):
                 return False
         except Timeout:
             return True

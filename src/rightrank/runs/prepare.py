@@ -182,24 +182,19 @@ def prepare_run(
     open_workers: OpenWorkers | None = None,
     announce: Notice = lambda _: None,
 ) -> LoadedSelection:
-    """Prepare a run that may have begun in `folder`; see `rightrank.runs.selection.Prepare`.
+    """Prepare a run that may have begun in `folder`, with the settings with which it began; see `rightrank.runs.selection.Prepare`.
 
     Args:
         open_workers: opens the executor of other processes; None trains in this one.
         announce: receives what is being done, before each step that takes long.
     """
-    return prepare_selection(_restore_settings(request, journal), folder.cache, announce, open_workers)
-
-
-def _restore_settings(request: SelectionRequest, journal: Sequence[JournalRecord]) -> SelectionRequest:
-    """Return the request with the settings with which the journal's run began; unchanged if the journal is empty."""
     first = journal[0] if journal else None
-    if not isinstance(first, RunStarted):
-        return request
-    settings = request.settings
-    if "dtype" not in request.settings.model_fields_set:
-        settings = settings.model_copy(update={"dtype": first.select_settings.dtype})  # the type that `auto` selected
-    return replace(request, settings=settings, original_settings=first.settings)
+    if isinstance(first, RunStarted):
+        settings = request.settings
+        if "dtype" not in settings.model_fields_set:  # the type that `auto` selected at the beginning
+            settings = settings.model_copy(update={"dtype": first.select_settings.dtype})
+        request = replace(request, settings=settings, original_settings=first.settings)
+    return prepare_selection(request, folder.cache, announce, open_workers)
 
 
 def _resolve_auto_dtype(request: SelectionRequest) -> SelectionRequest:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -31,7 +32,7 @@ from rightrank.decision.run_answers import (
     prefer_direct_training,
 )
 from rightrank.report.answer import Answers, build_answers
-from rightrank.runs.folder import RunFolder, build_trials_frame
+from rightrank.runs.folder import RunFolder
 from rightrank.runs.selection import Executor, Prepare, PreparedSelection
 from rightrank.schema.errors import (
     AllTrialsFailedError,
@@ -57,7 +58,6 @@ from rightrank.schema.events import (
     RunStopped,
     SelectionPlanned,
     get_effective_start,
-    read_records,
 )
 from rightrank.schema.results import AdapterAnswer, Decision, ExportedAdapter
 from rightrank.schema.settings import CONTINUABLE_SETTINGS, select_identity_settings
@@ -70,7 +70,7 @@ from rightrank.schema.trials import (
 from rightrank.search.protocol import choose_adapter
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +130,6 @@ class Selected:
 
         adapter = None if self.adapter is None else self.adapter.path
         return format_screen(self.answers, self.run, adapter, self.report, shutil.get_terminal_size((80, 24)).columns)
-
-    def to_pandas(self, *, examples: bool = False) -> DataFrame:
-        """Return the trials as a table, or the scores of their held-out examples; see `rightrank.to_pandas`."""
-        records = read_records(RunFolder(self.run).journal.read_complete_lines(), str(self.run))
-        return build_trials_frame(records, examples)
 
 
 class Hook(Listener):
@@ -520,10 +515,10 @@ def _move_user_files(run: Run) -> None:
     target = run.folder.adapter
     written = {BASE_FILE, *CARD_FILES, *(path.name for path in run.folder.path.glob("trials/*/*"))}
     user_files = sorted(path.name for path in target.iterdir() if path.name not in written) if target.is_dir() else []
-    if user_files and (earlier_folder := run.folder.move_aside(target.name)) is not None:
-        run.send_notice(
-            f"{target} contained your own files ({', '.join(user_files)}) and was moved to {earlier_folder / target.name}"
-        )
+    if user_files:
+        names = (target.with_name(f"{target.name}-{number}") for number in count(1))
+        moved = target.rename(next(path for path in names if not path.exists()))
+        run.send_notice(f"{target} contained your own files ({', '.join(user_files)}) and was moved to {moved}")
 
 
 def _choose_final_adapter(run: Run, decision: Decision | None) -> AdapterAnswer:

@@ -64,7 +64,7 @@ def find_learning_rate(
     if can_stop_early(space) and len(rates) > 1:
         quarter_arms = [make_quarter_arm(space, rank, rate, seed) for rate in rates]
         yield quarter_arms
-        quarters = [outcome for arm in quarter_arms if (outcome := trials.get_finished(arm)) is not None]
+        quarters = list(filter(None, map(trials.get_finished, quarter_arms)))
         quarters.sort(key=lambda quarter: (_get_quarter_loss(quarter, space), quarter.learning_rate))
         ordered_rates = [quarter.learning_rate for quarter in quarters]
         while ordered_rates:
@@ -78,7 +78,7 @@ def find_learning_rate(
             return None
     arms = [space.make_arm(rank, rate, seed) for rate in rates]
     yield arms
-    finished = [outcome for arm in arms if (outcome := trials.get_finished(arm)) is not None]
+    finished = list(filter(None, map(trials.get_finished, arms)))
     best = min(finished, key=lambda outcome: (orient_value(outcome, space), outcome.learning_rate), default=None)
     return None if best is None else best.learning_rate
 
@@ -122,14 +122,6 @@ def train_seeds(trials: Trials, rank: int) -> Requests:
         for rate, seed in pairs
         if seed not in trials.get_trials_by_seed(rank, rate)
     ]
-
-
-def estimate_search_cost(space: Space) -> tuple[float, float]:
-    """Estimate the cost of the search at the top rank in trainings, expected and at most."""
-    count = float(len(space.learning_rates))
-    if not can_stop_early(space):
-        return count, count
-    return 1.0 + QUARTER * (count - 1.0), count
 
 
 def can_stop_early(space: Space) -> bool:
@@ -208,14 +200,14 @@ class Bracket(Strategy):
 
     def estimate_unbounded_cost(self) -> CostEstimate:
         space, num_truncations = self.space, _count_truncations(self.space)
-        search, search_at_most = estimate_search_cost(space)
-        num_rates, num_ranks = len(space.learning_rates), len(space.ranks)
+        num_rates, num_ranks, is_staged = len(space.learning_rates), len(space.ranks), can_stop_early(space)
+        search_at_most = float(num_rates)
+        search = 1.0 + QUARTER * (search_at_most - 1.0) if is_staged else search_at_most
         if space.goal != "training-rank":
             more_trainings = LONGER_TRAININGS if space.goal == "best-adapter" else 0
             expected, at_most = search + more_trainings, search_at_most + more_trainings
             arms = 1 + STAGES * math.ceil(at_most) + num_truncations + bool(more_trainings) * (1 + num_truncations)
             return CostEstimate(expected, at_most, search, expected, arms)
-        is_staged = can_stop_early(space)
         tried_rates, more_seeds = min(num_rates, NEIGHBOURS), len(space.seeds) - 1
         per_rank = 1.0 + (tried_rates - 1) * QUARTER * is_staged  # expected at a lower rank
         num_cells = tried_rates * (num_ranks - 1) + more_seeds * num_rates * num_ranks
@@ -235,7 +227,7 @@ def _find_smallest_likely_truncation(trials: Trials, learning_rate: float) -> in
     if parent is None:
         return None
     arms = [make_truncation_arm(parent, rank) for rank in space.ranks[:-1]]
-    truncations = [outcome for arm in arms if (outcome := trials.get_finished(arm)) is not None]
+    truncations = list(filter(None, map(trials.get_finished, arms)))
     if not truncations:
         return None
     evidence = Evidence(trials.build_table([parent, *truncations]), NOISE)
