@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from difflib import get_close_matches
@@ -123,13 +124,6 @@ def list_rows(kind: type[Settings]) -> Mapping[str, Row]:
     return dict(sorted(rows.items(), key=lambda named: order.index(named[1].group)))
 
 
-def find_setting(kind: type[Settings], name: str) -> str | None:
-    """Return the setting of this name, here or in another tool; None if there is none."""
-    rows = list_rows(kind)
-    foreign = (setting_name for setting_name, row in rows.items() if name in row.foreign_names)
-    return name if name in rows else next(foreign, None)
-
-
 def get_explicit_values(settings: Settings | None) -> dict[str, Any]:
     """Return the values that were given explicitly, by name."""
     return {} if settings is None else settings.model_dump(include=settings.model_fields_set)
@@ -143,7 +137,7 @@ def is_list_type(hint: Any) -> bool:
 def _require_known_name(kind: type[Settings], name: str) -> None:
     if name in kind.model_fields:
         return
-    suggestion = find_setting(kind, name)
+    suggestion = next((setting for setting, row in list_rows(kind).items() if name in row.foreign_names), None)
     hint = f" (did you mean {suggestion!r}?)" if suggestion else suggest_name(name, kind.model_fields)
     nearest = ", ".join(get_close_matches(name, kind.model_fields, n=MAX_SUGGESTIONS, cutoff=0.0))
     raise SettingsError(f"unknown setting {name!r}{hint or '; similar settings: ' + nearest}")
@@ -160,28 +154,16 @@ def _describe_first_error(error: ValidationError) -> str:
 def _convert_value(kind: type[Settings], name: str, value: Any) -> Any:
     """Convert a user's value to the setting's type: a value to a list, a text with commas to a list, JSON, names of other tools."""
     row, hint = list_rows(kind)[name], kind.model_fields[name].annotation
+    is_list = is_list_type(hint)
     if isinstance(value, str):
         value = row.aliases.get(value, value)
-    if get_origin(hint) is dict:
-        return parse_json_value(value)
-    if not is_list_type(hint):
-        return value
-    if isinstance(value, str):
-        parsed = parse_json_value(value) if value.startswith("[") else None
-        if isinstance(parsed, list):
-            return parsed
+        if get_origin(hint) is dict or (is_list and value.startswith("[")):
+            with suppress(ValueError):  # no JSON, or a number of more digits than Python converts
+                value = json.loads(value)
+    if is_list and isinstance(value, str):
         return [entry.strip() for entry in value.split(",") if entry.strip()]
-    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-def parse_json_value(value: Any) -> Any:
-    """Parse a text such as `true` or `16` as JSON if possible; return any other value unchanged."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:  # no JSON, or a number of more digits than Python converts
-        return value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return [value] if is_list and is_number else value
 
 
 def require_no_secret(name: str, value: object) -> None:
