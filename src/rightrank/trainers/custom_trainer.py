@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from pydantic import Field, ValidationError
 
 from rightrank.adapters.adapter_files import open_adapter
-from rightrank.adapters.resize import cap_ranks, require_plain_update, resize_adapter
+from rightrank.adapters.resize import write_truncation
 from rightrank.data.files import report_disk_errors
 from rightrank.decision.adapter import Criterion
 from rightrank.runs.folder import RunFolder
@@ -317,7 +317,8 @@ class _FunctionExecutor:
         examples = next((len(earlier.example_scores) for earlier in finished if earlier.example_scores), None)
         try:
             if arm.truncate_from is not None:
-                _write_truncated_adapter(self._folder, arm.truncate_from, trial)
+                shutil.rmtree(folder, ignore_errors=True)
+                write_truncation(open_adapter(self._folder.get_trial_folder(arm.truncate_from)), folder, arm.rank)
             folder.mkdir(parents=True, exist_ok=True)
             result = parse_result(call_function(self._request.functions[name], task, metric), metric, examples)
         except NotFiniteError as error:
@@ -337,18 +338,6 @@ class _FunctionExecutor:
         by_step = {point.step: point for point in (*self._records.evaluations.get(trial.trial_id, []), *result.points)}
         returned = dict(result) | {"train_seconds": seconds, "points": [by_step[step] for step in sorted(by_step)]}
         return TrialFinished(**trial.fields, **returned, value=result.metrics[metric])
-
-
-def _write_truncated_adapter(folder: RunFolder, parent: str, trial: Trial) -> None:
-    """Truncate the PEFT adapter of a trial by its singular values, and write it as the adapter of another trial.
-
-    Raises:
-        InputError: there is no PEFT adapter, or one of a kind that can't be truncated.
-    """
-    adapter, target = open_adapter(folder.get_trial_folder(parent)), folder.get_trial_folder(trial.trial_id)
-    shutil.rmtree(target, ignore_errors=True)
-    require_plain_update(adapter)
-    resize_adapter(adapter, target, cap_ranks(adapter, trial.arm.rank))
 
 
 def call_function(function: TrainFunction, task: TrialTask, metric: str) -> object:

@@ -151,13 +151,6 @@ class TrainingSummary:
             steps=self.steps,
         )
 
-    def format_cost(self, examples: int, seconds: float) -> str:
-        """Describe the cost of the measurement, compared with that of the training."""
-        time_share = f", {seconds / self.seconds:.1%} of the training's time" if self.seconds else ""
-        return (
-            f"Measured on the {self.weights} weights with {examples} held-out examples in {seconds:.1f} s{time_share}."
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class SmallestAdapterResult:
@@ -250,7 +243,9 @@ def find_smallest_adapter(
             smallest, scores, notices = measure_truncations(
                 in_memory_adapter, trained, candidates, criterion, Path(name)
             )
-            cost = training.format_cost(len(scores.losses), time.monotonic() - start_time)
+            seconds = time.monotonic() - start_time
+            time_share = f", {seconds / training.seconds:.1%} of the training's time" if training.seconds else ""
+            cost = f"Measured on the {training.weights} weights with {len(scores.losses)} held-out examples in {seconds:.1f} s{time_share}."
             notes = [*training.notes, *smallest.answer.notes, *notices, cost]
             answer = smallest.answer.model_copy(update={"notes": notes})
             settings = training.format_settings(trained.config)
