@@ -55,7 +55,7 @@ def test_an_earlier_result_is_replaced_and_own_files_stay(
     out = tmp_path / "rightrank"
     for steps, margin in ((2, 1.0), (3, 0.05)):
         callback = run_training(
-            model_folder, rows, tmp_path, partial(SmallestAdapter, margin=margin, max_examples=30), max_steps=steps
+            model_folder, rows, tmp_path, partial(SmallestAdapter, margin=margin), max_steps=steps
         )
         assert callback.result is not None
         assert json.loads((out / "answer.json").read_text(encoding="utf-8"))["margin"] == margin

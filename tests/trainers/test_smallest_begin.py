@@ -50,7 +50,6 @@ def refuse(trainer: Trainer, words: str, error: type[InputError] = DataError) ->
         ({}, {"margin": float("nan")}, SettingsError, "margin"),
         ({}, {"margin": "much"}, SettingsError, "margin"),
         ({}, {"margin": -1}, SettingsError, "margin"),
-        ({}, {"max_examples": 1}, SettingsError, "max_examples 1: give a whole number of 2 or more"),
         ({}, {"metric": "accuracy"}, SettingsError, "accuracy is defined only for classifiers"),
         ({}, {"metric": "rouge"}, SettingsError, "allowed are loss and accuracy"),
     ],

@@ -66,7 +66,7 @@ from rightrank.trainers.trainer_batches import (
 
 log = logging.getLogger("rightrank")
 
-MIN_SAMPLE_SIZE, MAX_SAMPLE_SIZE = 100, 1000  # limits of the number of scored examples if `max_examples` is None
+MIN_SAMPLE_SIZE, MAX_SAMPLE_SIZE = 100, 1000  # limits of the number of scored examples
 # The fraction of the training's time that the measurement takes at most, unless `MIN_SAMPLE_SIZE` examples, or `MIN_EXAMPLES` that are batches, take longer.
 MAX_TIME_FRACTION = 0.1
 
@@ -77,13 +77,12 @@ class SmallestAdapter(TrainerCallback):
 
     Args:
         trainer: The trainer that the callback is added to. Rows, collator and loss are its own.
-        eval_dataset: Other held-out rows than the trainer's `eval_dataset`, in its format: tokenized, with a length and access by index.
+        eval_dataset: Other held-out rows than the trainer's `eval_dataset`, in its format: tokenized, with a length and access by index. As many
+            of them are scored, as a random sample, as fit in a tenth of the training's time, from 100 to 1000.
         margin: The loss of quality that you accept: a share of what the training gained over the base such as "2%", or a number in the
             metric's unit. None for 1% of the gain.
         ranks: Candidate ranks; None for the powers of two below the adapter's rank.
         metric: `loss`, or `accuracy` for classifiers. None: `accuracy` if the trainer selects a classifier's best checkpoint by it, else `loss`.
-        max_examples: The maximum number of held-out examples to score, as a random sample. None: as many as fit in a tenth of the training's time,
-            from 100 to 1000.
         group: The column of the held-out rows that identifies rows which belong together, such as the rows of a document. Bounds are then computed
             over groups. None: rows with the same prompt (the tokens without labels) form a group.
 
@@ -102,7 +101,6 @@ class SmallestAdapter(TrainerCallback):
     margin: Margin | None = None
     ranks: Sequence[int] | None = None
     metric: str | None = None
-    max_examples: int | None = None
     group: str | None = None
     result: SmallestAdapterResult | None = field(default=None, init=False)
     _loader: Any = field(default=None, init=False)
@@ -137,8 +135,6 @@ class SmallestAdapter(TrainerCallback):
                     "SmallestAdapter: rerankers and embedding models are measured by their trainer's loss; leave metric out, or "
                     f"{CUSTOM_EVALUATION_HINT}"
                 )
-        if self.max_examples is not None and not (isinstance(self.max_examples, int) and self.max_examples > 1):
-            raise SettingsError(f"max_examples {self.max_examples!r}: give a whole number of 2 or more")
         self.margin, self.ranks = settings.margin, settings.ranks if "ranks" in settings.model_fields_set else None
         name, notes = validate_trained_adapter(model, self.ranks)
         for note in notes:
@@ -146,8 +142,7 @@ class SmallestAdapter(TrainerCallback):
         self._loader = kwargs["train_dataloader"]
         with preserve_state(model, name, self._loader, self._get_held_out_rows(), self.trainer.data_collator):
             reader = self._make_reader()
-            count = self.max_examples or MAX_SAMPLE_SIZE
-            self._held_out, notes = select_held_out_rows(self._get_held_out_rows(), reader, count, self.group)
+            self._held_out, notes = select_held_out_rows(self._get_held_out_rows(), reader, MAX_SAMPLE_SIZE, self.group)
             for note in notes:
                 self._add_note(note)
             self._require_example_losses(model, args, reader)
@@ -297,15 +292,14 @@ class SmallestAdapter(TrainerCallback):
             )
             size = 1 if self._trainer_loss is not None and not is_batched else size
             rows = self._held_out
-            if self.max_examples is None:
-                sample = list(reader.read_batches(Subset(rows, range(min(len(rows), MIN_EXAMPLES))), size))
-                passes = len(self.ranks) + 1 if self.ranks else model.peft_config[name].r.bit_length()
-                cost = passes * sum(map(count_positions, sample)) / min(len(rows), MIN_EXAMPLES)
-                # A training step costs about two passes, forward and backward.
-                min_count = MIN_EXAMPLES * size if is_batched else MIN_SAMPLE_SIZE
-                count = max(min_count, int(2 * (MAX_TIME_FRACTION * tokens - moment_tokens) / cost))
-                count = max(2, count // size) * size if is_batched else count
-                rows = Subset(rows.dataset, rows.indices[:count])  # in random order
+            sample = list(reader.read_batches(Subset(rows, range(min(len(rows), MIN_EXAMPLES))), size))
+            passes = len(self.ranks) + 1 if self.ranks else model.peft_config[name].r.bit_length()
+            cost = passes * sum(map(count_positions, sample)) / min(len(rows), MIN_EXAMPLES)
+            # A training step costs about two passes, forward and backward.
+            min_count = MIN_EXAMPLES * size if is_batched else MIN_SAMPLE_SIZE
+            count = max(min_count, int(2 * (MAX_TIME_FRACTION * tokens - moment_tokens) / cost))
+            count = max(2, count // size) * size if is_batched else count
+            rows = Subset(rows.dataset, rows.indices[:count])  # in random order
             group_keys: list[Any] = []
             held_out = list(
                 reader.read_batches(rows, size, lambda row: group_keys.append(reader.find_group_key(row, self.group)))
