@@ -57,15 +57,17 @@ def test_identity_covariances_give_the_plain_svd(size: tuple[int, int, int, int]
 
 
 @settings(max_examples=60, deadline=None)
-@given(sizes, st.integers(0, 8), st.floats(0.1, 10))
+@given(sizes, st.integers(0, 8), st.floats(0.1, 10), st.sampled_from([0.0, 0.01, 0.5]))
 def test_the_discarded_costs_are_the_k_fac_loss_of_the_error(
-    size: tuple[int, int, int, int], rank: int, scale: float
+    size: tuple[int, int, int, int], rank: int, scale: float, damping: float
 ) -> None:
-    """½·tr(G·E·C·Eᵀ) with the whole covariances, which gathering never forms."""
+    """½·tr(G·E·C·Eᵀ) with the whole covariances, which gathering never forms; damping adds a share of the identity to each."""
     rows, columns, present, seed = size
     b, a = draw_factors(rows, columns, present, seed)
     inputs, gradients = draw_covariance(columns, seed + 1), draw_covariance(rows, seed + 2)
-    update = decompose_update(b, a, scale, compute_moments(b, a, scale, inputs, gradients), damping=0.0)
+    update = decompose_update(b, a, scale, compute_moments(b, a, scale, inputs, gradients), damping)
+    inputs += damping * np.trace(a @ inputs @ a.T) / np.trace(a @ a.T) * np.eye(columns)
+    gradients += damping * np.trace(b.T @ gradients @ b) / np.trace(b.T @ b) * np.eye(rows)
     kept_b, kept_a = update.b[:, :rank], update.a[:rank]
     error = scale * (b @ a - kept_b @ kept_a)
     loss = 0.5 * np.trace(gradients @ error @ inputs @ error.T)
@@ -158,6 +160,8 @@ def test_ranks_within_keep_the_budget_and_the_cap(
     assert sum(module_rank * cost for module_rank, cost in zip(ranks, costs, strict=True)) <= rank * sum(costs)
     if above == 0:
         assert ranks == [min(rank, len(s)) for s in spectra]
+    cheaper, dearer = allocate_ranks([spectra[0]] * 2, [costs[0], 3 * costs[0]], 4 * rank * costs[0], max_rank)
+    assert cheaper >= dearer
 
 
 def test_a_budget_buys_the_most_energy_a_parameter() -> None:

@@ -54,9 +54,7 @@ def test_an_earlier_result_is_replaced_and_own_files_stay(
     """Keep the earlier result if the disk is full."""
     out = tmp_path / "rightrank"
     for steps, margin in ((2, 1.0), (3, 0.05)):
-        callback = run_training(
-            model_folder, rows, tmp_path, partial(SmallestAdapter, margin=margin), max_steps=steps
-        )
+        callback = run_training(model_folder, rows, tmp_path, partial(SmallestAdapter, margin=margin), max_steps=steps)
         assert callback.result is not None
         assert json.loads((out / "answer.json").read_text(encoding="utf-8"))["margin"] == margin
         (out / "notes.txt").write_text("mine")
