@@ -72,15 +72,18 @@ def test_events_come_in_the_order_of_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), StopIteration(), ZeroDivisionError("division by zero")])
-def test_a_hook_that_raises_ends_the_run_and_loses_nothing(tmp_path: Path, error: Exception) -> None:
-    run = tmp_path / "run"
+def test_a_selection_continues_without_a_hook_that_raises_and_ends_with_its_error(
+    tmp_path: Path, error: Exception
+) -> None:
+    run, recorder = tmp_path / "run", RecordingHook()
     with pytest.raises(
         RunError, match=r"^RaisingHook failed \(.*\); finished trials are kept, and the same call resumes$"
     ):
-        select(run, RaisingHook(2, error))
-    assert len(read_finished(run)) == 2
-    select(run)
+        select(run, RaisingHook(2, error), recorder)
     assert sorted(read_finished(run)) == [1, 4, 16]
+    assert recorder.calls.count("Notice") == 1
+    assert recorder.calls[-1] == "end"
+    assert select(run).decision == select(tmp_path / "undisturbed").decision
 
 
 def test_a_hook_stops_the_run_which_resumes(tmp_path: Path) -> None:

@@ -57,8 +57,6 @@ class View(Hook):
     notebook, with `NO_COLOR` or if `quiet`, a progress line is printed every `PLAIN_SECONDS`.
     """
 
-    is_required = False
-
     def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
         self._console = console = console or Console(stderr=True)
         self._quiet, self._progress = quiet, Progress()
@@ -110,8 +108,6 @@ class View(Hook):
 class JsonLog(Hook):
     """Writes every event as one JSON object per line, and steps at most once per second."""
 
-    is_required = False
-
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._last_step = 0.0
@@ -152,8 +148,6 @@ def _dump_logged_fields(event: Record) -> dict[str, Any]:
 
 class ProgressFile(Hook):
     """Keeps `progress.json` in a run folder while a selection runs; `status` reads it in another process."""
-
-    is_required = False
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / PROGRESS_FILE
@@ -230,7 +224,6 @@ MAX_SHARE = 0.05  # the fraction of the wall time for writing the report while t
 class Report(Hook):
     """Keeps the report, the figures, decision.json and the adapter's card up to date. Each is computed from the records and replaced as a whole."""
 
-    is_required = False
     _run: Run
     _next_write = 0.0  # the earliest time of the next report, by the monotonic clock
 

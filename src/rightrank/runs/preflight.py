@@ -28,13 +28,8 @@ def run_preflight(prepared: LoadedSelection, announce: Callable[[str], None]) ->
     preflight, time_text = _build_preflight(prepared, pace)
     notes = [*_format_resolution(prepared), *_format_exceptions(prepared)]
     if pace is not None:
-        steps = format_quantity(len(pace.batches), "step")
-        examples = format_quantity(len(pace.evaluated), "validation example")
-        basis = f"{steps} of rank {pace.rank} and {examples}"
+        basis = f"{format_quantity(len(pace.batches), 'step')} of rank {pace.rank}"
         notes.insert(0, f"time: {time_text} (measured before the start: {basis}; the measured training is discarded)")
-    if prepared.runtime.targets.untruncatable_reason is None:
-        top = max(prepared.settings.ranks)
-        notes.append(f"top rank {top}: trained once, then truncated to lower ranks to find the adapter")
     return preflight.model_copy(update={"notes": notes})
 
 
@@ -160,7 +155,6 @@ MIN_MEASURED_STEPS = 30  # in shorter trainings, the measured steps would be a n
 class PreflightHook(Hook):
     """Reports the expected cost of the selection. If trainings are long, it measures a few steps."""
 
-    is_required = False
     _run: Run
     _base: TrialFinished | None = None  # until the gain of a training is known
 

@@ -135,8 +135,8 @@ class Selected:
 class Hook(Listener):
     """A base class for objects that watch a selection and can stop it. Every method does nothing by default.
 
-    All methods run on the thread that calls `select_rank`, one hook after the other in the order of `callbacks`. A hook that
-    raises an error ends the selection with one line that names the hook. Finished trials are kept, and the same call resumes.
+    All methods run on the thread that calls `select_rank`, one hook after the other in the order of `callbacks`. If a hook raises an
+    error, a notice names the hook, the selection continues without it, and ends with the error when the adapter is exported.
 
     Example::
 
@@ -146,10 +146,6 @@ class Hook(Listener):
 
         select_rank(model, data, "run", callbacks=[Deadline()])
     """
-
-    is_required = True
-    """Whether an error of the hook ends the selection at once. Otherwise the selection continues without the hook, and reports
-    the error at the end."""
 
     def on_start(self, run: Run) -> None:
         """Handle the start, when data and base are loaded and nothing is written yet. An `InputError` refuses the selection.
@@ -184,7 +180,7 @@ class Hooks(Hook):
         """Notify every hook.
 
         Raises:
-            RunError: a hook that is not required had failed earlier.
+            RunError: a hook failed earlier.
         """
         self._call_each(lambda hook: hook.on_end(selected))
         for fault in self._faults.values():
@@ -200,17 +196,17 @@ class Hooks(Hook):
     def _handle_error(
         self, hook: Hook, _kind: type[BaseException] | None, error: BaseException | None, _at: TracebackType | None
     ) -> bool:
-        """Describe an error of a hook in one line that names it. Errors that already have such a line pass unchanged.
+        """Describe an error of a hook in one line that names it, and return whether the selection continues without the hook.
 
-        Return whether the selection continues without the hook.
+        Errors that already have such a line end the selection.
         """
         if not isinstance(error, Exception) or isinstance(error, RightrankError | OSError):
             return False
         log_traceback(error)
-        advice = "finished trials are kept, and the same call resumes"
-        self._faults[hook] = RunError(f"{type(hook).__name__} failed ({describe_error(error)}); {advice}")
-        if hook.is_required:
-            raise self._faults[hook] from error
+        self._faults[hook] = RunError(
+            f"{type(hook).__name__} failed ({describe_error(error)}); finished trials are kept, and the same call resumes"
+        )
+        self.send_notice(f"{type(hook).__name__} failed ({describe_error(error)}); the selection continues without it")
         return True
 
 

@@ -63,8 +63,6 @@ class Trackers(Hook):
         SettingsError, MissingExtraError: as `resolve_trackers`.
     """
 
-    is_required = False
-
     def __init__(self, names: Sequence[str]) -> None:
         self._names = list(resolve_trackers(names))
         self._run: Run
