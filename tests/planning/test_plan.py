@@ -54,9 +54,11 @@ def test_a_path_is_planned_as_its_text_is(config_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--memory", "24"), "is not a size"),
-        (("--memory", "many"), "is not a size"),
-        (("--memory", "0GiB"), "is not a size"),
+        (
+            ("--memory", "many"),
+            "memory_bytes: got 'many'; could not parse value and unit from byte string; give a size such as 24GiB",
+        ),
+        (("--memory", "0GiB"), "memory_bytes: got '0GiB'; input should be greater than 0"),
         (("--batch-size", "0"), "batch_size"),
         (("--ranks", "0"), "rank 0 is not allowed"),
         (("--ranks", "two"), "ranks"),
