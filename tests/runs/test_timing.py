@@ -98,7 +98,7 @@ def test_cached_blocks_have_their_own_pace(model_folder: Path, completion_file: 
 
 
 def test_a_pace_gives_the_time_of_a_selection() -> None:
-    pace = Pace(8, [[0]], [0], 100.0, 10.0, 0.5, 5.0)
+    pace = Pace(8, [[0]], 100.0, 10.0, 0.5, 5.0)
     assert pace.predict_seconds(2.0, 4, 3) == 200.0 + 10 * (2 * (1 + 0.5 * 2) + 1 + 4) + 5.0
 
 

@@ -39,7 +39,6 @@ class Pace:
 
     rank: int
     batches: list[list[int]]  # training examples of each timed step
-    evaluated: list[int]  # validation examples of the timed batch
     training_seconds: float  # all steps of a full training
     evaluation_seconds: float  # one pass over the validation examples
     subset_fraction: float  # fraction of the validation examples that an evaluation during training scores
@@ -95,7 +94,6 @@ def _time_training(runtime: Runtime, arm: Arm) -> Pace:
     return Pace(
         arm.rank,
         plan[timed_steps],
-        eval_indices,
         training_seconds=sum(seconds[timed_steps]) * token_ratio,
         evaluation_seconds=eval_seconds * num_held_out / len(eval_indices),
         subset_fraction=min(1.0, EVAL_SUBSET_SIZE / num_held_out),
