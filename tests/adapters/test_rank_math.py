@@ -82,7 +82,7 @@ def test_advice_on_a_change_of_rank_has_the_measured_powers(rank: int, to: int) 
     assert format_rank_change(rank, to).endswith(figures)
 
 
-@given(RANKS, st.lists(st.integers(0, 700), max_size=3))
+@given(st.integers(1, 4) | RANKS, st.lists(st.integers(0, 3) | st.integers(0, 700), max_size=2))
 def test_candidates_are_the_requested_ranks_or_powers_of_two_with_the_rank_itself(
     top: int, requested: list[int]
 ) -> None:

@@ -123,6 +123,14 @@ def test_moments_are_read_as_they_were_written(tmp_path_factory: pytest.TempPath
         assert np.allclose(loaded[name].gradients, moment.gradients, rtol=1e-6)
 
 
+@given(sizes, st.booleans())
+def test_an_update_of_zero_has_no_cost(size: tuple[int, int, int, int], has_zero_a: bool) -> None:
+    b, a = draw_factors(*size)
+    update = decompose_update(b * has_zero_a, a * (not has_zero_a), 1.0)
+    assert not update.costs.any()
+    assert not (update.b @ update.a).any()
+
+
 def test_a_direction_that_the_data_do_not_see_goes_first() -> None:
     """Drop the largest singular direction if it acts on an input that is always zero."""
     b, a = np.diag([10.0, 1.0, 0.5]), np.eye(3)
