@@ -27,8 +27,8 @@ def build_candidate_table(answer: AdapterAnswer, metric: str) -> list[list[str]]
     has_methods = any(candidate.method == "trained" for candidate in answer.candidates[1:])
     heading = ["rank", *["keeps", "at least"] * has_shares, metric, "worse by", "95% bound", "enough"]
     rows = [_build_candidate_row(candidate, answer, has_shares) for candidate in answer.candidates]
-    methods: list[list[str]] = [["method"], *([candidate.method] for candidate in answer.candidates)]
-    return [row + method * has_methods for row, method in zip([heading, *rows], methods, strict=True)]
+    methods = ["method", *(candidate.method for candidate in answer.candidates)]
+    return [[*row, *[method] * has_methods] for row, method in zip([heading, *rows], methods, strict=True)]
 
 
 def _build_candidate_row(candidate: AdapterCandidate, answer: AdapterAnswer, has_shares: bool) -> list[str]:
