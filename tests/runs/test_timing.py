@@ -42,7 +42,7 @@ class Log:
 def read_outcomes(selected: Selected) -> list[dict[str, Any]]:
     """Return all fields of every finished trial except its times and its memory."""
     records = read_journal_records(selected.run, TrialFinished)
-    changing = {"train_seconds", "eval_seconds", "answer_seconds", "peak_bytes", "ended_at"}
+    changing = {"train_seconds", "eval_seconds", "peak_bytes", "ended_at"}
     return [record.model_dump(exclude=changing) for record in records]
 
 

@@ -136,8 +136,6 @@ def test_arms_in_one_pass_equal_each_alone_under_every_setting(
     for trial_id, outcome in ours.items():
         assert isinstance(outcome, TrialFinished)
         assert outcome.adapters_per_pass == 4
-        assert outcome.pass_ranks[0] == outcome.rank
-        assert sorted(outcome.pass_ranks) == [1, 4, 4, 8]
         assert_same(outcome, theirs[trial_id], tmp_path / "together", tmp_path / "alone")
 
 

@@ -188,7 +188,7 @@ class PreflightHook(Hook):
             lines.append(
                 f"{', '.join(names)}: measured on the base, at the end of each training, and on the test split: "
                 f"{prepared.started.data.splits['validation'].examples} examples, at most {prepared.settings.max_new_tokens} new tokens "
-                "each if the model generates text; the time is reported after the base"
+                "each if the model generates text"
             )
         self._report(lines)
 

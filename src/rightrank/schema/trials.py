@@ -195,13 +195,9 @@ class TrialFinished(TrialRecord, ExampleScores):
     train_seconds: float = 0.0
     train_tokens: BoundedInt = 0  # with and without labels, excluding padding
     eval_seconds: float = 0.0
-    answer_seconds: float = 0.0  # included in eval_seconds: generating and scoring the model's answers
     peak_bytes: BoundedInt = 0  # allocated on the device; on the CPU, growth of the resident memory
     # The number of adapters that share the passes and the peak; seconds are divided evenly.
     adapters_per_pass: BoundedInt = 1
-    pass_ranks: list[BoundedInt] = Field(
-        default_factory=list
-    )  # ranks of the adapters in the largest pass, its own first
     train_losses: list[float] = Field(default_factory=list)  # nats per label, one per step
 
     def use_mean_losses(self) -> TrialFinished:

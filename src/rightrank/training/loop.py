@@ -108,7 +108,7 @@ class ArmTraining:
         self._evaluate_at = {max(1, round(arm.steps * number / points)) for number in range(1, points + 1)}
         self._saved = time.perf_counter()
         self._save_seconds = 0.0  # duration of writing the last checkpoint
-        self.pass_ranks = [arm.rank]  # ranks of the adapters in the fullest pass so far, its own rank first
+        self.adapters_per_pass = 1  # in the fullest pass so far
         self._scores: Scores | None = None  # scores of the last evaluation
         self._measured: tuple[int, MetricResults] | None = None  # a step, and the metrics after it
         self.failure: TrialDiverged | TrialFailed | None = None
@@ -263,9 +263,7 @@ class ArmTraining:
         start_time = time.perf_counter()
         with self._multi_lora.use_routing(Routing((self.adapter,), (None,))):
             metric_results = measure_metrics(self._runtime, "validation", self.folders.answers)
-        seconds = time.perf_counter() - start_time
-        self.progress.eval_seconds += seconds
-        self.progress.answer_seconds = seconds
+        self.progress.eval_seconds += time.perf_counter() - start_time
         return metric_results
 
     def finish(self, peak_bytes: int) -> TrialFinished:
@@ -298,8 +296,7 @@ class ArmTraining:
                     parameter.numel() for parameter in self.optimizer.named_parameters.values()
                 ),
                 "peak_bytes": peak_bytes,
-                "adapters_per_pass": len(self.pass_ranks),
-                "pass_ranks": self.pass_ranks,
+                "adapters_per_pass": self.adapters_per_pass,
                 "truncation": self._truncation,
                 "mean_losses": mean_losses,
             }
@@ -404,11 +401,9 @@ def _evaluate_base(runtime: Runtime, trial: Trial, folders: TrialFolders) -> Tri
     start_time = time.perf_counter()
     reset_peak_memory(runtime.loaded.device)
     scores = runtime.evaluate("validation")
-    scored_time = time.perf_counter()
     metric_results = measure_metrics(runtime, "validation", folders.answers)
     metric_results.require_values(list(metric_results.failures))
-    end_time = time.perf_counter()
-    progress = Progress(eval_seconds=end_time - start_time, answer_seconds=end_time - scored_time)
+    progress = Progress(eval_seconds=time.perf_counter() - start_time)
     record = build_finished_trial(trial, runtime.settings.metric_name, scores, metric_results, progress)
     return record.model_copy(update={"peak_bytes": read_peak_bytes(runtime.loaded.device)})
 
@@ -469,9 +464,7 @@ class _TrainingLoop:
             key=lambda training: training.trial.arm.rank
         )  # adjacent arms of one rank share a matrix product
         for training in self._running:
-            if len(self._running) > len(training.pass_ranks):  # the fullest pass of this arm so far
-                other_ranks = [neighbour.trial.arm.rank for neighbour in self._running if neighbour is not training]
-                training.pass_ranks = [training.trial.arm.rank, *other_ranks]
+            training.adapters_per_pass = max(training.adapters_per_pass, len(self._running))
 
     def _step(self) -> None:
         """Take one step of every running arm. If memory runs out, continue with fewer arms."""

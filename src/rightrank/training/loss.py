@@ -477,7 +477,6 @@ class Progress(BaseModel):
     train_seconds: float = 0.0
     train_tokens: int = 0
     eval_seconds: float = 0.0
-    answer_seconds: float = 0.0  # the fraction of eval_seconds for the final metrics
 
 
 def build_finished_trial(
@@ -496,6 +495,5 @@ def build_finished_trial(
         **scores.to_record_fields(metric_results),
         failed_metrics=metric_results.failures,
         train_value=progress.points[-1].train_value if progress.points else None,
-        pass_ranks=[0],
         **progress.model_dump(exclude={"step"}),
     )
