@@ -20,9 +20,8 @@ from rightrank.bases.safetensors_files import find_shards, open_tensors
 from rightrank.cli.options import gather_settings
 from rightrank.data.rows import FILE_TYPES
 from rightrank.data.splits import load_data
-from rightrank.report.answer import build_answers
+from rightrank.report.answer import build_answers, format_decision
 from rightrank.report.html import render_report
-from rightrank.report.screen import format_decision
 from rightrank.runs.folder import RunFolder, seal
 from rightrank.schema.errors import InputError
 from rightrank.schema.settings import PlanSettings, SelectSettings
@@ -140,8 +139,8 @@ def read_journal(data: bytes, folder: Path) -> None:
     from matplotlib.figure import Figure as Canvas
 
     from rightrank.decision.run_answers import decide_if_possible
+    from rightrank.report.answer import find_last_decision
     from rightrank.report.html import build_figures
-    from rightrank.report.screen import find_last_decision
     from rightrank.schema.events import read_records
 
     (folder / "journal.jsonl").write_bytes(_seal_journal(data))

@@ -17,8 +17,7 @@ from rightrank.decision.run_answers import (
     list_comparable_outcomes,
 )
 from rightrank.decision.table import build_table
-from rightrank.report.answer import Answers
-from rightrank.report.screen import build_run_status, find_last_decision
+from rightrank.report.answer import Answers, build_run_status, find_last_decision
 from rightrank.runs.folder import build_trials_frame
 from rightrank.schema.errors import ResultsError, RunFolderError
 from rightrank.schema.events import DecisionRecorded, JournalRecord, Records, read_records

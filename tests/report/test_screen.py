@@ -19,8 +19,7 @@ from rightrank.decision.run_answers import (
     build_trained_answer,
     decide_if_possible,
 )
-from rightrank.report.answer import Answers, build_answers
-from rightrank.report.screen import MAX_LINES, format_screen
+from rightrank.report.answer import MAX_LINES, Answers, build_answers, format_screen
 from rightrank.runs.run import SelectedRank
 from rightrank.schema.events import Records
 from rightrank.schema.results import Decision

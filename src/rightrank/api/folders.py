@@ -10,8 +10,14 @@ from rightrank.adapters.adapter_folders import CONFIG_FILE
 from rightrank.api.runs import open_run
 from rightrank.data.files import UnreadableError, read_json_object, report_disk_errors, require_absent
 from rightrank.decision.run_answers import decide_if_possible
-from rightrank.report.answer import Answers, build_answers
-from rightrank.report.screen import RunStatus, build_run_status, find_last_decision, format_screen
+from rightrank.report.answer import (
+    Answers,
+    RunStatus,
+    build_answers,
+    build_run_status,
+    find_last_decision,
+    format_screen,
+)
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
 from rightrank.schema.errors import RunFolderError, SettingsError, suggest_name
 from rightrank.schema.events import EvaluationProgress, Records

@@ -180,8 +180,8 @@ def _decide(results: Path | None, example: bool, report: Path | None, as_json: b
         }
         click.echo(format_json(result.decision.model_dump(mode="json") | extra_fields))
         return
+    from rightrank.report.answer import format_decision
     from rightrank.report.format import make_visible
-    from rightrank.report.screen import format_decision
 
     width = shutil.get_terminal_size((100, 24)).columns
     click.echo(format_decision(result.decision, result.input_notes, width, result.next_commands))

@@ -11,8 +11,7 @@ from rightrank.planning.estimate import Estimator, SharedPassError, UntraceableE
 from rightrank.report.format import format_bytes
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.results import Plan
-from rightrank.schema.settings import STEP_OF_SELECT, PlanSettings, SelectSettings
-from rightrank.training.pace import MAX_ADAPTERS_PER_PASS
+from rightrank.schema.settings import MAX_ADAPTERS_PER_PASS, STEP_OF_SELECT, PlanSettings, SelectSettings
 from rightrank.training.targets import require_ranks
 from rightrank.training.tokens import EncodedData
 

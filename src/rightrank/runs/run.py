@@ -126,7 +126,7 @@ class Selected:
 
     def __str__(self) -> str:
         """Return the final screen: the result in at most fourteen lines. The fields hold the details."""
-        from rightrank.report.screen import format_screen
+        from rightrank.report.answer import format_screen
 
         adapter = None if self.adapter is None else self.adapter.path
         return format_screen(self.answers, self.run, adapter, self.report, shutil.get_terminal_size((80, 24)).columns)

@@ -40,6 +40,7 @@ LONGER_TRAININGS = 2  # the length of the second training of goal "best-adapter"
 CONSTANT_SCALING_RANK = 16
 MAX_SEED = MAX_EXACT_INTEGER
 MAX_STEPS = 1_000_000  # of a training; the order of its examples is drawn before it starts
+MAX_ADAPTERS_PER_PASS = 16  # unless adapters_per_pass is given
 EVAL_SUBSET_SIZE = 200  # held-out examples that an evaluation during training scores, a subset of those at its end
 DEFAULT_MAX_EVAL_EXAMPLES = 2000  # default maximum for a held-out split
 EVALUATION_SHARE = 0.1  # maximum share of a training's time for one evaluation at its end, by default

@@ -17,7 +17,7 @@ import torch
 
 from rightrank.data.splits import HELD_OUT
 from rightrank.schema.errors import MultiLoraError
-from rightrank.schema.settings import EVAL_SUBSET_SIZE
+from rightrank.schema.settings import EVAL_SUBSET_SIZE, MAX_ADAPTERS_PER_PASS
 from rightrank.schema.trials import Arm
 from rightrank.training.batches import Batch, batch_by_length
 from rightrank.training.device import catch_memory_errors, free_memory
@@ -25,7 +25,6 @@ from rightrank.training.multi_lora import ArmBatch, MultiLora
 from rightrank.training.optimizer import ArmOptimizer, make_schedule, take_step
 from rightrank.training.runtime import Runtime
 
-MAX_ADAPTERS_PER_PASS = 16
 CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # relative, of example losses
 WARM_UP_STEPS, TIMED_STEPS = 1, 3
 SCRATCH = "scratch"  # name of the temporary adapter
