@@ -122,7 +122,7 @@ def test_a_configuration_ends_in_an_adapter_or_in_one_line(
         (["--rank", 2, "--data", "none.jsonl"], "exactly one of"),
         (["--rank", 0], "from 1"),
         (["--rank", 64], "can have"),
-        (["--rank", 2, "--margin", 0.1], "works only with --data"),
+        (["--rank", 2, "--margin", 0.1], "only with data"),
         (["--data", "none.jsonl"], "no such file"),
     ],
 )
