@@ -16,7 +16,9 @@ from rightrank.schema.settings import SelectSettings, build_reproduce_command
 from tests.commands import COMMANDS
 from tests.schema.generated import GENERATED
 
-TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12)
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12) | st.sampled_from(
+    ["layers.0", "1e3"]
+)
 PLAIN_TEXT = st.from_regex(r"[a-z][a-z0-9_.,= -]{0,12}", fullmatch=True)
 VALUES: dict[str, st.SearchStrategy[Any]] = {  # values of settings that allow less than their type
     "columns": st.lists(st.tuples(PLAIN_TEXT, TEXT).map("=".join), min_size=1, max_size=3).filter(

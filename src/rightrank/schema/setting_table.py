@@ -182,11 +182,8 @@ def build_options(kind: type[Settings], values: Mapping[str, Any]) -> list[str]:
 
 
 def _build_arguments(name: str, row: Row, value: Any) -> list[str]:
-    texts = (
-        [str(entry).removesuffix(".0") for entry in value]
-        if isinstance(value, tuple)
-        else [str(value).removesuffix(".0")]
-    )
+    entries = value if isinstance(value, tuple) else (value,)
+    texts = [str(entry).removesuffix(".0") if isinstance(entry, float) else str(entry) for entry in entries]
     text = ",".join(texts)
     if isinstance(value, dict) or (isinstance(value, tuple) and not _can_be_joined(texts)):
         return ["--set", f"{name}={json.dumps(value)}"]
