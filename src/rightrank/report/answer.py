@@ -501,7 +501,7 @@ def format_decision(decision: Decision, table_notes: list[str], width: int, comm
     trained = [(evidence.rank, evidence.value) for evidence in decision.ranks if evidence.rank > 0]
     curve = draw_terminal_curve(trained, width, label=format_metric_label(decision.metric, decision.higher_is_better))
     stairs = ", ".join(f"{step.rank} from {format_brief(step.margin)}" for step in decision.staircase)
-    answer = (decision.verdict.replace("_", " "), decision.sentence)
+    answer = (decision.verdict.replace("_", " "), decision.sentence.removeprefix("Undecided: "))
     rows = [
         ("margins", f"{stairs} (used: {decision.margin:g})"),
         *build_certainty_rows(decision),
