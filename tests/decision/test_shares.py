@@ -102,6 +102,20 @@ def test_the_contrast_at_a_share_of_zero_is_the_difference(seed: int, metric: st
 
 
 @settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0, 2))
+def test_the_squared_reaches_of_both_differences_add_up_for_bounded_scores(seed: int, share: float) -> None:
+    """Zou and Donner: the squared reach of (s - t) - share·(b - t) is that of s - t plus share² times that of b - t."""
+    losses = {rank: (values > 2).astype(float) for rank, values in draw_losses(seed, 0.5, [0.05], noise=0.3).items()}
+    comparison = compare(losses, "2%", metric="accuracy")
+    gain, worse, both = (
+        comparison.compute_contrast(comparison.adapters["1"].cell, value) for value in (1.0, 0.0, share)
+    )
+    for name in ("low", "high"):
+        squares = [(getattr(bounds, name) - bounds.mean) ** 2 for bounds in (gain, worse, both)]
+        assert squares[2] == pytest.approx(squares[1] + share**2 * (squares[0] - squares[1]))
+
+
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.2, 3), st.integers(2, 4))
 def test_copies_in_a_group_add_nothing(seed: int, gain: float, copies: int) -> None:
     """The bounds of the share are over groups, so that they are those of one example of each group."""
