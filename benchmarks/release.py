@@ -33,7 +33,10 @@ CHECKS = {  # packages whose versions are stored, and the command; $NAME is a va
         "sentence-transformers transformers",
         f"{PYTEST} tests/trainers/test_sentence_transformers.py",
     ),
-    "files of mlx-lm and of trainers": ("mlx-lm transformers", f"{PYTEST} tests/adapters/test_trainer_folders.py"),
+    "files of mlx-lm and of trainers": (
+        "mlx-lm transformers",
+        f"{PYTEST} tests/adapters/test_mlx.py tests/adapters/test_single_files.py",
+    ),
     "lowest versions": ("", "make lowest"),
     "vLLM reads an export": ("vllm", "$VLLM_PYTHON benchmarks/consumers/check.py vllm $EXPORT"),
     "sd-scripts resizes alike": ("", "$PYTHON -m benchmarks.consumers.sd_scripts $SD_SCRIPTS $SD_SCRIPTS_COMMIT"),

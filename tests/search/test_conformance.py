@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from rightrank.decision.adapter import Criterion
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome, count_added_steps
-from rightrank.search.protocol import Space, build_space
-from rightrank.search.strategies import STRATEGIES, make_strategy
+from rightrank.search.protocol import Space, Trials, build_space
+from rightrank.search.strategies import STRATEGIES, find_learning_rate, make_strategy
 from tests.search.worlds import EXACT, STEPS, World, make_space, recommend, run_all, run_rounds
 
 WORLDS = {
@@ -264,3 +264,54 @@ def test_every_strategy_ends_on_random_tables(number: int, kind: str) -> None:
             None,
             *(outcome.rank for outcome in outcomes if outcome.is_direct),
         )
+
+
+@settings(max_examples=25)
+@given(
+    number=st.integers(0, 2**32 - 1), seed=st.sampled_from([None, 0, 2]), is_score=st.booleans(), stops=st.booleans()
+)
+def test_the_learning_rate_of_whole_trainings_is_the_best_of_those_that_finished(
+    number: int, seed: int | None, is_score: bool, stops: bool
+) -> None:
+    """If trainings can stop at a quarter, it is one of those that finished. All trainings have the requested seed."""
+    metric = "reward" if is_score else "loss"
+    space = make_space(seeds=(0, 1, 2), criterion=Criterion(metric, is_score, 0.01, "loss"))
+    world, trials = World(can_stop_early=stops), Trials(space)
+    drawn = random.Random(number)
+    values: dict[float, float] = {}
+    found: list[float | None] = []
+
+    def search() -> Iterator[Sequence[Arm]]:
+        found.append((yield from find_learning_rate(trials, 16, seed=seed)))
+
+    for arms in search():
+        assert {arm.seed for arm in arms} == {seed or 0}
+        for arm in arms:
+            outcome = world.run(arm)
+            if isinstance(outcome, TrialFinished) and drawn.random() < 0.8:
+                values[arm.learning_rate] = drawn.uniform(1, 2)
+                trials.outcomes[arm] = outcome.model_copy(update={"value": values[arm.learning_rate]})
+    best = max if is_score else min
+    if stops:
+        assert found == [None] or found[0] in values
+        return
+    assert found == [best(values, key=values.__getitem__) if values else None]
+
+
+@settings(max_examples=25)
+@given(number=st.integers(0, 2**32 - 1), kind=st.sampled_from(sorted(WORLDS)))
+def test_the_ranks_that_decide_have_every_seed_at_the_end(number: int, kind: str) -> None:
+    """Also, the rank below the answer has been tried."""
+    space = make_space(seeds=(0, 1, 2))
+    world = WORLDS[kind]()
+    world.noise = random.Random(number).choice([0.0, 0.01, 0.05])
+    world.gain *= random.Random(number).uniform(0.5, 2)
+    strategy = STRATEGIES["bracket"](space)
+    outcomes = run_all(strategy, world)
+    trials, answer = strategy.replay_trials(outcomes), recommend(strategy, outcomes)
+    assert answer.rank is not None
+    for rank in (answer.rank, answer.reference_rank):
+        rate = trials.find_best_learning_rate(rank)
+        assert set(trials.get_trials_by_seed(rank, rate)) == set(space.seeds)
+    lower = space.get_lower_rank(answer.rank)
+    assert lower is None or lower in {outcome.rank for outcome in outcomes if outcome.is_direct}
