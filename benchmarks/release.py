@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from string import Template
 
@@ -37,20 +36,27 @@ CHECKS = {  # packages whose versions are stored, and the command; $NAME is a va
         "mlx-lm transformers",
         f"{PYTEST} tests/adapters/test_mlx.py tests/adapters/test_single_files.py",
     ),
-    "lowest versions": ("", "make lowest"),
+    "lowest versions": (
+        "click datasets huggingface_hub numpy pandas peft pyarrow pydantic safetensors torch transformers",
+        "make lowest",
+    ),
     "vLLM reads an export": ("vllm", "$VLLM_PYTHON benchmarks/consumers/check.py vllm $EXPORT"),
     "sd-scripts resizes alike": ("", "$PYTHON -m benchmarks.consumers.sd_scripts $SD_SCRIPTS $SD_SCRIPTS_COMMIT"),
 }
 
 
-def find_versions(packages: str) -> str:
-    versions = []
-    for package in packages.split():
-        try:
-            versions.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join(versions)
+LOWEST_PYTHON = ROOT / ".venv" / "lowest" / "bin" / "python"
+LIST_VERSIONS = """
+import sys
+from importlib.metadata import distributions
+versions = {found.name.replace("-", "_").lower(): found.version for found in distributions()}
+print(*(f"{name} {versions[key]}" for name in sys.argv[1:] if (key := name.replace("-", "_").lower()) in versions), sep=", ")
+"""
+
+
+def find_versions(packages: str, python: Path) -> str:
+    command = [str(python), "-c", LIST_VERSIONS, *packages.split()]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def run_check(name: str) -> dict[str, str] | None:
@@ -65,8 +71,9 @@ def run_check(name: str) -> dict[str, str] | None:
     ended = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     last = next((line for line in reversed(ended.stdout.splitlines()) if line.strip()), "")
     print(f"{name}: {'passed' if ended.returncode == 0 else 'FAILED'}: {last}", flush=True)
+    python = LOWEST_PYTHON if command == "make lowest" else Path(sys.executable)
     result = ("passed" if ended.returncode == 0 else "failed") + (f": {last}" if "pytest" in command else "")
-    return {"result": result, "versions": find_versions(packages), "date": time.strftime("%Y-%m-%d")}
+    return {"result": result, "versions": find_versions(packages, python), "date": time.strftime("%Y-%m-%d")}
 
 
 def format_table(results: dict[str, dict[str, str]]) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rightrank.decision.comparison import estimate_mean
 from rightrank.decision.evidence import Evidence
@@ -164,3 +166,18 @@ def test_trainings_of_unequal_length_are_flagged() -> None:
     assert (
         "unequal_length" not in decide_table(build_value_table({1: 3.0, 4: 2.25, 16: 2.06})).flags
     )  # no length is stated
+
+
+@given(st.sampled_from([1e-4, 3e-4, 1e-3]), st.sampled_from([1e-4, 3e-4, 1e-3]), st.floats(0, 0.004))
+def test_the_edge_is_flagged_if_the_answer_or_its_reference_lies_there(small: float, large: float, gain: float) -> None:
+    rates = (1e-4, 3e-4, 1e-3)
+    values = {
+        (rank, rate): 2 - gain * (rank == 16) + 0.1 * (rate != best)
+        for rank, best in ((4, small), (16, large))
+        for rate in rates
+    }
+    cells = {(rank, rate, 0): Cell(f"{rank}", v, np.array([v]), np.ones(1)) for (rank, rate), v in values.items()}
+    decision = decide_table(ScoreTable("loss", False, cells), 0.005)
+    answer = {decision.rank or decision.recommended_rank, decision.reference_rank}
+    is_at_edge = any({4: small, 16: large}[rank] != 3e-4 for rank in answer if rank)
+    assert ("lr_edge" in decision.flags) == is_at_edge
