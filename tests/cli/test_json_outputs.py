@@ -160,26 +160,8 @@ def test_a_failure_is_one_line_on_stderr(
     assert "Traceback" not in err
 
 
-def test_events_are_objects_while_the_answer_is_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, err = run(f"select model data.jsonl --out run --log-json --json {SMALL}".split(), capsys)
-    assert status == 0
-    assert parse_only_object(out)
-    assert all("event" in json.loads(line) for line in err.splitlines())
-
-
 def test_every_command_with_json_is_tried_both_ways() -> None:
     with_json = {name for name, command in COMMANDS.items() if any("--json" in p.opts for p in command.params)}
     assert set(COMMANDS) == with_json
     assert {command.split()[0] for command in FINE} | {"demo"} == with_json
     assert {command.split()[0] for command in FAILING} == with_json
-
-
-@pytest.mark.parametrize(
-    "command", ["select model nowhere.jsonl --out run", "resize adapter out --rank 0", "select --nonsense"]
-)
-def test_a_failure_is_json_with_log_json(folder: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, err = run([*command.split(), "--log-json"], capsys)
-    assert (status, out) == (2, "")
-    lines = [json.loads(line) for line in err.splitlines()]
-    assert lines[-1]["event"] == "error"
-    assert lines[-1]["text"].startswith("rightrank: ")

@@ -18,7 +18,7 @@ from rightrank.cli import cli
 from rightrank.report.format import CURVE_LINES, draw_terminal_curve
 from rightrank.runs import hooks
 from rightrank.runs.hooks import View
-from rightrank.schema.events import DurationEstimated, SelectionPlanned, StepDone
+from rightrank.schema.events import SelectionPlanned, StepDone
 from tests.commands import COMMANDS
 from tests.report.elements import Elements
 from tests.report.runs import STARTED, make_run, write_answered_run, write_journal
@@ -68,8 +68,6 @@ def test_a_plain_view_prints_each_state_once(monkeypatch: pytest.MonkeyPatch) ->
     stream = io.StringIO()
     step = StepDone(trial_id="x", step=10, steps=40, loss=3.0, seconds=1.0)
     with View(console=Console(file=stream)) as view:
-        view.on_event(DurationEstimated(expected_seconds=60.0))
-        assert stream.getvalue() == ""  # nothing is planned
         for event in (PLANNED, STARTED, step, step):
             view.on_event(event)
     assert stream.getvalue().count("step 10/40") == 1

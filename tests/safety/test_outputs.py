@@ -34,7 +34,7 @@ def small_run(
         for name, value in SECRETS.items():
             patch.setenv(name, value)
         with pytest.raises(SystemExit, match=r"^0$"):
-            main([*build_select_arguments(model_folder, completion_file, out), "--log-json"])
+            main(build_select_arguments(model_folder, completion_file, out))
     return out, {"out": printed.getvalue(), "err": stderr.getvalue()}
 
 

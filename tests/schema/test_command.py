@@ -79,7 +79,7 @@ def test_a_setting_survives_the_command_line(data: st.DataObject) -> None:
         _, verb, *arguments = shlex.split(command)
         with click.Context(cli) as parent:
             parameters = COMMANDS[verb].make_context(verb, arguments, parent=parent).params
-        command_arguments = ("model", "data", "out", "dry_run", "as_json", "quiet", "log_json")
+        command_arguments = ("model", "data", "out", "dry_run", "as_json", "quiet")
         options = {option: value for option, value in parameters.items() if option not in command_arguments}
         again = SelectSettings(**gather_settings(options.pop("config_file"), options.pop("assignments"), options))
         assert again == chosen

@@ -7,12 +7,9 @@ bad input, 130 interrupted by the user, 143 by SIGTERM. `compare` also ends with
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
 from contextlib import suppress
-from datetime import UTC, datetime
-from functools import partial
 
 import click
 
@@ -51,7 +48,6 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its status."""
     _prepare_streams()
     arguments_given = sys.argv[1:] if arguments is None else arguments
-    print_error = partial(_print_error, as_json="--log-json" in arguments_given)
     try:
         status = cli.main(
             args=arguments_given, prog_name="rightrank", standalone_mode=False, obj=["rightrank", *arguments_given]
@@ -60,26 +56,26 @@ def main(arguments: list[str] | None = None) -> None:
         click.echo(error.format_message(), err=True)
         sys.exit(2)
     except click.ClickException as error:
-        print_error(error.format_message())
+        _print_error(error.format_message())
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        print_error("stopped; run the same command again to resume")
+        _print_error("stopped; run the same command again to resume")
         sys.exit(130)
     except RightrankError as error:
-        print_error(str(error))
+        _print_error(str(error))
         sys.exit(error.exit_status)
     except ImportError as error:  # a package is missing, or too old to have a name
         package = (error.name or "").partition(".")[0]
         if package not in TRAINING_PACKAGES:
             raise
-        print_error(
+        _print_error(
             f"{package} can't be imported ({error}); install what this command needs: pip install 'rightrank[train]'"
         )
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print_error(
+        _print_error(
             "out of memory; finished trials are kept: free memory or lower the settings, and run the same command again"
         )
         sys.exit(1)
@@ -88,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
     except OSError as error:
         path = error.filename2 or error.filename or "the system"  # the target of a rename
-        print_error(f"{path}: {error.strerror or error}; give a path that can be read or written")
+        _print_error(f"{path}: {error.strerror or error}; give a path that can be read or written")
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)
 
@@ -103,10 +99,6 @@ def _prepare_streams() -> None:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
-def _print_error(message: str, as_json: bool) -> None:
-    """Print the message as one line, as JSON with `--log-json`. If stderr can't be written, the exit status remains."""
-    text = "rightrank: " + format_one_line(message)
-    if as_json:
-        text = json.dumps({"event": "error", "at": datetime.now(UTC).isoformat(timespec="milliseconds"), "text": text})
-    with suppress(OSError):
-        click.echo(text, err=True)
+def _print_error(message: str) -> None:
+    with suppress(OSError):  # if stderr can't be written, the exit status remains
+        click.echo(f"rightrank: {format_one_line(message)}", err=True)

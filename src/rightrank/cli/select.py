@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as one JSON object.")
 @click.option("--quiet", is_flag=True, help="Print no progress.")
-@click.option("--log-json", is_flag=True, help="Log progress to stderr, one JSON object per line.")
 def _select(
     model: str | None,
     data: Path | None,
@@ -50,7 +48,6 @@ def _select(
     assignments: tuple[str, ...],
     as_json: bool,
     quiet: bool,
-    log_json: bool,
     **options: Any,
 ) -> None:
     """Train a range of LoRA ranks on DATA and export the smallest adapter that is enough.
@@ -77,7 +74,7 @@ def _select(
         raise SettingsError("give MODEL and DATA, or neither to continue the run in --out")
     settings = SelectSettings(**values)
     selected = _run_with_progress(
-        lambda hooks: select_rank(base, rows, run, settings=settings, callbacks=hooks), run, quiet, log_json
+        lambda hooks: select_rank(base, rows, run, settings=settings, callbacks=hooks), run, quiet
     )
     _print_selected(selected, as_json)
 
@@ -130,17 +127,15 @@ def _demo(out: Path, as_json: bool) -> None:
         click.echo("\nOn your own data:\n  rightrank select PATH/TO/MODEL YOUR_DATA.jsonl --out my-run")
 
 
-def _run_with_progress(
-    run: Callable[[list[Hook]], Selected], out: Path, quiet: bool = False, log_json: bool = False
-) -> Selected:
+def _run_with_progress(run: Callable[[list[Hook]], Selected], out: Path, quiet: bool = False) -> Selected:
     """Run with progress on stderr; Ctrl-C and SIGTERM stop the run with checkpoints."""
-    if not quiet and not log_json:
+    if not quiet:
         announce(f"run folder {out}: checking the request, then loading model and data")
-    from rightrank.runs.hooks import JsonLog, ProgressFile, SignalHandler, View
+    from rightrank.runs.hooks import ProgressFile, SignalHandler, View
     from rightrank.runs.run import Hooks
 
     with ExitStack() as stack:
-        view = JsonLog(sys.stderr) if log_json else stack.enter_context(View(quiet))
+        view = stack.enter_context(View(quiet))
         progress = stack.enter_context(ProgressFile(out))
         signals = stack.enter_context(SignalHandler(Hooks([view]).send_notice, owns_process=True))
         try:

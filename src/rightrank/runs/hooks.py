@@ -1,4 +1,4 @@
-"""Hooks for the terminal, a JSON log, a progress file, signals and the report. A selection knows none of them by name."""
+"""Hooks for the terminal, a progress file, signals and the report. A selection knows none of them by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self, TextIO
+from typing import Self
 
 from rich.console import Console
 from rich.live import Live
@@ -33,7 +33,6 @@ from rightrank.runs.run import Hook, Run, Selected
 from rightrank.schema.errors import InputError, TerminatedRun
 from rightrank.schema.events import (
     AdapterRecorded,
-    DurationEstimated,
     EvaluationProgress,
     Event,
     Notice,
@@ -43,11 +42,10 @@ from rightrank.schema.events import (
     StepDone,
 )
 from rightrank.schema.results import Decision
-from rightrank.schema.trials import OUTCOMES, SCHEMA_VERSION, Record, TrialEvaluated, TrialStarted
+from rightrank.schema.trials import OUTCOMES, SCHEMA_VERSION
 
 PLAIN_SECONDS = 15.0  # between progress lines of a view without a terminal
 PROGRESS_SECONDS = 2.0  # between writes of the progress file
-LOGGED_EVENTS = (Notice, TrialStarted, TrialEvaluated, *OUTCOMES)
 
 
 class View(Hook):
@@ -103,47 +101,6 @@ class View(Hook):
         elif text not in ("", self._last_text) and time.monotonic() - self._last_line > PLAIN_SECONDS:
             self._last_line, self._last_text = time.monotonic(), text
             self.print_line(text)
-
-
-class JsonLog(Hook):
-    """Writes every event as one JSON object per line, and steps at most once per second."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._last_step = 0.0
-
-    def on_event(self, event: Event) -> None:
-        match event:
-            case SelectionPlanned():
-                self._write(
-                    "plan",
-                    expected_trials=event.expected_trials,
-                    expected_trainings=event.expected_trainings,
-                    trainings_at_most=event.trainings_at_most,
-                    steps=event.steps,
-                    trials_ended=len(event.outcomes),
-                    data=event.started.data.model_dump(mode="json"),
-                )
-            case DurationEstimated():
-                self._write("time", expected_seconds=event.expected_seconds)
-            case StepDone() | EvaluationProgress() if time.monotonic() - self._last_step >= 1:
-                self._last_step = time.monotonic()
-                self._write(event.type, **_dump_logged_fields(event))
-            case _ if isinstance(event, LOGGED_EVENTS):
-                self._write(event.type, **_dump_logged_fields(event))
-
-    def _write(self, name: str, **values: Any) -> None:
-        line = {"event": name, "at": datetime.now(UTC).isoformat(timespec="milliseconds"), **values}
-        self._stream.write(json.dumps(line, ensure_ascii=True, allow_nan=False) + "\n")
-        self._stream.flush()
-
-
-def _dump_logged_fields(event: Record) -> dict[str, Any]:
-    """Return the fields of an event for the log, without per-example scores, which are in the journal."""
-    example_fields = (name for name in type(event).model_fields if name.startswith("example_"))
-    excluded: Any = dict.fromkeys(("type", "schema_version", *example_fields), True)
-    excluded["points"] = {"__all__": {"example_scores"}}
-    return event.model_dump(mode="json", exclude=excluded)
 
 
 class ProgressFile(Hook):

@@ -11,7 +11,7 @@ from rightrank.report.format import format_quantity
 from rightrank.report.progress import describe_data_issues, format_memory, format_preflight_cost, format_time_estimate
 from rightrank.runs.prepare import LoadedSelection
 from rightrank.runs.run import Hook, Run
-from rightrank.schema.events import DurationEstimated, Event, SelectionPlanned
+from rightrank.schema.events import Event, SelectionPlanned
 from rightrank.schema.metrics import MetricKind, get_margin_share, infer_metric_kind
 from rightrank.schema.results import Preflight, PreflightCost, PreflightRank
 from rightrank.schema.trials import TrialFinished
@@ -175,8 +175,6 @@ class PreflightHook(Hook):
             self._run.send_notice(MEASURING)
             pace = _measure_top_pace(prepared)
         preflight, time_text = _build_preflight(prepared, pace)
-        if preflight.cost.seconds is not None:
-            self._run.on_event(DurationEstimated(expected_seconds=preflight.cost.seconds))
         lines = [
             format_preflight_cost(preflight, time_text),
             *_format_resolution(prepared),

@@ -346,12 +346,6 @@ class SelectionPlanned(Record):
     outcomes: list[TrialOutcome] = Field(default_factory=list)  # outcomes of earlier processes
 
 
-class DurationEstimated(Record):
-    """The expected duration of the selection, if it is known before the first trial."""
-
-    expected_seconds: float
-
-
 class RunStopped(Record):
     """The end of a selection without an answer. The journal holds the finished trials."""
 
@@ -386,9 +380,7 @@ class EvaluationProgress(Record):
     seconds: float  # since the work began
 
 
-Event: TypeAlias = (
-    AnyJournalRecord | SelectionPlanned | DurationEstimated | RunStopped | Notice | StepDone | EvaluationProgress
-)
+Event: TypeAlias = AnyJournalRecord | SelectionPlanned | RunStopped | Notice | StepDone | EvaluationProgress
 
 
 class Listener:
