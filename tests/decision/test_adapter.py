@@ -9,11 +9,9 @@ from rightrank.decision.adapter import Criterion
 from rightrank.decision.comparison import compute_file_bounds
 from rightrank.decision.run_answers import build_trained_answer, compare_adapters, prefer_direct_training, score_trials
 from rightrank.decision.run_answers import compute_test_difference as difference_on_test
-from rightrank.decision.table import Cell
-from rightrank.runs.compare import compute_distribution, format_distribution
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.metrics import LossKind
-from rightrank.schema.results import AdapterAnswer, DifferenceDistribution
+from rightrank.schema.results import AdapterAnswer
 from rightrank.schema.trials import TrialFinished
 from rightrank.search.protocol import choose_adapter
 
@@ -72,22 +70,6 @@ def test_the_smallest_truncation_whose_bound_is_within_the_margin() -> None:
         assert candidate.difference_low is not None
         assert candidate.difference_high is not None
         assert candidate.difference_low < candidate.difference < candidate.difference_high
-
-
-def test_the_distribution_of_a_difference_shows_examples_that_get_much_worse() -> None:
-    worse_by = np.zeros(80)
-    worse_by[::40], worse_by[1::40] = 0.1, -0.1  # the mean is 0
-    distribution = compute_distribution(Cell("difference", 0.0, worse_by, np.ones(80)), 0.005)
-    assert (distribution.threshold, distribution.share_worse) == (0.05, 0.025)
-    assert distribution.worst_tenth_mean == pytest.approx(0.025)
-
-
-def test_a_few_of_many_examples_are_not_rounded_to_none() -> None:
-    spread = DifferenceDistribution(threshold=0.05, share_worse=0.0004, worst_tenth_mean=0.02)
-    assert format_distribution(spread).startswith("Fewer than 0.1% of the examples get worse by more than 0.05, ")
-    assert format_distribution(spread.model_copy(update={"share_worse": 0.02})).startswith(
-        "2% of the examples get worse "
-    )
 
 
 def test_the_first_failure_ends_the_sequence() -> None:

@@ -9,7 +9,6 @@ GGUF file. A full model that was made from adapter A is *broken* if it equals th
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,13 +24,11 @@ from rightrank.bases.safetensors_files import open_tensors
 from rightrank.data.files import read_json_object
 from rightrank.data.splits import DataSplits, load_data, load_held_out
 from rightrank.decision.adapter import Criterion, ReferenceComparison, format_margin
-from rightrank.decision.comparison import RELATIVE_TOLERANCE
-from rightrank.decision.table import Cell, compute_paired_difference
 from rightrank.runs.folder import Journal
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.events import EvaluationProgress, RunStarted
 from rightrank.schema.metrics import get_margin_share
-from rightrank.schema.results import AdapterComparison, ComparisonVerdict, DifferenceDistribution, MetricComparison
+from rightrank.schema.results import AdapterComparison, ComparisonVerdict, MetricComparison
 from rightrank.schema.settings import SPLIT_SETTINGS, SelectSettings
 from rightrank.training.adapter_runtime import attach_adapter, report_evaluation_progress, require_matching_base
 from rightrank.training.answers import measure_metrics, require_metric_functions
@@ -39,9 +36,6 @@ from rightrank.training.loss import Scores
 from rightrank.training.runtime import Runtime
 from rightrank.training.tokens import encode_splits
 
-LARGE_DIFFERENCE_MARGINS = (
-    10.0  # differences of single examples above this are reported, even if the mean is within the margin
-)
 BITS = {"4bit": "load_in_4bit", "8bit": "load_in_8bit"}  # the settings for values of `--base-b`
 VERDICTS: dict[bool | None, ComparisonVerdict] = {True: "not_worse", None: "cannot_tell", False: "worse"}
 DROPPED = "it equals the base model: the adapter was dropped"
@@ -243,7 +237,6 @@ def _compare_sides(
         difference=bounds.mean,
         difference_low=bounds.low,
         difference_high=bounds.high,
-        distribution=compute_distribution(compute_paired_difference(side_b.cell, cell), margin),
         margin=margin,
         margin_share=share,
         gain=comparison.gain,
@@ -270,14 +263,14 @@ def _format_sentence(a: str, b: str, worst: MetricComparison, count: int, cause:
         return f"{names}: BROKEN, {cause}; {figures}.{worst_text}"
     if worst.verdict != "cannot_tell":
         verdict = "not worse" if worst.verdict == "not_worse" else "worse by more than the margin"
-        return f"{names}: {verdict}; {figures}. {format_distribution(worst.distribution)}{worst_text}"
+        return f"{names}: {verdict}; {figures}.{worst_text}"
     noun = "examples" if worst.groups is None else "groups"
     advice = (
         f"about {worst.examples_needed:,} {noun} would show it"
         if worst.examples_needed is not None
         else f"more {noun} would show whether it is worse"
     )
-    return f"{names}: these examples cannot tell; {figures}; {advice}. {format_distribution(worst.distribution)}{worst_text}"
+    return f"{names}: these examples cannot tell; {figures}; {advice}.{worst_text}"
 
 
 def find_shared_labels(sides: Sequence[str]) -> list[str] | None:
@@ -342,27 +335,3 @@ def _sort_labels(id2label: Any) -> list[str]:
     if sorted(by_number) != list(range(len(by_number))):
         raise ValueError(f"id2label numbers {', '.join(map(str, sorted(by_number)))}")
     return [by_number[number] for number in range(len(by_number))]
-
-
-def compute_distribution(difference: Cell, margin: float) -> DifferenceDistribution:
-    """Compute the distribution of a paired difference over examples."""
-    sorted_differences = np.sort(difference.sums / difference.weights)
-    threshold = LARGE_DIFFERENCE_MARGINS * margin
-    share = float(np.mean(sorted_differences > threshold * (1 + RELATIVE_TOLERANCE)))
-    return DifferenceDistribution(
-        threshold=threshold,
-        share_worse=share,
-        worst_tenth_mean=float(sorted_differences[-math.ceil(len(sorted_differences) / 10) :].mean()),
-    )
-
-
-def format_distribution(distribution: DifferenceDistribution) -> str:
-    """Format the share of examples that get much worse; add the worst tenth only if there are some."""
-    if distribution.share_worse == 0:
-        return f"No held-out example gets worse by more than {distribution.threshold:.2g}."
-    rounded = f"{distribution.share_worse:.1%}"
-    share = "Fewer than 0.1%" if rounded == "0.0%" else rounded.replace(".0%", "%")
-    return (
-        f"{share} of the examples get worse by more than {distribution.threshold:.2g}, and the worst tenth by "
-        f"{distribution.worst_tenth_mean:.2g} on average."
-    )

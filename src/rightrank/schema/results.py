@@ -98,14 +98,6 @@ class Decision(Record):
     )
 
 
-class DifferenceDistribution(Record):
-    """The distribution of a paired difference over the held-out examples, in the metric's unit. Its mean hides rare large differences."""
-
-    threshold: float  # ten margins
-    share_worse: float  # the share of examples that get worse by more than `threshold`
-    worst_tenth_mean: float  # the mean difference of the tenth of the examples with the largest differences
-
-
 AdapterMethod: TypeAlias = Literal["trained", "truncated"]
 
 
@@ -400,7 +392,6 @@ class _ComparisonResult(Record):
     difference: float  # B is worse by this much, metric's unit; below 0: better
     difference_low: float  # 95% lower bound of it, one-sided
     difference_high: float  # 95% upper bound of it, one-sided
-    distribution: DifferenceDistribution
     margin: float  # in the metric's unit
     margin_share: float | None = None  # of A's gain; None: the margin is one in the metric's unit
     gain: Gain | None = None  # of A over the base
