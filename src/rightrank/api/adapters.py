@@ -8,20 +8,17 @@ from pathlib import Path
 from rightrank.adapters.adapter_files import open_adapter
 from rightrank.adapters.adapter_folders import (
     CONFIG_FILE,
-    MLX_FILE,
-    WEIGHTS_FILE,
     require_adapter_folder,
     suggest_adapter_folder,
 )
 from rightrank.adapters.resize import choose_uniform_rank, require_plain_update, resize_adapter
 from rightrank.adapters.spectra import inspect_adapter
 from rightrank.bases.model_sources import BASE_SIDE
-from rightrank.bases.safetensors_files import open_tensors
 from rightrank.data.files import require_absent
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.events import EvaluationProgress, Notice
 from rightrank.schema.metrics import Margin
-from rightrank.schema.results import AdapterComparison, AdapterContent, Inspection, Resized
+from rightrank.schema.results import AdapterComparison, Inspection, Resized
 from rightrank.schema.setting_table import get_explicit_values
 from rightrank.schema.settings import SelectSettings
 
@@ -36,9 +33,7 @@ def inspect(adapter: str | Path) -> Inspection:
         ModelError: not a readable adapter.
     """
     require_adapter_folder(Path(adapter))
-    inspection = inspect_adapter(Path(adapter))
-    summary = inspection.summary.model_copy(update={"content": _read_content(Path(adapter))})
-    return inspection.model_copy(update={"summary": summary})
+    return inspect_adapter(Path(adapter))
 
 
 def resize(
@@ -84,32 +79,20 @@ def resize(
             raise SettingsError(
                 "margin, train, ranks, base and settings work only with data (--data FILE); leave them out"
             )
-        resized = resize_adapter(opened, Path(out), choose_uniform_rank(opened, rank), rule=f"rank {rank}")
-    else:
-        from rightrank.runs.resize_by_data import resize_by_data  # imports torch and transformers
+        return resize_adapter(opened, Path(out), choose_uniform_rank(opened, rank), rule=f"rank {rank}")
+    from rightrank.runs.resize_by_data import resize_by_data  # imports torch and transformers
 
-        assert data is not None
-        read = SelectSettings(**get_explicit_values(settings) | ({} if margin is None else {"margin": margin}))
-        resized = resize_by_data(
-            opened,
-            Path(out),
-            data=Path(data),
-            train=None if train is None else Path(train),
-            base=base,
-            settings=read,
-            ranks=ranks,
-            on_event=on_event,
-        )
-    return resized.model_copy(update={"content": _read_content(Path(out))})
-
-
-def _read_content(adapter: Path) -> AdapterContent:
-    """Read what the bytes of an adapter's file are."""
-    files = [adapter, adapter / WEIGHTS_FILE, adapter / MLX_FILE]
-    stored = open_tensors(next(file for file in files if file.is_file()))
-    factors = sum(size for key, size in stored.sizes.items() if "lora" in key)
-    total = sum(stored.sizes.values())
-    return AdapterContent(factor_bytes=factors, full_bytes=total - factors, types=sorted(set(stored.types.values())))
+    assert data is not None
+    return resize_by_data(
+        opened,
+        Path(out),
+        data=Path(data),
+        train=None if train is None else Path(train),
+        base=base,
+        settings=SelectSettings(**get_explicit_values(settings) | ({} if margin is None else {"margin": margin})),
+        ranks=ranks,
+        on_event=on_event,
+    )
 
 
 def compare(

@@ -17,7 +17,7 @@ from rightrank.cli.options import (
 from rightrank.schema.settings import SelectSettings
 
 if TYPE_CHECKING:
-    from rightrank.schema.results import AdapterContent, Inspection, ModuleSpectrum, Resized
+    from rightrank.schema.results import Inspection, ModuleSpectrum, Resized
 
 MAX_ROWS = 20  # modules in the table; --json has all
 EXIT_STATUS = {"not_worse": 0, "worse": 3, "broken": 3, "cannot_tell": 4}
@@ -146,7 +146,6 @@ def _format_inspection(inspection: Inspection) -> str:
         ("modules", f"{summary.modules}, {summary.parameters:,} parameters"),
         ("base", summary.base_model or ""),
         ("slot", format_slot(max(summary.ranks))),
-        ("file", _format_content(summary.content)),
         ("rank by energy", f"{energy} (largest of all modules)"),
         *((name, ", ".join(module_names)) for name, module_names in names.items()),
         *(("note", note) for note in summary.notes),
@@ -190,17 +189,7 @@ def _format_resize_result(resized: Resized) -> str:
 
         lines += [*format_table(build_candidate_table(resized.answer, "held-out")), resized.answer.sentence]
         lines += resized.answer.notes
-    lines += [f"note: {note}" for note in resized.notes]
-    return "\n".join([*lines, f"file: {_format_content(resized.content)}"])
-
-
-def _format_content(content: AdapterContent | None) -> str:
-    from rightrank.report.format import format_bytes
-
-    if content is None:
-        return ""
-    full = f", full matrices {format_bytes(content.full_bytes)}" if content.full_bytes else ""
-    return f"LoRA factors {format_bytes(content.factor_bytes)}{full} ({', '.join(content.types)})"
+    return "\n".join([*lines, *(f"note: {note}" for note in resized.notes)])
 
 
 COMMANDS = (_compare, _inspect, _resize)

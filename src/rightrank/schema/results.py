@@ -326,14 +326,6 @@ class ModuleSpectrum(Record):
     flags: list[str] = Field(default_factory=list)
 
 
-class AdapterContent(Record):
-    """What the bytes of an adapter's file are."""
-
-    factor_bytes: BoundedInt  # LoRA factors, with magnitudes and biases of theirs
-    full_bytes: BoundedInt  # fully trained modules, such as embeddings and heads
-    types: list[str]  # of the values, as safetensors names them
-
-
 class InspectionSummary(Record):
     """A summary of the complete adapter."""
 
@@ -346,7 +338,6 @@ class InspectionSummary(Record):
     dead: list[str]  # updates under a thousandth of the median module's
     modules_to_save: list[str] = Field(default_factory=list)  # fully trained modules
     notes: list[str] = Field(default_factory=list)
-    content: AdapterContent | None = None  # of the file
     sentence: str
 
 
@@ -377,7 +368,6 @@ class Resized(Record):
     parameters_after: int
     bytes_before: int
     bytes_after: int
-    content: AdapterContent | None = None  # of the written file
     chosen_by: str
     answer: AdapterAnswer | None = None  # with data: the truncation that is enough, and every candidate
     notes: list[str] = Field(default_factory=list)
