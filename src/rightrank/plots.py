@@ -15,7 +15,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from rightrank.adapters.adapter_folders import CONFIG_FILE
 from rightrank.api.folders import read_run
 from rightrank.api.runs import DecisionResult, decide
 from rightrank.report import figures
@@ -24,12 +23,12 @@ from rightrank.report.html import build_adapter_figure, build_learning_rate_figu
 from rightrank.runs.run import Selected
 from rightrank.schema.errors import ResultsError, SettingsError
 from rightrank.schema.events import Records
-from rightrank.schema.results import Decision, Inspection
+from rightrank.schema.results import Decision
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["adapters", "learning_curves", "learning_rates", "rank_curve", "spectrum"]
+__all__ = ["adapters", "learning_curves", "learning_rates", "rank_curve"]
 
 Run: TypeAlias = str | Path | Selected
 
@@ -63,21 +62,6 @@ def learning_rates(run: Run, ax: Axes | None = None) -> Axes:
 def learning_curves(run: Run, ax: Axes | None = None) -> Axes:
     """Plot held-out values and the training loss by step, the best training of each rank."""
     return _plot(figures.build_learning_figure(_read_run(run)[0]), ax)
-
-
-def spectrum(run: Run | Inspection, ax: Axes | None = None) -> Axes:
-    """Plot the singular values of an adapter: their median over the modules, and their range.
-
-    Args:
-        run: a run, whose exported adapter is plotted, the folder of an adapter, or what `inspect` returns.
-    """
-    if isinstance(run, Inspection):
-        return _plot(figures.build_spectrum_figure(run), ax)
-    from rightrank.adapters.spectra import inspect_adapter
-
-    path = _get_path(run)
-    adapter = path if (path / CONFIG_FILE).is_file() else read_run(path, is_live=True)[0].adapter
-    return _plot(figures.build_spectrum_figure(inspect_adapter(adapter)), ax)
 
 
 def _get_path(run: Run) -> Path:

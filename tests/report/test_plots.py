@@ -23,7 +23,7 @@ from rightrank.report.figures import Figure, build_rank_figure
 from rightrank.report.html import build_figures
 from rightrank.schema.errors import MissingExtraError, ResultsError, SettingsError
 from rightrank.schema.events import Records
-from rightrank.schema.results import Decision, Inspection, ModuleSpectrum
+from rightrank.schema.results import Decision
 from tests.report.elements import Elements
 from tests.report.runs import make_answered_run, make_run, write_answered_run, write_journal, write_records
 
@@ -114,13 +114,6 @@ def test_adapters_are_drawn_by_method_with_their_paired_bounds() -> None:
     assert list_ring_ranks(ax, f"exported: rank {answer.rank}, {answer.method}") == [answer.rank]
 
 
-def make_inspection() -> Inspection:
-    modules = [
-        ModuleSpectrum.model_construct(singular_values=values) for values in ([4.0, 1.0], [2.0, 0.5, 0.1], [0.0])
-    ]
-    return Inspection.model_construct(modules=modules)
-
-
 @pytest.mark.parametrize("name", plots.__all__)
 def test_a_plot_takes_a_folder_or_a_result_and_draws_on_the_given_axes(name: str, tmp_path: Path) -> None:
     plot: Callable[..., Axes] = getattr(rightrank.plots, name)
@@ -130,7 +123,7 @@ def test_a_plot_takes_a_folder_or_a_result_and_draws_on_the_given_axes(name: str
     records.outcomes += [top.model_copy(update={"trial_id": "other", "learning_rate": 1e-3})]
     write_records(tmp_path / "two", [records.started, *records.outcomes, *records.adapters])
     selected = Selected(tmp_path / "two", None, None, run, build_answers(records, None, "adapter"))
-    sources: Sequence[Any] = [make_inspection()] if name == "spectrum" else [str(tmp_path / "two"), selected]
+    sources: Sequence[Any] = [str(tmp_path / "two"), selected]
     for source in sources:
         ax = Canvas().subplots()
         assert plot(source, ax=ax) is ax
@@ -140,9 +133,8 @@ def test_a_plot_takes_a_folder_or_a_result_and_draws_on_the_given_axes(name: str
         SettingsError, match=r"^int cannot be plotted; give a run folder, or the result of select_rank$"
     ):
         plot(3)
-    if name != "spectrum":
-        with pytest.raises(ResultsError, match="there is nothing to plot yet"):
-            plot(write_journal(tmp_path / "empty", upto=0))
+    with pytest.raises(ResultsError, match="there is nothing to plot yet"):
+        plot(write_journal(tmp_path / "empty", upto=0))
 
 
 TICKS = re.compile(r"text-anchor: end[^>]*>([^<]*)</text>")  # the numbers of the y axis

@@ -20,7 +20,6 @@ from tests.commands import run
 VIEWS = [
     "rightrank.runs.hooks.build_figures",
     "rightrank.runs.hooks.render_model_card",
-    "rightrank.runs.hooks.build_spectrum_figure",
     "rightrank.runs.hooks.write_figures",
     "rightrank.runs.hooks.build_answers",
     "rightrank.runs.hooks.render_report",

@@ -1,4 +1,4 @@
-"""Figures of ranks, adapters, learning rates, learning curves and spectra: numbers as a table, and a function that draws them on matplotlib axes.
+"""Figures of ranks, adapters, learning rates and learning curves: numbers as a table, and a function that draws them on matplotlib axes.
 
 Matplotlib is imported when a figure is drawn. Without it, a figure still has its numbers.
 """
@@ -15,7 +15,6 @@ from functools import cached_property
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from statistics import median
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -35,8 +34,6 @@ from rightrank.schema.results import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
-
-    from rightrank.schema.results import Inspection
 
 
 TableCell: TypeAlias = str | float | int | None
@@ -355,38 +352,6 @@ def plot_learning_rates(answer: LearningRateAnswer, started: RunStarted) -> Figu
         rows=[
             (c.learning_rate, c.value, c.difference, c.difference_low, c.difference_high, c.final_value) for c in rates
         ],
-        draw=draw,
-    )
-
-
-def build_spectrum_figure(inspection: Inspection) -> Figure | None:
-    """Plot the median of the singular values over the modules, in descending order, with the smallest and the largest."""
-    spectra = [module.singular_values for module in inspection.modules if any(v > 0 for v in module.singular_values)]
-    if max(map(len, spectra), default=0) < 2:
-        return None
-    columns = [[s[k] for s in spectra if k < len(s) and s[k] > 0] for k in range(max(map(len, spectra)))]
-    rows = [(k, median(v), min(v), max(v), len(v)) for k, v in enumerate(columns, 1) if v]
-
-    def draw(ax: Axes) -> None:
-        from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
-
-        numbers, medians, smallest, largest, _ = zip(*rows, strict=True)
-        ax.plot(numbers, medians, "o-", color="C0", markersize=4, label="median module")
-        ax.fill_between(numbers, smallest, largest, color="C0", alpha=0.2, linewidth=0, label="smallest to largest")
-        ax.set_yscale("log")
-        is_narrow = max(largest) / min(smallest) < 1000
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if is_narrow else (1,)))
-        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        ax.set_yticks([], minor=True)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-    return Figure(
-        name="spectrum",
-        title=f"Singular values of the adapter, {len(spectra)} modules",
-        x_label="singular value, largest first",
-        y_label="size",
-        columns=("number", "median", "smallest", "largest", "modules"),
-        rows=rows,
         draw=draw,
     )
 

@@ -48,7 +48,7 @@ from rightrank.schema.trials import TrialFinished, TrialOutcome
 
 # A trial table with more rows than the first is collapsed, and only the newest rows up to the second are listed.
 MAX_VISIBLE_ROWS, MAX_ROWS = 24, 1000
-SECTION_FIGURES = ("adapters", "rank_curve", "spectrum")
+SECTION_FIGURES = ("adapters", "rank_curve")
 
 
 def build_figures(records: Records, decision: Decision | None) -> list[Figure]:

@@ -19,18 +19,17 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from rightrank.adapters.adapter_folders import CARD_IMAGES, CONFIG_FILE
-from rightrank.adapters.spectra import inspect_adapter
+from rightrank.adapters.adapter_folders import CARD_IMAGES
 from rightrank.data.files import replace_file, write_text
 from rightrank.decision.run_answers import decide_if_possible
 from rightrank.report.answer import Answers, build_answers
-from rightrank.report.figures import build_spectrum_figure, write_figures
+from rightrank.report.figures import write_figures
 from rightrank.report.format import format_quantity
 from rightrank.report.html import build_figures, render_model_card, render_report
 from rightrank.report.progress import Progress, format_plan
 from rightrank.runs.folder import PROGRESS_FILE, RunFolder
 from rightrank.runs.run import Hook, Run, Selected
-from rightrank.schema.errors import InputError, TerminatedRun
+from rightrank.schema.errors import TerminatedRun
 from rightrank.schema.events import (
     AdapterRecorded,
     EvaluationProgress,
@@ -225,9 +224,6 @@ class Report(Hook):
 def write_report(folder: RunFolder, records: Records, answers: Answers) -> None:
     """Write the figures and the report of the answers."""
     figures = build_figures(records, answers.decision)
-    if (folder.adapter / CONFIG_FILE).exists():
-        with suppress(InputError):  # an adapter that a custom trainer saved in another format
-            figures += filter(None, [build_spectrum_figure(inspect_adapter(folder.adapter))])
     write_figures(folder.figures, figures)
     exports = folder.path / "exports"
     page = render_report(
