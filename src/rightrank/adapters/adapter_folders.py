@@ -18,10 +18,6 @@ WRAPPER_SUFFIX = ".base_layer"  # PEFT's suffix for each nested wrapper
 MAX_CONFIG_BYTES = 16 * 2**20
 BASE_FILE = "base.json"  # beside an adapter: values that identify its base model
 CLASSIFIER_FILE = "classifier.json"  # beside an adapter: the labels of a classifier
-CARD_IMAGES = ADAPTERS_IMAGE, RANK_CURVE_IMAGE = (
-    "adapters.svg",
-    "rank_curve.svg",
-)  # beside an adapter: the figures of its card
 # Initializations that leave the base's weights as they are. With any other, ΔW may not be s·B·A alone.
 BASE_KEEPING_INITS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 

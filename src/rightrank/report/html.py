@@ -10,14 +10,11 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 from rightrank.adapters.adapter_folders import (
-    ADAPTERS_IMAGE,
-    CARD_IMAGES,
-    RANK_CURVE_IMAGE,
     format_base_arguments,
     format_loading_code,
 )
@@ -191,11 +188,8 @@ def _build_trial_row(outcome: TrialOutcome) -> dict[str, Any]:
     return row
 
 
-def render_model_card(records: Records, decision: Decision | None, images: Collection[str] = CARD_IMAGES) -> str:
-    """Render the model card of `adapter/`: front matter for the hub, the answers, the evidence and how to load the adapter.
-
-    `images` are the files next to the card.
-    """
+def render_model_card(records: Records, decision: Decision | None) -> str:
+    """Render the model card of `adapter/`: front matter for the hub, the answers, the evidence and how to load the adapter."""
     started, adapter_record = records.started, records.adapters[-1]
     answer = adapter_record.answer
     trial = records.by_id[answer.trial_id]
@@ -215,8 +209,6 @@ def render_model_card(records: Records, decision: Decision | None, images: Colle
         tests=_build_test_rows(records),
         classification=started.data.form == "classification",
         loading="\n".join(loading),
-        picture=ADAPTERS_IMAGE if ADAPTERS_IMAGE in images else None,
-        curve=RANK_CURVE_IMAGE if RANK_CURVE_IMAGE in images else None,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import threading
 import time
@@ -19,8 +18,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from rightrank.adapters.adapter_folders import CARD_IMAGES
-from rightrank.data.files import replace_file, write_text
+from rightrank.data.files import write_text
 from rightrank.decision.run_answers import decide_if_possible
 from rightrank.report.answer import Answers, build_answers
 from rightrank.report.figures import write_figures
@@ -212,13 +210,7 @@ class Report(Hook):
         write_report(folder, records, answers)
 
     def _write_card(self, decision: Decision | None) -> None:
-        """Write the adapter's card into `adapter/`, with the figures that there are."""
-        folder = self._run.folder
-        images = [name for name in CARD_IMAGES if (folder.figures / name).exists()]
-        for name in images:
-            with replace_file(folder.adapter / name) as temporary:
-                shutil.copy2(folder.figures / name, temporary)
-        write_text(folder.adapter / "README.md", render_model_card(self._run.records, decision, images))
+        write_text(self._run.folder.adapter / "README.md", render_model_card(self._run.records, decision))
 
 
 def write_report(folder: RunFolder, records: Records, answers: Answers) -> None:

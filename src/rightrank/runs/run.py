@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from rightrank.adapters.adapter_folders import BASE_FILE, CARD_IMAGES, CONFIG_FILE
+from rightrank.adapters.adapter_folders import BASE_FILE, CONFIG_FILE
 from rightrank.data.files import UnreadableError, read_json_object, replace_folder, write_text
 from rightrank.decision.run_answers import (
     build_criterion,
@@ -232,6 +232,7 @@ class Run(Listener):
         return self.hooks.should_stop()
 
 
+CARD_FILE = "README.md"  # written to `adapter/` by the hook that writes the views
 MAX_FAILED_AT_START = 3  # if these fail and none finishes, the cause is not a single arm
 
 
@@ -391,9 +392,6 @@ def _require_same_run(folder: RunFolder, first: JournalRecord, started: RunStart
     )
 
 
-CARD_FILES = ("README.md", *CARD_IMAGES)  # written to `adapter/` by the hook that writes the views
-
-
 def export_provisional(run: Run, answer: AdapterAnswer | None) -> None:
     """Export the adapter of the deployment rank before the training rank is decided, if the trials so far give a new one."""
     last = run.records.adapters[-1].answer if run.records.adapters else None
@@ -509,7 +507,7 @@ def export_adapter(run: Run, answer: AdapterAnswer) -> bool:
 def _move_user_files(run: Run) -> None:
     """Move an existing adapter folder aside if it holds files that no run wrote, such as a conversion."""
     target = run.folder.adapter
-    written = {BASE_FILE, *CARD_FILES, *(path.name for path in run.folder.path.glob("trials/*/*"))}
+    written = {BASE_FILE, CARD_FILE, *(path.name for path in run.folder.path.glob("trials/*/*"))}
     user_files = sorted(path.name for path in target.iterdir() if path.name not in written) if target.is_dir() else []
     if user_files:
         names = (target.with_name(f"{target.name}-{number}") for number in count(1))
