@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -234,13 +233,6 @@ def test_a_stated_deviation_has_a_number_of_seeds() -> None:
     of_one, of_three = (decide([row | {"n": seeds} for row in rows]).decision for seeds in (1, 3))
     assert (of_three.margin, of_three.basis) == (0.5, "std")
     assert decide(rows).decision == of_one != of_three
-
-
-def test_a_study_of_optuna_states_the_direction() -> None:
-    frame = pandas.DataFrame({"params_rank": [1, 4, 16], "value": [0.5, 0.7, 0.6], "state": ["COMPLETE"] * 3})
-    study: Any = SimpleNamespace(directions=(SimpleNamespace(name="MAXIMIZE"),), trials_dataframe=lambda: frame)
-    decided = decide(study, margin=0.01).decision
-    assert (decided.reference_rank, decided.higher_is_better) == (4, True)
 
 
 @pytest.mark.filterwarnings("ignore")  # warnings of MLflow

@@ -125,8 +125,8 @@ def decide(
     """Decide on finished trainings of any origin.
 
     Args:
-        results: a file of results, a run folder, another tool's results (see docs/how-to/decide.md), a study of Optuna, a data
-            frame, or mappings with `rank`, a held-out metric and, if there are any, `lr`, `seed`, `std`, `item`.
+        results: a file of results, a run folder, another tool's results (see docs/how-to/decide.md), a data frame, or
+            mappings with `rank`, a held-out metric and, if there are any, `lr`, `seed`, `std`, `item`.
         metric: the column of the held-out number, or the metric's name if the column is `value`.
         higher_is_better: None for the direction of a metric with a known name; other metrics need it.
         margin: the loss of quality that you accept: a share of the gain over rank 0 such as "2%", or a number in the metric's unit;
@@ -155,13 +155,8 @@ def decide(
             return _decide_run_folder(
                 folder, metric, margin, options | {"higher": higher_is_better, "checkpoint": checkpoint}
             )
-    table_source: Any = results
-    if hasattr(table_source, "trials_dataframe"):  # a study of Optuna
-        if higher_is_better is None and len(table_source.directions) == 1:
-            higher_is_better = table_source.directions[0].name == "MAXIMIZE"
-        table_source = table_source.trials_dataframe()
     table = read_result_table(
-        table_source,
+        results,
         metric=metric,
         higher_is_better=higher_is_better,
         columns=columns,
