@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -25,8 +24,6 @@ from rightrank.schema.settings import PlanSettings
 
 if TYPE_CHECKING:
     from rightrank.schema.results import Plan, RankPlan
-
-SILENT_SECONDS = 2.0  # after which `plan` reports what it traces
 
 
 @click.command(
@@ -92,13 +89,7 @@ def _plan(model: str, assignments: tuple[str, ...], as_json: bool, **options: An
 
     values = gather_settings(None, assignments, options)
     announce("tracing a training step of the model without weights")
-    start_time = time.monotonic()
-
-    def report_progress(text: str) -> None:
-        if time.monotonic() - start_time > SILENT_SECONDS:
-            click.echo(f"{text} …", err=True)
-
-    result = plan(model, settings=PlanSettings(**values), on_progress=report_progress)
+    result = plan(model, settings=PlanSettings(**values))
     click.echo(format_json(result) if as_json else _format_plan(result))
     return 1 if result.memory_bytes is not None and result.max_rank is None else 0
 

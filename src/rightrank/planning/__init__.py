@@ -6,7 +6,6 @@ traces) → planner (the plan, and the ranks of a `select` that fit).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -22,7 +21,6 @@ def plan(
     model: str | Path,
     *,
     settings: PlanSettings | None = None,
-    on_progress: Callable[[str], None] = lambda _: None,
     **keywords: Unpack[PlanKeywords],
 ) -> Plan:
     """Predict parameters and memory of every rank, without weights and before any training.
@@ -31,7 +29,6 @@ def plan(
         model: a folder that holds at least `config.json`, a GGUF file, or a hub name.
         settings: see `PlanSettings`; None for the defaults. Without `memory_bytes` the budget is the memory of the
             CUDA device, if there is one.
-        on_progress: is called with a description of each trace before it starts; a model of billions of parameters takes seconds.
         keywords: the command's options by name, such as `ranks=(8, 16), memory_bytes="24GiB"`; they override `settings`.
 
     Raises:
@@ -48,4 +45,4 @@ def plan(
     if settings.memory_bytes is None and settings.device == "cuda":
         settings = settings.model_copy(update={"memory_bytes": read_device_memory()})
     config = read_config(model, settings.trust_remote_code, settings.num_labels is not None)
-    return plan_config(config, model, settings, on_progress)
+    return plan_config(config, model, settings)

@@ -12,7 +12,7 @@ import json
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -81,10 +81,8 @@ class SharedPassError(SettingsError):
 class Estimator:
     """Estimates for one model and one way to train it. Each model is built once, and each trace is made once."""
 
-    def __init__(
-        self, config: Any, settings: PlanSettings, on_progress: Callable[[str], None] = lambda _: None
-    ) -> None:
-        self._config, self._on_progress = config, on_progress
+    def __init__(self, config: Any, settings: PlanSettings) -> None:
+        self._config = config
         self.settings = settings
         self.num_means = 0  # sums over steps that the training keeps of each trained tensor
         lowest, highest = min(settings.ranks), max(settings.ranks)
@@ -181,8 +179,6 @@ class Estimator:
 
     def _trace(self, rank: int, training: bool) -> StepTrace:
         if (rank, training) not in self._traces:
-            step = "a step" if training else "an evaluation"
-            self._on_progress(f"tracing {step} of rank {rank}")
             skeleton = self._get_skeleton(rank, self.settings.adapters_per_pass)
             try:
                 self._traces[rank, training] = trace_step(skeleton, self.settings, training)

@@ -35,9 +35,7 @@ class MemoryPlan:
     )  # adapters of the highest rank that fit; None: unknown, or the settings ask for one
 
 
-def plan_config(
-    config: Any, name: str, settings: PlanSettings, on_progress: Callable[[str], None] = lambda _: None
-) -> Plan:
+def plan_config(config: Any, name: str, settings: PlanSettings) -> Plan:
     """Plan a model from its configuration in memory; `name` is the name to report."""
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
@@ -47,7 +45,7 @@ def plan_config(
         )
     if text.num_hidden_layers < 1:
         raise ModelError("the model's configuration has no layers: num_hidden_layers is below 1; restore config.json")
-    estimator = Estimator(config, settings, on_progress)
+    estimator = Estimator(config, settings)
     if "ranks" not in settings.model_fields_set:  # Default ranks above the limit of a matrix are left out.
         limit = estimator.rank_limit
         settings = settings.model_copy(update={"ranks": tuple(r for r in settings.ranks if r <= limit)})
