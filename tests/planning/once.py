@@ -22,9 +22,7 @@ def remember(patch: pytest.MonkeyPatch) -> None:
             estimators[key] = trace(self, rank, training)
         return estimators[key]
 
-    def estimator(config: Any, settings: Any, *progress: Any) -> Estimator:
-        if progress:  # of `plan`
-            return Estimator(config, settings, *progress)
+    def estimator(config: Any, settings: Any) -> Estimator:
         key = config.to_json_string(), json.dumps(settings.model_dump(mode="json"))
         if key not in traces:
             traces[key] = Estimator(config, settings)
