@@ -42,9 +42,9 @@ def files(tmp_path: Path) -> Path:
         (["model", "train.jsonl", "--strategy", "brackett"], "did you mean 'bracket'"),
         (["model", "trian.jsonl"], "no such file or folder (did you mean 'train.jsonl'?);"),
         (["model", "train.jsonl", "--validation", "held.jsonl"], "held.jsonl: no such file or folder"),
-        (["./modle", "train.jsonl"], "no such folder (did you mean 'model'?);"),
-        (["no-such-model", "train.jsonl"], "no such folder, and the hub is switched off"),
-        (["owner/no-such-model", "train.jsonl"], "no such folder, and the hub is switched off"),
+        (["./modle", "train.jsonl"], "no such folder; give a model folder"),
+        (["no-such-model", "train.jsonl"], "no such folder, and the hub has no such model or does not answer"),
+        (["owner/no-such-model", "train.jsonl"], "no such folder, and the hub has no such model or does not answer"),
     ],
 )
 def test_missing_files_are_named_before_torch_is_imported(files: Path, arguments: list[str], message: str) -> None:
@@ -96,7 +96,7 @@ def test_a_terminal_shows_a_line_before_anything_is_loaded(files: Path) -> None:
     os.close(theirs)
     assert process.stdout.split() == [b"2", b"False"]
     assert first.endswith("checking the request, then loading model and data …")
-    assert "did you mean 'model'?" in last
+    assert "no such folder; give a model folder" in last
 
 
 LIGHT = """\

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,7 @@ import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from rightrank.data.rows import read_rows
 from rightrank.data.splits import load_data
 from rightrank.schema.errors import DataError
 from tests.tiny import build_small_settings, generate_sentences, write_jsonl
@@ -36,17 +31,12 @@ def write_file(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "kind", [".csv", ".tsv", ".CSV", ".parquet", ".json", "saved", "dataset", "data frame", "list"]
-)
+@pytest.mark.parametrize("kind", [".csv", ".tsv", ".CSV", ".parquet", ".json", "dataset", "data frame", "list"])
 def test_every_kind_of_source_gives_the_same_examples(tmp_path: Path, kind: str) -> None:
     reference = load_data(write_jsonl(tmp_path / "r.jsonl", PAIR_ROWS), build_small_settings())
     source: Any = {"list": PAIR_ROWS, "data frame": pandas.DataFrame(PAIR_ROWS)}.get(kind)
-    if kind in ("saved", "dataset"):
+    if kind == "dataset":
         source = datasets.Dataset.from_list(PAIR_ROWS)
-    if kind == "saved":
-        source.save_to_disk(str(tmp_path / "saved"))
-        source = tmp_path / "saved"
     if source is None:
         source = write_file(tmp_path / f"data{kind}", PAIR_ROWS)
     assert load_data(source, build_small_settings()).fingerprint == reference.fingerprint
@@ -55,32 +45,6 @@ def test_every_kind_of_source_gives_the_same_examples(tmp_path: Path, kind: str)
 def test_a_missing_cell_of_a_data_frame_is_nothing() -> None:
     with pytest.raises(DataError, match=r"row 121: `completion`: got nothing"):
         load_data(pandas.DataFrame([*PAIR_ROWS, {"prompt": "a", "completion": None}]), build_small_settings())
-
-
-@given(data=st.data())
-@settings(max_examples=60, deadline=None)
-def test_a_damaged_saved_dataset_is_refused_or_read(
-    data: st.DataObject, saved_dataset: Path, tmp_path_factory: Any
-) -> None:
-    """Change or cut off bytes of one of its files. Nothing else than a `DataError` is raised."""
-    folder = tmp_path_factory.mktemp("damaged") / "saved"
-    shutil.copytree(saved_dataset, folder)
-    file = data.draw(st.sampled_from(sorted(path for path in folder.rglob("*") if path.is_file())))
-    content = bytearray(file.read_bytes())
-    for position, value in data.draw(st.dictionaries(st.integers(0, len(content) - 1), st.integers(0, 255))).items():
-        content[position] = value
-    file.write_bytes(content[: data.draw(st.integers(0, len(content)))])
-    with contextlib.suppress(DataError):
-        assert sum(len(list(rows)) for rows in read_rows(folder).values()) <= len(TEXT_ROWS)
-
-
-@pytest.fixture(scope="module")
-def saved_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("saved")
-    rows = [{"messages": [{"role": "user", "content": row["text"]}]} for row in TEXT_ROWS]
-    splits = {"train": datasets.Dataset.from_list(rows[:100]), "test": datasets.Dataset.from_list(rows[100:])}
-    datasets.DatasetDict(splits).save_to_disk(str(folder))
-    return folder
 
 
 BAD_FILES: list[tuple[str, bytes, str]] = [
@@ -113,12 +77,6 @@ def test_bad_files_are_one_clear_line(tmp_path: Path, name: str, content: bytes,
     with pytest.raises(DataError, match=message) as caught:
         load_data(path, build_small_settings())
     assert "\n" not in str(caught.value)
-
-
-def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rightrank.data.rows.MAX_LINE_CHARACTERS", 10_000)
-    with pytest.raises(DataError, match=r"d\.jsonl:121: a line of over 10,000 characters; give one object a line"):
-        load_data(write_jsonl(tmp_path / "d.jsonl", [*TEXT_ROWS, {"text": "a" * 20_000}]), build_small_settings())
 
 
 @pytest.mark.parametrize(

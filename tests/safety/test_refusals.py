@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -283,36 +282,6 @@ def test_a_run_folder_may_itself_be_a_link_and_hold_links_inside(tmp_path: Path)
     (run.path / "last").symlink_to("figures")
     (tmp_path / "run").symlink_to(run.path)
     assert status(tmp_path / "run").trials_ended == 3
-
-
-@pytest.mark.parametrize("filename", ["../secret.arrow", "/etc/passwd", "sub/data.arrow"])
-def test_a_saved_dataset_that_names_files_elsewhere(tmp_path: Path, filename: str) -> None:
-
-    datasets.Dataset.from_list([{"text": text} for text in generate_sentences(30)]).save_to_disk(tmp_path / "d")
-    state = json.loads((tmp_path / "d" / "state.json").read_text())
-    (tmp_path / "d" / "state.json").write_text(json.dumps(state | {"_data_files": [{"filename": filename}]}))
-    require_refused(lambda: load_data(tmp_path / "d", build_small_settings()), "or some outside the folder", DataError)
-
-
-def test_a_saved_dataset_s_images_are_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read rows that name a file or an address as their image, which must not be opened."""
-
-    text, named = datasets.Value("string"), {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
-    rows = [
-        {"text": words, "image": {"bytes": None, "path": "https://example.org/x.png"}}
-        for words in generate_sentences(60)
-    ]
-    datasets.Dataset.from_list(rows, datasets.Features({"text": text, "image": named})).save_to_disk(tmp_path / "d")
-    info = json.loads((tmp_path / "d" / "dataset_info.json").read_text())
-    info["features"]["image"] = {"_type": "Image"}
-    (tmp_path / "d" / "dataset_info.json").write_text(json.dumps(info))
-
-    def never(*_: object, **__: object) -> None:
-        raise AssertionError("the image was opened")
-
-    monkeypatch.setattr(datasets.Image, "decode_example", never)
-    with pytest.raises(DataError, match="`image`: only text is read here"):
-        load_data(tmp_path / "d", build_small_settings())
 
 
 # code that comes with a model

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rightrank.data.files import UnreadableError, detect_path_kind, read_json_object
-from rightrank.schema.errors import MissingExtraError, ModelError, get_first_line, suggest_name
+from rightrank.schema.errors import MissingExtraError, ModelError, get_first_line
 
 HUB_TIMEOUT = 10.0  # seconds until the hub must answer
 BASE_SIDE = "base"  # names the base model alone as a side of a comparison
@@ -55,12 +55,10 @@ def find_model(reference: str) -> ModelSource:
             raise ModelError(f"{reference}: no config.json in the folder{hint}")
         if (path / "adapter_config.json").exists():  # transformers would load the base that it names
             raise ModelError(f"{reference}: holds an adapter_config.json too; give the folder of the base model alone")
-        _reject_unsupported_config(path / "config.json")
+        _reject_hub_code(path / "config.json")
         return ModelSource(str(path), None)
     if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
-        raise ModelError(
-            f"{reference}: no such folder{_suggest_folder(path)}; give a model folder, a GGUF file, or a hub name"
-        )
+        raise ModelError(f"{reference}: no such folder; give a model folder, a GGUF file, or a hub name")
     return ModelSource(reference, None)
 
 
@@ -72,7 +70,7 @@ def require_model(reference: str) -> ModelSource:
     """
     source = find_model(reference)
     if source.gguf_file is None and detect_path_kind(Path(source.name)) == "missing":
-        _require_on_hub(reference, Path(reference))
+        _require_on_hub(reference)
     return source
 
 
@@ -82,22 +80,17 @@ def normalize_model_name(name: str) -> str:
     return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()
 
 
-def _require_on_hub(name: str, path: Path) -> None:
+def _require_on_hub(name: str) -> None:
     """Raise if a name is no model on the hub. The first answer decides, where loading would retry for a minute."""
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.constants import HF_HUB_OFFLINE
 
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return
-        if HF_HUB_OFFLINE:
-            raise ModelError(
-                f"{name}: no such folder{_suggest_folder(path)}, and the hub is switched off (HF_HUB_OFFLINE)"
-            )
         HfApi().model_info(name, timeout=HUB_TIMEOUT)
     except _list_hub_errors() as error:
         raise ModelError(
-            f"{name}: no such folder{_suggest_folder(path)}, and the hub has no such model or does not answer ({get_first_line(error)}); "
+            f"{name}: no such folder, and the hub has no such model or does not answer ({get_first_line(error)}); "
             "give a model folder, a GGUF file, or a hub name"
         ) from None
 
@@ -109,28 +102,12 @@ def _list_hub_errors() -> tuple[type[BaseException], ...]:
     return (OSError, HFValidationError, *HfHubHTTPError.__bases__)
 
 
-def _suggest_folder(path: Path) -> str:
-    """Return ` (did you mean 'x'?)` for a model folder with a similar name in the same parent folder."""
-    parent = path.parent
-    folders = (
-        [folder.name for folder in parent.iterdir() if (folder / "config.json").is_file()] if parent.is_dir() else []
-    )
-    return suggest_name(path.name, folders)
-
-
-def _reject_unsupported_config(file: Path) -> None:
-    """Raise if a model folder holds weights that MLX quantized, or a configuration that names compiled code on the hub.
-
-    transformers runs such code even without trust.
-    """
+def _reject_hub_code(file: Path) -> None:
+    """Raise if a model folder's configuration names compiled code on the hub, which transformers runs even without trust."""
     try:
         config = read_json_object(file)
     except UnreadableError as error:
         raise ModelError(f"{file}: not readable as JSON ({error}); save the model again") from None
-    if "quantization" in config and "quant_method" not in (config.get("quantization_config") or {}):
-        raise ModelError(
-            f"{file.parent}: MLX quantized this model, and PyTorch can't read it; give the original model, or convert it back: mlx_lm.convert --dequantize"
-        )
     for name, value in _iterate_implementations(config):
         if "/" in value:
             raise ModelError(

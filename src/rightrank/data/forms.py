@@ -134,24 +134,9 @@ def _match_form(first: Row, renaming: Mapping[str, str]) -> tuple[DataForm, tupl
     allowed = "; or ".join(", ".join(f"`{column}`" for column in columns) for _, columns in FORMS)
     column_names = ", ".join(f"`{column}`" for column in first.fields) or "none"
     raise DataError(
-        f"{first.origin}: the columns ({column_names}) fit no form; give {allowed}, or name your columns, such as "
-        f"--columns {_suggest_columns(first)}"
+        f"{first.origin}: the columns ({column_names}) fit no form; give {allowed}, or name your columns: "
+        "--columns prompt=COLUMN,completion=COLUMN"
     )
-
-
-def _suggest_columns(row: Row) -> str:
-    """Return the value of `--columns` with which the columns of a row may fit a form."""
-    conversations = [
-        name
-        for name, value in row.fields.items()
-        if isinstance(value, list) and value and all(isinstance(turn, Mapping) for turn in value)
-    ]
-    texts = [name for name, value in row.fields.items() if isinstance(value, str)]
-    if conversations:
-        return f"messages={conversations[0]}"
-    if len(texts) > 1:
-        return f"prompt={texts[0]},completion={texts[1]}"
-    return f"text={texts[0]}" if texts else "text=review,label=stars"
 
 
 def _convert_row(shape: Shape, columns: Sequence[str], used: Collection[str], row: Row) -> Row:

@@ -1,4 +1,4 @@
-"""Read rows from JSONL, JSON, CSV, TSV, Parquet and saved `datasets` folders, and draw samples of them.
+"""Read rows from JSONL, JSON, CSV, TSV and Parquet files, and draw samples of them.
 
 A row is a mapping with its origin, so that every error can name file and line.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from rightrank.data.files import UnreadableError, detect_path_kind, parse_json, read_json_object
+from rightrank.data.files import UnreadableError, detect_path_kind, parse_json
 from rightrank.schema.errors import DataError, suggest_name
 from rightrank.schema.trials import SplitName
 
 FILE_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-ALLOWED_SOURCES = f"a file ending in {', '.join(FILE_TYPES)}, a folder of such files, or a saved `datasets` folder"
+ALLOWED_SOURCES = f"a file ending in {', '.join(FILE_TYPES)}, or a folder of such files"
 SPLIT_NAMES: dict[str, SplitName] = {
     "train": "train",
     "training": "train",
@@ -33,7 +32,6 @@ SPLIT_NAMES: dict[str, SplitName] = {
     "eval": "validation",
     "test": "test",
 }
-MAX_LINE_CHARACTERS = 2**26  # of a JSONL line; a longer line is a mistake
 ROWS_PER_CONVERSION = 1000
 _CSV_FIELD_LIMIT = 2**24  # characters
 MAX_DETECTION_ROWS = 256  # rows that are read to tell prompts that are questions from a few repeated instructions
@@ -78,8 +76,6 @@ def read_rows(source: Path | Any) -> RowsBySplit:
         )
     if path_kind == "file":
         return {None: _read_file(source)}
-    if _is_saved_dataset(source):
-        return _read_saved_dataset(source)
     files = sorted(path for path in source.iterdir() if path.suffix.lower() in FILE_TYPES and path.is_file())
     if not files:
         raise DataError(f"{source}: the folder contains no data file; give {ALLOWED_SOURCES}")
@@ -148,11 +144,7 @@ def _read_file(path: Path) -> Iterator[Row]:
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_CHARACTERS + 1), ""), start=1):
-            if len(line) > MAX_LINE_CHARACTERS:
-                raise DataError(
-                    f"{path}:{number}: a line of over {MAX_LINE_CHARACTERS:,} characters; give one object a line"
-                )
+        for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
@@ -205,79 +197,20 @@ def _read_csv(path: Path) -> Iterator[Row]:
 def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
-    with _report_arrow_faults(f"{path}: not a readable Parquet file", "write it again"):
+    try:
         batches = pyarrow.parquet.ParquetFile(path).iter_batches()
         rows = chain.from_iterable(map(_iterate_batch, batches))
         for number, fields in enumerate(rows, start=1):
             yield Row(fields, f"{path}: row {number}")
-
-
-@contextmanager
-def _report_arrow_faults(fault: str, remedy: str) -> Iterator[None]:
-    """Report what pyarrow raises for damaged files, and for dates and texts that Python cannot represent, as a `DataError`."""
-    import pyarrow
-
-    try:
-        yield
+    # What pyarrow raises for damaged files, and for dates and texts that Python cannot represent.
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise DataError(f"{fault} ({error}); {remedy}") from None
+        raise DataError(f"{path}: not a readable Parquet file ({error}); write it again") from None
 
 
 def _iterate_batch(batch: Any) -> Iterator[dict[str, Any]]:
     """Yield the rows of a record batch, of which few are Python objects at a time."""
     for start in range(0, batch.num_rows, ROWS_PER_CONVERSION):
         yield from batch.slice(start, ROWS_PER_CONVERSION).to_pylist()
-
-
-def _is_saved_dataset(folder: Path) -> bool:
-    return (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
-
-
-_SAVED_FAULT = "not a folder that datasets.save_to_disk wrote"
-
-
-def _read_saved_dataset(folder: Path) -> RowsBySplit:
-    """Read the Arrow files without decoding, so that no file or address named in a row is opened."""
-    splits = folder / "dataset_dict.json"
-    if not splits.exists():
-        return _read_memory(_read_arrow_files(folder, _list_arrow_files(folder, folder)))
-    names = _read_names(splits, "splits", folder)
-    files_by_split = {name: _list_arrow_files(folder / name, folder) for name in names}
-    return _read_memory({name: _read_arrow_files(folder, files) for name, files in files_by_split.items()})
-
-
-def _list_arrow_files(split: Path, folder: Path) -> list[Path]:
-    return [split / name for name in _read_names(split / "state.json", "_data_files", folder)]
-
-
-def _read_names(file: Path, key: str, folder: Path) -> list[str]:
-    """Read the names of files or folders that a JSON file of a saved dataset lists.
-
-    Raises:
-        DataError: the list is damaged, or it names something outside the folder.
-    """
-    try:
-        entries = read_json_object(file).get(key)
-    except UnreadableError as error:
-        raise DataError(f"{folder}: {_SAVED_FAULT} ({error}); save the dataset again") from None
-    listed = entries if isinstance(entries, list) else ()
-    names: list[Any] = [entry.get("filename") if isinstance(entry, Mapping) else entry for entry in listed]
-    if not names or not all(isinstance(name, str) and Path(name).name == name != ".." for name in names):
-        raise DataError(
-            f"{folder}: {_SAVED_FAULT} ({file.name} lists no {key}, or some outside the folder); save the dataset again"
-        )
-    return names
-
-
-def _read_arrow_files(folder: Path, files: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    import pyarrow
-
-    with _report_arrow_faults(f"{folder}: {_SAVED_FAULT}", "save the dataset again"):
-        for file in files:
-            with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as batches:
-                for batch in batches:
-                    batch.validate(full=True)  # damaged offsets would crash the process
-                    yield from _iterate_batch(batch)
 
 
 def parse_split_name(stem: str) -> SplitName | None:
