@@ -1,4 +1,4 @@
-"""Compare all strategies and baselines on all families of grids: a table for each answer, the plot, every under-pick and false pass.
+"""Compare all strategies and baselines on all families of grids: a table, the plot, and every under-pick.
 
     python -m benchmarks.selection.compare --out benchmarks/selection/results.json
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,28 +128,9 @@ def compute_share_interval(shares: np.ndarray, weights: np.ndarray) -> list[floa
     return [round(float(end), 3) for end in np.quantile(means, (0.025, 0.975))]
 
 
-def build_adapter_row(curves: Sequence[GridCurve], judged: Sequence[Judged], margin: float) -> dict[str, Any]:
-    """Compare the deployment rank with the smallest rank that direct trainings with the same seed give."""
-    direct = [find_direct_rank(curve, margin) for curve in curves if curve.truncated]
-    picks = [(judged_pick.pick or 0, rank) for judged_pick, rank in zip(judged, direct, strict=True)]
-    return {**summarize(judged), "not_above_direct": sum(pick <= rank for pick, rank in picks)}
-
-
-def find_direct_rank(curve: GridCurve, margin: float) -> int:
-    """Return the smallest rank within the margin of the best, trained at its best learning rate with the first seed."""
-    seed, sign = curve.seeds[0], -1 if curve.higher_is_better else 1
-    best = {
-        rank: min(sign * by_seed[seed] for by_seed in by_learning_rate.values() if seed in by_seed)
-        for rank, by_learning_rate in curve.cells.items()
-    }
-    return min(rank for rank, loss in best.items() if loss <= min(best.values()) + margin + 1e-9)
-
-
-def compare(families: Sequence[str]) -> dict[str, Any]:
+def compare(families: Iterable[str]) -> dict[str, Any]:
     table: list[dict[str, Any]] = []
-    adapters: list[dict[str, Any]] = []
     unders: list[dict[str, Any]] = []
-    passes: list[dict[str, Any]] = []
     means: list[dict[str, Any]] = []
     for family in families:
         curves, margins = read_curves(family), FAMILIES[family][2]
@@ -174,26 +155,9 @@ def compare(families: Sequence[str]) -> dict[str, Any]:
                     for pick in judged_by_method[name][0]
                     if pick.under
                 ]  # fmt: skip
-            if any(curve.truncated for curve in curves):
-                judged = replay_all(curves, STRATEGIES[EQUAL_COST_WITH], margin, goal="adapter")
-                adapters.append({"family": family, "margin": margin, **build_adapter_row(curves, judged, margin)})
-                passes += [
-                    {"family": family, "margin": margin, "grid": pick.name, "pick": pick.pick, "regret": round(pick.regret, 6)}
-                    for pick in judged
-                    if pick.false_pass
-                ]  # fmt: skip
         means += [summarize_margins(family, name, repeats) for name, repeats in every.items()]
     return {"machine": describe_machine(), "equal_cost_with": EQUAL_COST_WITH, "repeats": REPEATS, "table": table,
-            "means": means, "under_picks": unders, "adapters": adapters, "false_passes": passes}  # fmt: skip
-
-
-def merge_stored(stored: dict[str, Any], results: dict[str, Any], family: str) -> dict[str, Any]:
-    """Merge the results of one family with the stored rows of the others, in the order of `FAMILIES`."""
-    merged = dict(results)
-    for name in ("table", "means", "under_picks", "adapters", "false_passes"):
-        rows = [*(row for row in stored.get(name, []) if row["family"] != family), *results[name]]
-        merged[name] = sorted(rows, key=lambda row: list(FAMILIES).index(row["family"]))
-    return merged
+            "means": means, "under_picks": unders}  # fmt: skip
 
 
 def draw_cost_against_regret(results: dict[str, Any], path: Path) -> None:
@@ -265,32 +229,14 @@ def format_results(results: dict[str, Any]) -> str:
         for r in results["means"]
         if r["abstentions"] < r["cases"]
     ]
-    lines += [
-        "",
-        "The first question, the adapter. Values are of the test split where a grid has one.",
-        "",
-        "| family | margin | grids | exact | ± a rank | under | over | false passes | regret | trainings | rank not above direct training's |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r['family']} | {r['margin']:g} | {r['curves']} | {r['exact']} | {r['exact_or_neighbour']} | {r['under_picks']} "
-        f"| {r['over_picks']} | {r['false_passes']} | {r['mean_excess_regret']:.5f} | {r['mean_trainings']:.2f} "
-        f"| {r['not_above_direct']} |"
-        for r in results["adapters"]
-    ]
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "results.json")
-    parser.add_argument(
-        "--only", choices=FAMILIES, help="judge this family anew and keep the stored results of the others"
-    )
     options = parser.parse_args()
-    results = compare(list(FAMILIES) if options.only is None else [options.only])
-    if options.only is not None:
-        results = merge_stored(json.loads(options.out.read_text()), results, options.only)
+    results = compare(FAMILIES)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
     draw_cost_against_regret(results, options.out.with_name("cost_against_regret.svg"))
     options.out.with_suffix(".md").write_text(format_results(results) + "\n")

@@ -19,8 +19,6 @@ from rightrank.decision.adapter import Criterion
 from rightrank.decision.comparison import compute_bounds
 from rightrank.decision.table import estimate_pairs, pair_cells
 from rightrank.schema.errors import ResultsError
-from rightrank.schema.results import AdapterAnswer
-from rightrank.schema.settings import Goal
 from rightrank.schema.trials import (
     Arm,
     EvalPoint,
@@ -51,9 +49,6 @@ class GridCurve:
     base: float | None = None
     base_loss: float | None = None  # if the metric is another
     truncated: SeedGrid = field(default_factory=dict)  # rank → learning rate of the highest rank → seed
-    averaged: Mapping[float, SeedGrid] = field(
-        default_factory=dict
-    )  # fraction of a training → losses of the running mean
     truncated_items: ExampleValues = field(
         default_factory=dict
     )  # summed example losses of truncations, by rank, learning rate of the highest rank, seed
@@ -124,7 +119,6 @@ def list_seed_orders(curve: GridCurve) -> list[GridCurve]:
             name=f"{curve.name}, seed {curve.seeds[by]} first",
             cells=grid(curve.cells),
             truncated=grid(curve.truncated),
-            averaged=grids(curve.averaged),
             checkpoints=grids(curve.checkpoints),
             losses=grids(curve.losses),
             tests={kind: grid(cells) for kind, cells in curve.tests.items()},
@@ -170,12 +164,11 @@ def _parse_curve(entry: Mapping[str, Any]) -> GridCurve:
         base_loss=entry.get("base_loss"),
         base=entry.get("base") if isinstance(entry.get("base"), int | float) else None,
         truncated=_parse_seed_grid(entry.get("truncation_grid", {})),
+        truncated_items=_parse_examples(entry.get("truncation_items", {})),
         checkpoints={
             float(fraction): _parse_seed_grid(grid) for fraction, grid in entry.get("checkpoints", {}).items()
         },
         losses={float(fraction): _parse_seed_grid(grid) for fraction, grid in entry.get("losses", {}).items()},
-        averaged={float(fraction): _parse_seed_grid(grid) for fraction, grid in entry.get("averaged", {}).items()},
-        truncated_items=_parse_examples(entry.get("truncation_items", {})),
         tests={kind: _parse_seed_grid(grid) for kind, grid in entry.get("test_grids", {}).items()},
         items=_parse_examples(entry.get("item_losses", {})),
         item_tokens=list(entry.get("item_tokens", [])),
@@ -253,8 +246,6 @@ class Replayed:
     """The result of a strategy on a grid."""
 
     answer: Recommendation
-    adapter: AdapterAnswer | None  # None if the grid has no truncations
-    parent_learning_rate: float | None  # of the training that the adapter was truncated from
     trainings: float  # cost in full trainings
     arms: int
     outcomes: tuple[TrialOutcome, ...] = ()
@@ -335,9 +326,7 @@ def _get_cell(grid: SeedGrid, key: tuple[int, float, int]) -> float | None:
     return grid.get(key[0], {}).get(key[1], {}).get(key[2])
 
 
-def build_space(
-    curve: GridCurve, margin: float, seeds: int = 1, budget: float | None = None, goal: Goal = "training-rank"
-) -> Space:
+def build_space(curve: GridCurve, margin: float, seeds: int = 1) -> Space:
     """Return the space of a grid: everything that a strategy is told about it."""
     return Space(
         ranks=tuple(curve.ranks),
@@ -352,9 +341,8 @@ def build_space(
             "loss" if curve.metric == "loss" else "token_loss",
             trusts_values=not curve.truncated_items,
         ),
-        goal=goal,
+        goal="training-rank",
         can_truncate=bool(curve.truncated),
-        budget_steps=None if budget is None else budget * REPLAY_STEPS,
     )
 
 
@@ -371,9 +359,4 @@ def replay(curve: GridCurve, make: Callable[[Space], Strategy], space: Space) ->
                 steps += count_added_steps(arm, finished)
                 finished[outcome.trial_id] = outcome
             outcomes.append(outcome)
-    adapter = strategy.replay_trials(outcomes).adapter
-    parent = next((trial for trial in outcomes if adapter is not None and trial.trial_id == adapter.trained_id), None)
-    learning_rate = None if parent is None else parent.learning_rate
-    return Replayed(
-        recommend(strategy, outcomes), adapter, learning_rate, steps / REPLAY_STEPS, len(outcomes), tuple(outcomes)
-    )
+    return Replayed(recommend(strategy, outcomes), steps / REPLAY_STEPS, len(outcomes), tuple(outcomes))
