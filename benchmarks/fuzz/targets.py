@@ -70,6 +70,17 @@ def read_results(data: bytes, folder: Path) -> None:
     _decide(path)
 
 
+def read_imported(data: bytes, folder: Path) -> None:
+    """Read a folder of transformers' Trainer, with a valid one of another rank next to it, because a single rank is not compared."""
+    trainings = {"a-r8": data, "b-r16": make_imported_seeds()[0].replace(b"8", b"16")}
+    for training, content in trainings.items():
+        (folder / training / "checkpoint-5").mkdir(parents=True)
+        file_names = ("checkpoint-5/trainer_state.json", "adapter_config.json")
+        for name, body in zip(file_names, _split_sections(content, 2), strict=True):
+            (folder / training / name).write_bytes(body)
+    return _decide(folder)
+
+
 def _decide(path: Path) -> None:
     decided = decide(path)
     decided.decision.model_dump_json()
@@ -169,6 +180,17 @@ def make_result_seeds() -> list[bytes]:
 
 
 @functools.cache
+def make_imported_seeds() -> list[bytes]:
+    trainer = {
+        "global_step": 5,
+        "log_history": [
+            {"step": 2, "loss": 2.0, "learning_rate": 1e-4},
+            {"step": 5, "eval_loss": 1.5, "eval_runtime": 1.0},
+        ],
+    }
+    return [json.dumps(trainer).encode() + PART + b'{"r": 8, "lora_alpha": 16}']
+
+
 def make_settings_seeds() -> list[bytes]:
     return [
         b"ranks: [1, 4, 16]\nlearning_rates: [1e-4, 3e-4]\nstrategy: grid\nmargin: 0.01\n",
@@ -196,6 +218,7 @@ def make_weight_seeds() -> list[bytes]:
 TARGETS: dict[str, Target] = {
     "data": Target(read_data, make_data_seeds),
     "results": Target(read_results, make_result_seeds),
+    "imported": Target(read_imported, make_imported_seeds),
     "settings": Target(read_settings, make_settings_seeds),
     "adapter": Target(read_adapter, make_adapter_seeds),
     "weights": Target(read_weights, make_weight_seeds),

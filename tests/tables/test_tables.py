@@ -75,7 +75,7 @@ def test_a_wandb_export_in_json_is_flattened(tmp_path: Path) -> None:
     assert (decided.rank, decided.learning_rate) == (16, 1e-4)
 
 
-@pytest.mark.parametrize("kind", ["csv", "semicolons", "tsv", "json", "jsonl", "frame", "index", "folder"])
+@pytest.mark.parametrize("kind", ["csv", "semicolons", "tsv", "json", "jsonl", "parquet", "frame", "index", "folder"])
 def test_every_source_gives_the_same_answer(tmp_path: Path, kind: str) -> None:
     rows = [
         {"rank": rank, "lr": rate, "seed": seed, "eval_loss": 2 + 1 / rank + seed / 1000 + rate}
@@ -91,6 +91,8 @@ def test_every_source_gives_the_same_answer(tmp_path: Path, kind: str) -> None:
         frame.to_csv(source, sep="\t" if kind == "tsv" else ",", index=False)
     elif kind in ("json", "jsonl"):
         frame.to_json(source, orient="records", lines=kind == "jsonl")
+    elif kind == "parquet":
+        frame.to_parquet(source)
     elif kind == "folder":
         (source / "plots").mkdir(parents=True)
         (source / "notes.txt").write_text("not a table")
@@ -532,7 +534,7 @@ def test_bad_tables_are_refused_with_file_and_row(
         (".", None, "contains no results in a known format"),
         ("latin.csv", "rank,größe\n1,2\n".encode("latin-1"), "not UTF-8"),
         ("study.db", b"SQLite format 3\x00", r"files of type '\.db' are not supported; give a file ending in"),
-        ("runs.parquet", b"PAR1", r"files of type '\.parquet' are not supported"),
+        ("runs.parquet", b"PAR1", "not a table that pandas can read"),
         ("runs.json", b"[1, 2]", "runs.json: entry 1: got a int"),
         ("runs.jsonl", b'{"rank": 1', r"runs.jsonl:1: not a row in JSON"),
     ],
@@ -542,3 +544,70 @@ def test_a_path_without_a_table_is_refused(tmp_path: Path, name: str, content: b
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ResultsError, match=message):
         decide(tmp_path / name)
+
+
+# transformers' Trainer
+
+TRAINER_LOSSES = {1: 2.3, 4: 2.001, 16: 2.0}
+CONFIG = {
+    "peft_type": "LORA", "base_model_name_or_path": "llama", "lora_alpha": 16, "lora_dropout": 0.0, "use_dora": False,
+    "use_rslora": False, "rank_pattern": {}, "bias": "none", "task_type": "CAUSAL_LM", "revision": None,
+}  # fmt: skip
+
+
+def write_trainings(root: Path, name: str = "run-{rank}", configs: dict[int, dict[str, Any]] | None = None) -> None:
+    """Write a folder with two checkpoints for each rank, each with the log and the adapter's configuration."""
+    for rank, loss in TRAINER_LOSSES.items():
+        for step in (50, 100):
+            folder = root / name.format(rank=rank) / f"checkpoint-{step}"
+            folder.mkdir(parents=True)
+            modules = ["q_proj", "v_proj"] if rank > 1 else ["v_proj", "q_proj"]  # PEFT writes a set
+            config = CONFIG | {"r": rank, "target_modules": modules} | (configs or {}).get(rank, {})
+            (folder / "adapter_config.json").write_text(json.dumps(config))
+            history = [{"step": at, "eval_loss": loss + (100 - at) / 100, "epoch": 1} for at in (50, 100) if at <= step]
+            history += [{"step": step, "loss": 1.0, "learning_rate": rate} for rate in (5e-5, 1e-4, 2e-5)]
+            state = {"global_step": step, "log_history": history, "max_steps": 100}
+            (folder / "trainer_state.json").write_text(json.dumps(state))
+
+
+def test_the_outputs_of_trainer_are_read_with_their_adapters(tmp_path: Path) -> None:
+    write_trainings(tmp_path, "r{rank}-seed1")
+    decided = decide(tmp_path, margin=0.005)
+    assert {evidence.rank: evidence.value for evidence in decided.decision.ranks} == TRAINER_LOSSES
+    assert (decided.decision.rank, decided.decision.learning_rate) == (4, 1e-4)
+    assert decided.trainings is not None
+    assert {training.seed for training in decided.trainings} == {1}
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [
+        {"base_model_name_or_path": "gemma"}, {"lora_alpha": 256}, {"lora_dropout": 0.1}, {"use_dora": True},
+        {"use_rslora": True}, {"rank_pattern": {"q_proj": 4}}, {"target_modules": ["q_proj"]}, {"bias": "all"},
+        {"init_lora_weights": "gaussian"}, {"peft_type": "ADALORA"}, {"revision": "main"},
+    ],
+    ids=lambda difference: next(iter(difference)),
+)  # fmt: skip
+def test_adapters_are_compared_by_their_whole_configuration(tmp_path: Path, difference: dict[str, Any]) -> None:
+    write_trainings(tmp_path, configs={16: difference})
+    (name,) = difference
+    with pytest.raises(ResultsError, match=f"the trainings differ in {name}.*--ignore {name}"):
+        decide(tmp_path)
+    assert decide_values(tmp_path, ignore=[name]) == TRAINER_LOSSES
+
+
+def test_outputs_of_trainer_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
+    write_trainings(tmp_path / "seeds", "r{rank}-seed0-seed1")
+    with pytest.raises(ResultsError, match="states the seeds 0, 1"):
+        decide(tmp_path / "seeds")
+    write_trainings(tmp_path / "none")
+    for path in (tmp_path / "none").rglob("adapter_config.json"):
+        path.unlink()
+    with pytest.raises(ResultsError, match=r"there is no adapter_config\.json in its folder"):
+        decide(tmp_path / "none")
+    folder = tmp_path / "empty" / "run"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text('{"log_history": []}')
+    (folder / "adapter_config.json").write_text('{"r": 4}')
+    with pytest.raises(ResultsError, match="contain no evaluation"):
+        decide(tmp_path / "empty")

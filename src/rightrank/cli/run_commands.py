@@ -162,7 +162,7 @@ def _decide(results: Path | None, example: bool, report: Path | None, as_json: b
     """Decide on finished trainings of any origin.
 
     RESULTS is a CSV or JSONL file with `rank`, `value` and, if there are any, `lr`, `seed`, `std`, `item`; a run
-    folder; or an export of W&B, MLflow or Optuna.
+    folder; or results of W&B, MLflow, Trainer or Optuna.
     """
     from rightrank.api import runs as api
 

@@ -1,4 +1,4 @@
-"""Read tables of results into columns: from text files, data frames, and mappings in memory.
+"""Read tables of results into columns: from text files, Parquet and Excel, folders of transformers' Trainer, data frames, and mappings in memory.
 
 A column stores each distinct cell once, and for each row the index of its cell. So cells that recur are converted and compared once, and a
 table of a million rows takes little time and memory.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,9 +23,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from rightrank.data.files import UnreadableError, detect_path_kind, parse_json
+from rightrank.data.files import UnreadableError, detect_path_kind, parse_json, read_json_object
 from rightrank.data.rows import detect_delimiter
-from rightrank.schema.errors import ResultsError, quote_value, suggest_name
+from rightrank.schema.errors import MissingExtraError, ResultsError, quote_value, suggest_name
 
 BLANK_TEXTS = {"", "-", "–", "—", "none", "null", "n/a", "na", "nan", "nat", "<na>"}  # texts of empty cells
 MAX_NAMES = 12
@@ -62,12 +63,13 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table of results."""
+    """A table of results. `settings` are the columns that must not differ even if they contain numbers."""
 
     name: str
     columns: Mapping[str, Column]
     prefixes: Column  # the beginning of each row's origin
     numbers: Codes  # [rows] the number that ends it
+    settings: frozenset[str] = frozenset()
 
     def describe_row(self, row: int) -> str:
         """Return where a row comes from, such as `runs.csv:3`."""
@@ -143,15 +145,19 @@ def format_names(names: Sequence[str]) -> str:
     return f"{text}, … ({len(names)} in all)" if len(names) > MAX_NAMES else text or "none"
 
 
-FILE_TYPES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
+FILE_TYPES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".xlsx")
 CHUNK_ROWS = 1000  # fits into the cache of a processor
 MAX_DEPTH = 8  # of nested mappings whose values become columns; deeper ones are texts
+STATE_FILE = "trainer_state.json"
+CONFIG_FILE = "adapter_config.json"
+STATE_SETTINGS = ("max_steps", "num_train_epochs", "train_batch_size")
+_SEED = re.compile(r"seed[-_=]?(\d+)", re.IGNORECASE)
 # A row: the beginning of its origin and the number that ends it, the names of its columns, and its cells.
 Row: TypeAlias = tuple[str, int, Sequence[Any], Sequence[Any]]
 
 
 def read_table(source: Any) -> Table:
-    """Read a file, a folder of files, a data frame, or mappings in memory.
+    """Read a file, a folder of files, a folder of transformers' Trainer, a data frame, or mappings in memory.
 
     Raises:
         ResultsError: no such file, no rows, a row that cannot be read, or two columns with one name.
@@ -164,11 +170,13 @@ def read_table(source: Any) -> Table:
         raise ResultsError(f"{path}: no such file or folder; give a CSV or JSONL file of results, or a run folder")
     if kind == "file":
         return _build_table(str(path), _read_file(path))
+    if states := sorted(path.rglob(STATE_FILE)):
+        return _build_table(str(path), *_read_trainer_outputs(path, states))
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in FILE_TYPES and file.is_file())
     if not files:
         raise ResultsError(
-            f"{path}: the folder contains no results in a known format; give a run folder, or a folder of files ending in "
-            f"{', '.join(FILE_TYPES)}"
+            f"{path}: the folder contains no results in a known format; give a run folder, trainings with {STATE_FILE}, or "
+            f"a folder of files ending in {', '.join(FILE_TYPES)}"
         )
     return _build_table(str(path), chain.from_iterable(map(_read_file, files)))
 
@@ -201,7 +209,7 @@ def _simplify_cell(cell: Any) -> Any:
     return json.dumps(cell, sort_keys=True, default=str) if isinstance(cell, list | tuple | Mapping) else str(cell)
 
 
-def _build_table(name: str, rows: Iterable[Row]) -> Table:
+def _build_table(name: str, rows: Iterable[Row], settings: frozenset[str] = frozenset()) -> Table:
     """Collect rows as columns. A column that a row does not have is blank in it."""
     builders: defaultdict[str, _ColumnBuilder] = defaultdict(_ColumnBuilder)
     prefixes, numbers = _ColumnBuilder(), array("q")
@@ -221,7 +229,7 @@ def _build_table(name: str, rows: Iterable[Row]) -> Table:
     for builder in builders.values():
         builder.extend([None] * (len(numbers) - builder.num_rows))
     columns = {title: builder.build_column() for title, builder in builders.items()}
-    return Table(name, columns, prefixes.build_column(), np.frombuffer(numbers, dtype=np.int64))
+    return Table(name, columns, prefixes.build_column(), np.frombuffer(numbers, dtype=np.int64), settings)
 
 
 def _read_file(path: Path) -> Iterator[Row]:
@@ -231,7 +239,9 @@ def _read_file(path: Path) -> Iterator[Row]:
             f"{path}: files of type {suffix or '(no extension)'!r} are not supported; give a file ending in {', '.join(FILE_TYPES)}"
         )
     try:
-        if suffix in (".csv", ".tsv"):
+        if suffix in (".parquet", ".xlsx"):
+            yield from _read_with_pandas(path)
+        elif suffix in (".csv", ".tsv"):
             yield from _read_csv(path)
         else:
             yield from _read_json(path)
@@ -317,16 +327,122 @@ def _flatten(fields: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Ite
 
 def _read_memory(source: Any) -> Iterator[Row]:
     if hasattr(source, "iloc"):
-        return _read_frame(source)
+        return _read_frame(source, "row ")
     rows = source.to_dicts() if hasattr(source, "to_dicts") else source  # a data frame of polars
     return _flatten_rows("row ", enumerate(rows, start=1))
 
 
-def _read_frame(frame: Any) -> Iterator[Row]:
+def _read_frame(frame: Any, prefix: str) -> Iterator[Row]:
     """Read a data frame of pandas. An index with a name, or of texts, is a column."""
     if any(name is not None for name in frame.index.names) or frame.index.inferred_type == "string":
         frame = frame.reset_index(allow_duplicates=True)
     names = list(frame.columns)
     columns = [frame.iloc[:, number].tolist() for number in range(len(names))]
     for number, cells in enumerate(zip(*columns, strict=True), start=1):
-        yield "row ", number, names, cells
+        yield prefix, number, names, cells
+
+
+def _read_with_pandas(path: Path) -> Iterator[Row]:
+    try:
+        import pandas
+
+        # pandas renames the second of two columns with one name, so the header of a sheet is read as a row.
+        if path.suffix.lower() == ".xlsx":
+            sheet = pandas.read_excel(path, header=None, dtype=object)
+            frame = sheet.iloc[1:].reset_index(drop=True).set_axis(sheet.iloc[0].tolist(), axis=1)
+        else:
+            frame = pandas.read_parquet(path)
+        yield from _read_frame(frame, f"{path}: row ")
+    except ImportError as error:
+        raise MissingExtraError(f"{path}: {error}; install it, or save the table as CSV") from None
+    except (
+        ValueError,
+        OverflowError,
+        KeyError,
+    ) as error:  # raised for damaged files, and for dates beyond those of Python
+        raise ResultsError(f"{path}: not a table that pandas can read ({error}); write it again, or as CSV") from None
+
+
+def _read_trainer_outputs(root: Path, states: Sequence[Path]) -> tuple[list[Row], frozenset[str]]:
+    """Read the evaluations of the trainings under a folder of transformers' Trainer.
+
+    The rank and the other settings of an adapter come from its `adapter_config.json`, the learning rate is the highest one in the log,
+    and the seed is that in the folder's name (`seed0`). Of several checkpoints, the last one has the complete log.
+
+    Args:
+        states: the `trainer_state.json` files under `root`.
+
+    Returns:
+        A row for each evaluation, and the columns that hold the adapters' settings.
+
+    Raises:
+        ResultsError: a file that is not JSON, a training without an adapter's configuration, or no evaluation.
+    """
+    last_states: dict[Path, tuple[int, Path, dict[str, Any]]] = {}
+    for path in states:
+        training = path.parent.parent if path.parent.name.startswith("checkpoint-") else path.parent
+        state = _read_object(path)
+        step = state.get("global_step")
+        candidate = (step if isinstance(step, int) else 0, path, state)
+        last_states[training] = max(last_states.get(training, candidate), candidate, key=lambda entry: entry[:2])
+    rows: list[Row] = []
+    settings: set[str] = set()
+    for training, (_, path, state) in last_states.items():
+        config = _read_adapter_config(path, training)
+        fields = {"rank": config.pop("r", None), **config, **_find_seed(training, root)}
+        fields |= {name: state[name] for name in STATE_SETTINGS if name in state}
+        evaluations = _list_evaluations(state, fields)
+        rows += [(f"{path}: step ", values["step"], list(values), list(values.values())) for values in evaluations]
+        settings |= config.keys()
+    if not rows:
+        raise ResultsError(
+            f"{root}: the {STATE_FILE} files contain no evaluation (eval_loss); train with eval_strategy set"
+        )
+    return rows, frozenset(settings)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(path)
+    except UnreadableError as error:
+        raise ResultsError(f"{path}: this is not JSON ({error}); restore the file, or remove its folder") from None
+
+
+def _read_adapter_config(state: Path, training: Path) -> dict[str, Any]:
+    """Read the configuration beside the state, in the folder of the training, or in one of its checkpoints."""
+    folders = [state.parent, training, *sorted(training.glob("checkpoint-*"))]
+    path = next((folder / CONFIG_FILE for folder in folders if (folder / CONFIG_FILE).is_file()), None)
+    if path is None:
+        raise ResultsError(
+            f"{state}: there is no {CONFIG_FILE} in its folder, so the rank is not known; save the adapter there, or give a table "
+            "with a column rank"
+        )
+    # PEFT writes sets as lists in any order.
+    return {
+        name: sorted(value, key=repr) if isinstance(value, list) else value
+        for name, value in _read_object(path).items()
+    }
+
+
+def _find_seed(training: Path, root: Path) -> dict[str, str]:
+    seeds = set(_SEED.findall("/".join(training.relative_to(root).parts) or training.name))
+    if len(seeds) > 1:
+        raise ResultsError(
+            f"{training}: its name states the seeds {', '.join(sorted(seeds))}; name the folder so that it states one (seed0)"
+        )
+    return {"seed": seeds.pop()} if seeds else {}
+
+
+def _list_evaluations(state: Mapping[str, Any], fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """List the steps of the log with a held-out value, each with its values, the last training loss before it, and `fields`."""
+    log = state.get("log_history")
+    entries = [entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
+    rates = [rate for entry in entries if isinstance(rate := entry.get("learning_rate"), int | float)]
+    values = {**fields, "lr": max(rates)} if rates else {**fields}
+    evaluations = []
+    for entry in entries:
+        values |= {"train_loss": entry["loss"]} if "loss" in entry else {}
+        held_out = {name: value for name, value in entry.items() if name.startswith("eval_")}
+        if held_out and isinstance(entry.get("step"), int):
+            evaluations.append({"step": entry["step"], **values, **held_out})
+    return evaluations

@@ -141,7 +141,7 @@ def require_same_conditions(table: Table, roles: Roles, evaluations: Evaluations
         Notes on the numbers that differ between the trainings.
 
     Raises:
-        ResultsError: texts differ, or alphas that are not proportional to the rank.
+        ResultsError: texts or settings of adapters differ, or alphas that are not proportional to the rank.
     """
     alpha = roles.columns.get("alpha")
     others = sorted(table.columns.keys() - (set(roles.columns.values()) - {alpha}))
@@ -153,7 +153,7 @@ def require_same_conditions(table: Table, roles: Roles, evaluations: Evaluations
             if len(set(np.round(ratios, 9).tolist())) == 1:
                 notes.append(f"{name} is {ratios[0]:g} times the rank")
                 continue
-        if name == alpha or None in table.columns[name].parse_numbers():
+        if name == alpha or name in table.settings or None in table.columns[name].parse_numbers():
             refused.append(name)
         elif is_setting(name) or infer_column_direction(name) is None:
             numeric.append(name)
