@@ -14,27 +14,12 @@ from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, TrialFinished
 from rightrank.search.protocol import Strategy, build_space
 from rightrank.search.strategies import STRATEGIES, make_strategy
-from tests.search.worlds import EXACT, STEPS, World, make_space, recommend, run_all, run_rounds
+from tests.search.worlds import EXACT, STEPS, World, make_space, run_all, run_rounds
 
 
 def make_named_strategy(**values: Any) -> Strategy:
     settings = SelectSettings(**values)
     return make_strategy(settings.strategy, build_space(settings, 100))
-
-
-def find_stages(outcomes: list[Any], rank: int, learning_rate: float) -> set[int]:
-    """Return the steps at which trainings of the rank at the learning rate stopped or ended."""
-    return {
-        outcome.stop_at or outcome.steps
-        for outcome in outcomes
-        if (outcome.rank, outcome.learning_rate, outcome.truncate_from) == (rank, learning_rate, None)
-    }
-
-
-def test_only_the_best_learning_rate_at_a_quarter_is_finished() -> None:
-    outcomes = run_all(STRATEGIES["bracket"](make_space(goal="adapter")), World(best_learning_rate=1e-3))
-    stages = {rate: find_stages(outcomes, 64, rate) for rate in make_space().learning_rates}
-    assert stages == {1e-4: {25}, 3e-4: {25}, 1e-3: {25, 100}, 3e-3: {25}}
 
 
 def test_the_search_leaves_the_budget_that_the_goal_needs() -> None:
@@ -46,22 +31,6 @@ def test_the_search_leaves_the_budget_that_the_goal_needs() -> None:
         assert (64, 100) in ends
         assert goal != "best-adapter" or (64, 200) in ends
         assert goal != "training-rank" or len({rank for rank, _ in ends}) > 1
-
-
-def test_the_mean_of_the_factors_ranks_the_learning_rates() -> None:
-    class Early(World):
-        """At a quarter the current factors favour 3e-4 and the mean of the factors 1e-3, which is better at the end."""
-
-        def run(self, arm: Any) -> Any:
-            outcome = super().run(arm)
-            if not isinstance(outcome, TrialFinished) or not arm.is_searched:
-                return outcome
-            losses = {3e-4: (1.0, 1.1), 1e-3: (1.1, 1.0)}.get(arm.learning_rate, (2.0, 2.0))
-            scores = {"example_losses": [losses[0]], "example_tokens": [1], "mean_losses": [losses[1]]}
-            return outcome.model_copy(update=scores | {"value": losses[0], "metrics": {"loss": losses[0]}})
-
-    outcomes = run_all(STRATEGIES["bracket"](make_space(goal="adapter")), Early())
-    assert {outcome.learning_rate for outcome in outcomes if outcome.arm.is_direct and outcome.rank == 64} == {1e-3}
 
 
 def test_learning_rates_are_not_compared_after_the_first_step_of_a_warm_up() -> None:
@@ -92,80 +61,6 @@ def test_truncations_are_evaluated_although_the_time_is_over() -> None:
     assert trials.adapter.rank == 1
 
 
-@pytest.mark.parametrize(("gain", "steps"), [(-0.05, 200), (0.05, 100)])
-def test_the_best_adapter_is_that_of_twice_the_steps_if_these_are_better(gain: float, steps: int) -> None:
-    class Longer(World):
-        def loss(self, arm: Any) -> float:
-            return super().loss(arm) + (gain if arm.steps == 200 or self.is_cut_from_long(arm) else 0.0)
-
-        def is_cut_from_long(self, arm: Arm) -> bool:
-            return arm.truncate_from is not None and self.arms[arm.truncate_from].steps == 200
-
-    strategy = STRATEGIES["bracket"](make_space(goal="best-adapter", criterion=EXACT))
-    trials = strategy.replay_trials(run_all(strategy, Longer(gain=0.02)))
-    assert trials.adapter is not None
-    parent = next(trial for trial in trials.outcomes.values() if trial.trial_id == trials.adapter.trained_id)
-    assert parent.steps == steps
-    notes = [*trials.adapter.notes, *trials.notes]
-    assert any(note.startswith("With 200 instead of 100 steps, rank 64 is ") for note in notes)
-
-
-@pytest.mark.parametrize("can_stop_early", [True, False])
-def test_learning_rates_too_high_to_train_do_not_win(can_stop_early: bool) -> None:
-    """Simulate broken trainings with a flat loss: the highest learning rate is the better of two that are worse than the base."""
-
-    class Broken(World):
-        def loss(self, arm: Any) -> float:
-            broken = {1e-3: 1.0, 3e-3: 0.8}.get(arm.learning_rate, 0.0) if arm.rank else 0.0
-            return super().loss(arm) + broken
-
-    strategy = STRATEGIES["bracket"](make_space())
-    outcomes = run_all(strategy, Broken(best_learning_rate=3e-4, can_stop_early=can_stop_early))
-    assert recommend(strategy, outcomes).learning_rate == 3e-4
-
-
-@pytest.mark.parametrize("lost", [1e-3, 3e-3, 3e-4])
-def test_a_missing_cell_hides_no_better_learning_rate(lost: float) -> None:
-    """Check that the climb skips a missing cell of a table."""
-    world = World(
-        best_learning_rate=1e-4, can_stop_early=False, can_truncate=False, breaks=lambda arm: arm.learning_rate == lost
-    )
-    strategy = STRATEGIES["bracket"](make_space())
-    assert recommend(strategy, run_all(strategy, world)).learning_rate == 1e-4
-
-
-def test_learning_rates_that_diverge_are_left_out() -> None:
-    world = World(best_learning_rate=1e-3, diverges=lambda arm: arm.learning_rate > 5e-4)
-    outcomes = run_all(STRATEGIES["bracket"](make_space(goal="adapter")), world)
-    assert find_stages(outcomes, 64, 3e-4) == {25, 100}
-    assert find_stages(outcomes, 64, 1e-3) == find_stages(outcomes, 64, 3e-3) == {25}
-
-
-def test_another_seed_can_correct_the_learning_rate() -> None:
-    class Seeded(World):
-        """The first seed's quarter favours 3e-3; the other seeds, and the mean, favour 1e-3."""
-
-        def loss(self, arm: Any) -> float:
-            return super().loss(arm) - (0.03 if arm.learning_rate == 3e-3 and arm.seed == 0 and arm.rank else 0.0)
-
-    strategy = STRATEGIES["bracket"](make_space(seeds=(0, 1, 2)))
-    assert recommend(strategy, run_all(strategy, Seeded(best_learning_rate=1e-3))).learning_rate == 1e-3
-
-
-def test_ranks_between_the_best_and_a_worse_top_are_tried() -> None:
-    """Simulate a best rank between the one that beat the top and the top; it becomes the reference."""
-
-    class Between(World):
-        def loss(self, arm: Any) -> float:
-            if arm.rank == 0 or arm.truncate_from is not None or arm.stop_at is not None:
-                return super().loss(arm)
-            return {64: 1.06, 16: 1.0, 4: 1.04, 1: 1.2}[arm.rank]
-
-    strategy = STRATEGIES["bracket"](make_space())
-    answer = recommend(strategy, run_all(strategy, Between(gain=0.001)))
-    assert (answer.rank, answer.reference_rank) == (16, 16)
-
-
 @pytest.mark.parametrize(("spread", "start"), [(1e-4, 4), (0.01, 16)])
 def test_the_walk_begins_where_a_further_seed_would_find_the_truncation_enough(spread: float, start: int) -> None:
     """Simulate a truncation to rank 4 that is .0099 worse, within the margin of .01, with examples that differ by `spread`."""
@@ -181,29 +76,6 @@ def test_the_walk_begins_where_a_further_seed_would_find_the_truncation_enough(s
 
     outcomes = run_all(STRATEGIES["bracket"](make_space()), Scattered(gain=0.02))
     assert next(outcome.rank for outcome in outcomes if 0 < outcome.rank < 64 and outcome.arm.is_direct) == start
-
-
-def test_an_undertrained_rank_gets_a_higher_learning_rate() -> None:
-    """Simulate a rank whose truncation is within the margin and whose training at the top's learning rate was still improving."""
-
-    class Slow(World):
-        def loss(self, arm: Any) -> float:
-            is_slow = arm.rank == 4 and arm.learning_rate < 2e-3 and arm.truncate_from is None
-            fraction = (arm.stop_at or arm.steps) / arm.steps if arm.steps else 1.0
-            return super().loss(arm) + (0.8 * (1.05 - fraction) if is_slow else 0.0)
-
-    strategy = STRATEGIES["bracket"](make_space())
-    outcomes = run_all(strategy, Slow(gain=0.015, best_learning_rate=1e-3))
-    assert [outcome for outcome in outcomes if outcome.rank == 4 and outcome.learning_rate == 3e-3]
-
-
-@pytest.mark.parametrize("seeds", [(0, 1), (0, 1, 2)])
-def test_confirms_with_further_seeds(seeds: tuple[int, ...]) -> None:
-    strategy = STRATEGIES["bracket"](make_space(seeds=seeds))
-    outcomes = run_all(strategy, World())
-    answer = recommend(strategy, outcomes)
-    for rank in (answer.rank, answer.reference_rank):
-        assert {outcome.seed for outcome in outcomes if outcome.rank == rank and outcome.arm.is_direct} == {*seeds}
 
 
 def test_bad_settings_are_one_clear_line() -> None:

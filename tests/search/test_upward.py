@@ -5,7 +5,7 @@ from __future__ import annotations
 from rightrank.schema.trials import TrialOutcome
 from rightrank.search.protocol import Space
 from rightrank.search.strategies import Upward
-from tests.search.worlds import World, make_space, recommend, run_all
+from tests.search.worlds import World, make_space, run_all
 
 LOW, MIDDLE, HIGH = 1e-4, 3e-4, 1e-3
 
@@ -18,18 +18,6 @@ def list_ranks(outcomes: list[TrialOutcome]) -> list[int]:
     return [outcome.rank for outcome in outcomes if outcome.rank > 0]
 
 
-def test_every_learning_rate_at_the_smallest_rank_comes_first_then_its_seeds() -> None:
-    strategy, world = Upward(make_upward_space()), World(gain=0.0, noise=0.001)
-    outcomes: list[TrialOutcome] = [world.run(arm) for arm in strategy.replay_trials([]).waiting]
-    first = strategy.replay_trials(outcomes).waiting
-    assert [(arm.rank, arm.learning_rate, arm.seed) for arm in first] == [(1, LOW, 0), (1, MIDDLE, 0), (1, HIGH, 0)]
-    outcomes += [world.run(arm) for arm in first]
-    assert {(arm.rank, arm.learning_rate, arm.seed) for arm in strategy.replay_trials(outcomes).waiting} == {
-        (1, HIGH, 1),
-        (1, HIGH, 2),
-    }
-
-
 def test_it_climbs_while_a_rank_gains_more_than_the_margin() -> None:
     for gain, ranks in [(0.0, {1, 4}), (0.012, {1, 4}), (0.04, {1, 4, 16}), (1.0, {1, 4, 16, 64})]:
         strategy = Upward(make_upward_space())
@@ -37,12 +25,6 @@ def test_it_climbs_while_a_rank_gains_more_than_the_margin() -> None:
         assert set(list_ranks(outcomes)) == ranks
         assert list_ranks(outcomes) == sorted(list_ranks(outcomes))
         assert all(outcome.stop_at is None and outcome.truncate_from is None for outcome in outcomes)
-
-
-def test_it_recommends_the_smallest_rank_that_none_beats() -> None:
-    for gain, chosen in [(0.0, 1), (1.0, 64)]:
-        strategy = Upward(make_upward_space())
-        assert recommend(strategy, run_all(strategy, World(gain=gain))).rank == chosen
 
 
 def test_the_noise_decides_how_many_seeds_are_trained() -> None:
@@ -58,15 +40,3 @@ def test_the_noise_decides_how_many_seeds_are_trained() -> None:
     assert "takes about 2 seeds per rank; 2 of the 8 are used, which detect differences from about 0.00" in note
     (note,) = loud.replay_trials(loud_outcomes).notes
     assert "; 8 of the 8 are used, which detect differences from about 0.0" in note
-
-
-def test_a_rank_without_a_result_does_not_end_the_climb() -> None:
-    outcomes = run_all(Upward(make_upward_space()), World(gain=0.0, breaks=lambda arm: arm.rank == 4))
-    assert set(list_ranks(outcomes)) == {1, 4, 16}
-
-
-def test_seeds_that_agree_exactly_measure_no_noise() -> None:
-    strategy = Upward(make_space(learning_rates=(LOW,), seeds=(0, 1)))
-    outcomes = run_all(strategy, World(gain=0.0))
-    (note,) = strategy.replay_trials(outcomes).notes
-    assert note.startswith("Seed noise: not measured, for rank 1 has fewer than two different results")
