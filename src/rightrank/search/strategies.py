@@ -61,7 +61,7 @@ def find_learning_rate(
     """
     space = trials.space
     rates = list(learning_rates or space.learning_rates)
-    if can_stop_early(space) and len(rates) > 1:
+    if can_stop_early(space):
         quarter_arms = [make_quarter_arm(space, rank, rate, seed) for rate in rates]
         yield quarter_arms
         quarters = list(filter(None, map(trials.get_finished, quarter_arms)))
@@ -443,7 +443,7 @@ class Upward(Strategy):
 
     def has_gain(self, trials: Trials, rank: int, lower: Sequence[int]) -> bool:
         """Return whether the mean of the rank is better than the best of the lower ranks by more than the margin."""
-        best = min((trials.compute_best_loss(lower_rank) for lower_rank in lower), default=math.inf)
+        best = min(trials.compute_best_loss(lower_rank) for lower_rank in lower)
         return best - trials.compute_best_loss(rank) > trials.margin
 
 
