@@ -1,4 +1,4 @@
-"""Compare the decisions on a hundred tables of every kind with the stored decisions.
+"""Compare the decisions on 160 tables of every kind with the stored decisions.
 
 Store them again with `python -m tests.decision.test_stored` if a change is intended, and read the diff: it shows what
 changes for users. Numbers are compared up to rounding errors of sums.
@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from tests.decision.worlds import World, build_worlds, decide_world
+from tests.decision.worlds import World, build_uneven_worlds, build_worlds, decide_world
 
 STORED = Path(__file__).parent / "decisions.json"
-WORLDS = build_worlds()
+WORLDS = build_worlds() | build_uneven_worlds()
 
 
 def summarize_decision(world: World) -> dict[str, Any]:
@@ -39,10 +39,10 @@ def test_the_stored_decisions_hold_every_verdict_flag_and_action(stored: dict[st
     }  # fmt: skip
     assert {flag for decision in stored.values() for flag in decision["flags"]} == {
         "underpowered", "lr_edge", "unstable", "one_seed", "selection_bias",
-        "larger_rank_worse",
+        "larger_rank_worse", "outlier", "unequal_length",
     }  # fmt: skip
     assert {run["action"] for decision in stored.values() for run in decision["next_runs"]} == {
-        "seeds", "examples", "rank", "rates", "test",
+        "seeds", "examples", "rank", "rates", "test", "none",
     }  # fmt: skip
     assert {decision["basis"] for decision in stored.values()} == {
         "examples and seeds", "examples", "seeds", "std", "values",

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from rightrank.decision.evidence import Evidence
-from rightrank.decision.rule import decide_table
+from rightrank.decision.rule import DEFAULT_CONFIDENCE, decide_table
 from rightrank.decision.table import ScoreTable, build_table
-from rightrank.schema.metrics import infer_metric_kind
+from rightrank.schema.metrics import Checkpoint, infer_metric_kind
 from rightrank.schema.results import Decision
 from rightrank.schema.trials import TrialOutcome
 from tests.decision.tables import make_trial
 
+UNEVEN = 60
 Curve = Callable[[int], float]
 
 CURVES: dict[str, Curve] = {
@@ -58,14 +59,21 @@ class World:
     trained: float | None = None  # decrease of the training value per doubling of the rank
     token_loss: bool = True
     seed: int = 0
+    absent: float = 0.0  # the share of trainings without a result, so that ranks share only some of their seeds
+    far: float = 0.0  # how much worse the trainings of seed 1 or of every seed are at one of the two largest ranks
+    group: int = 1  # examples of a group
+    lengths: tuple[int, ...] = ()  # of the trainings, in turn
+    stopped_rates: tuple[float, ...] = ()  # tried at the largest rank, where they stopped early
+    checkpoint: Checkpoint = "last"
+    confidence: float = DEFAULT_CONFIDENCE
 
 
 def decide_world(world: World) -> Decision:
     """Decide at the margin of the world, or at 1% of the best value where a metric without a default margin has no base."""
     table, margin = build_world_table(world), world.margin
-    if margin is None and world.base is None and table.kind == "other":
+    if margin is None and table.kind == "other" and not table.get_cells_by_rate(0):
         margin = 0.01 * Evidence(table).unit.reference
-    return decide_table(table, margin)
+    return decide_table(table, margin, confidence=world.confidence, checkpoint=world.checkpoint)
 
 
 def build_world_table(world: World) -> ScoreTable:
@@ -78,14 +86,19 @@ def build_world_table(world: World) -> ScoreTable:
         for learning_rate in world.learning_rates if rank else (0.0,):
             for seed in world.seeds if rank else (0,):
                 worse = (world.base or 0.0) if rank == 0 else CURVES[world.curve](rank)
+                if rank == world.ranks[-1 - world.seed % 2] and (seed == 1 or world.seed % 3 == 0):
+                    worse += world.far
                 worse += 0.01 * abs(float(np.log10(learning_rate / world.learning_rates[0]))) if rank else 0.0
                 noise = world.noise * generator.standard_normal(len(ease))
                 scores = level + scale * ((-1 if higher else 1) * (worse + noise) + ease)
                 if world.metric == "perplexity":
                     scores = np.exp(scores)
-                results.append(_make_result(world, rank, learning_rate, seed, scores, weights))
+                is_required = world.absent == 0 or rank == 0 or (rank in world.ranks[:2] and seed == world.seeds[0])
+                if is_required or generator.random() >= world.absent:
+                    results.append(_make_result(world, rank, learning_rate, seed, scores, weights))
     results += [make_trial(trial_id=f"gone-{rank}", rank=rank, value=None) for rank in world.missing]
-    table = build_table(results, world.metric, higher)
+    stopped_trainings = [make_trial(f"{rate}", world.ranks[-1], 9.0, "other", rate) for rate in world.stopped_rates]
+    table = build_table(results, world.metric, higher, partial_outcomes=stopped_trainings)
     return table if world.token_loss else replace(table, kind=infer_metric_kind(world.metric, higher, "loss"))
 
 
@@ -96,6 +109,8 @@ def _make_result(world: World, rank: int, learning_rate: float, seed: int, score
     if world.points:
         parting = world.parting / max(rank, 1)
         points = [(step, value + parting * (step - 100) / 100 + (100 - step) / 50) for step in (25, 50, 75, 100)]
+    groups = [number // world.group for number in range(len(scores))]
+    steps = world.lengths[(rank + seed) % len(world.lengths)] if world.lengths else 0
     return make_trial(
         trial_id=f"{rank}-{learning_rate:g}-{seed}",
         rank=rank,
@@ -108,7 +123,8 @@ def _make_result(world: World, rank: int, learning_rate: float, seed: int, score
         seed_deviation=world.std,
         averaged_seeds=3 if world.std is not None else 1,
         train_value=None if world.trained is None else 1.9 - world.trained * octave,
-        steps=100 if world.points else 0,
+        steps=steps or (100 if world.points else 0),
+        example_groups=groups if world.num_examples and world.group > 1 else None,
         points=points,
     )
 
@@ -177,6 +193,28 @@ def build_worlds() -> dict[str, World]:
     }
     generator = np.random.default_rng(2024)
     return chosen_worlds | {f"drawn {number}": draw_world(generator, number) for number in range(48)}
+
+
+def build_uneven_worlds() -> dict[str, World]:
+    generator = np.random.default_rng(2027)
+    return {f"uneven {number}": draw_uneven_world(generator, number) for number in range(UNEVEN)}
+
+
+def draw_uneven_world(generator: np.random.Generator, number: int) -> World:
+    """Draw a world whose trainings lack seeds, end far off, differ in length, or stop at other evaluations."""
+    world, pick = draw_world(generator, 48 + number), generator.choice
+    return replace(
+        world,
+        seeds=((0, 1), (0, 1, 2), (3, 1, 0, 2))[int(generator.integers(3))] if world.std is None else world.seeds,
+        absent=float(pick([0.0, 0.2, 0.4])),
+        far=float(pick([0.0, 0.0, 0.05, 3.0])),
+        group=int(pick([1, 2, 5])),
+        lengths=((), (), (100,), (100, 60))[int(generator.integers(4))],
+        stopped_rates=((), (3e-5, 1e-2), (1e-2,))[int(generator.integers(3))],
+        checkpoint=("last", "best")[int(generator.integers(2))],
+        confidence=float(pick([0.6, 0.6, 0.95])),
+        parting=float(pick([-0.3, 0.2])),
+    )
 
 
 def draw_world(generator: np.random.Generator, number: int) -> World:
