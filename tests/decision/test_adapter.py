@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from rightrank.decision.adapter import Criterion
-from rightrank.decision.comparison import compute_file_bounds
-from rightrank.decision.run_answers import build_trained_answer, compare_adapters, prefer_direct_training, score_trials
 from rightrank.decision.run_answers import compute_test_difference as difference_on_test
+from rightrank.decision.run_answers import prefer_direct_training, score_trials
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.metrics import LossKind
 from rightrank.schema.results import AdapterAnswer
@@ -48,40 +47,6 @@ def find_adapter(*trials: TrialFinished, criterion: Criterion = LOSS) -> Adapter
 TOP = make_trial("top", 64, 0.0, noise=0.0)
 
 
-def test_the_smallest_truncation_whose_bound_is_within_the_margin() -> None:
-    answer = find_adapter(
-        TOP,
-        make_trial("a", 32, 0.0005, parent="top"),
-        make_trial("b", 16, 0.002, parent="top"),
-        make_trial("c", 8, 0.02, parent="top"),
-    )
-    assert (answer.rank, answer.method, answer.trial_id, answer.reference_id) == (16, "truncated", "b", "top")
-    assert answer.difference == pytest.approx(0.002)
-    assert answer.difference_high is not None
-    assert 0.002 < answer.difference_high < 0.005
-    assert [candidate.is_within_margin for candidate in answer.candidates] == [True, True, True, False]
-    assert answer.sentence == (
-        "Rank 16 is no worse than rank 64 by more than the margin of 0.005 "
-        f"(difference {answer.difference:+.2g}, at most {answer.difference_high:+.2g} with 95% confidence)."
-    )
-    top, *lower = answer.candidates
-    assert (top.difference, top.difference_low, top.difference_high) == (0.0, 0.0, 0.0)
-    for candidate in lower:
-        assert candidate.difference_low is not None
-        assert candidate.difference_high is not None
-        assert candidate.difference_low < candidate.difference < candidate.difference_high
-
-
-def test_the_first_failure_ends_the_sequence() -> None:
-    answer = find_adapter(TOP, make_trial("a", 32, 0.02, parent="top"), make_trial("b", 16, 0.001, parent="top"))
-    assert (answer.rank, answer.method) == (64, "trained")
-
-
-def test_the_sentence_says_why_the_top_rank_is_kept() -> None:
-    failed = find_adapter(TOP, make_trial("a", 32, 0.02, parent="top"), make_trial("b", 16, 0.02, parent="top"))
-    assert failed.sentence.startswith("Rank 64 is kept: rank 32 is worse than rank 64 by between +0.0")
-
-
 def test_candidates_are_those_of_the_highest_rank_and_of_the_best_training_there() -> None:
     low = make_trial("low", 32, -0.5)
     worse = make_trial("a worse top", 64, 0.3)
@@ -95,10 +60,6 @@ def test_candidates_are_those_of_the_highest_rank_and_of_the_best_training_there
     assert requested_answer is not None
     assert (requested_answer.trained_id, requested_answer.trial_id) == ("low", "of low")
     assert choose_adapter([low, worse, TOP, *truncations], LOSS, "of low") is None
-
-
-def test_a_wide_interval_is_a_failure() -> None:
-    assert find_adapter(TOP, make_trial("a", 32, 0.001, parent="top", noise=0.2)).rank == 64
 
 
 def test_without_scores_by_example_the_top_is_kept() -> None:
@@ -150,55 +111,6 @@ def test_the_margin_and_the_unit_are_those_of_the_metric(
     assert answer.candidates[1].difference == pytest.approx(difference)
 
 
-def test_the_best_adapter_of_each_rank_and_all_in_the_answer_are_compared() -> None:
-    truncated, small = make_trial("cut", 16, 0.002, parent="top"), make_trial("small", 4, 0.1, parent="top")
-    better, worse = make_trial("better", 16, -0.001), make_trial("worse", 16, 0.3)
-    of_another = make_trial("of another", 32, 0.0, parent="worse")
-    answer = find_adapter(TOP, truncated, small)
-    assert answer.trial_id == "cut"
-    adapters = compare_adapters(answer, [worse, better, small, truncated, TOP, of_another], LOSS)
-    assert [(adapter.rank, adapter.trial_id) for adapter in adapters] == [
-        (64, "top"),
-        (16, "better"),
-        (16, "cut"),
-        (4, "small"),
-    ]
-    assert [adapter.difference for adapter in adapters[:1]] == [0.0]
-    assert [adapter.is_within_margin for adapter in adapters] == [True, True, True, False]
-    other_answer = answer.model_copy(
-        update={"trial_id": "worse"}
-    )  # a better training of the same rank may be handed over
-    assert {adapter.trial_id for adapter in compare_adapters(other_answer, [worse, better, TOP, truncated], LOSS)} >= {
-        "worse",
-        "top",
-    }
-    wider = Criterion("loss", False, 0.5)  # the margin of the answer is used
-    assert [adapter.is_within_margin for adapter in compare_adapters(answer, [truncated, small, TOP], wider)] == [
-        True,
-        True,
-        False,
-    ]
-    unset = Criterion("loss", False, None)
-    assert [adapter.is_within_margin for adapter in compare_adapters(answer, [truncated, small, TOP], unset)] == [
-        True,
-        True,
-        False,
-    ]
-    second_top = make_trial("a second top", 64, 0.01)
-    two_tops = compare_adapters(
-        answer.model_copy(update={"trial_id": "a second top"}), [second_top, truncated, TOP], LOSS
-    )
-    assert [adapter.trial_id for adapter in two_tops] == [
-        "top",
-        "a second top",
-        "cut",
-    ]  # the better adapter comes first
-    assert (
-        compare_adapters(answer, [truncated, small], LOSS) == answer.candidates
-    )  # the reference is not in the journal
-    assert len(compare_adapters(answer, [truncated, TOP], LOSS)) == 2
-
-
 def test_no_answer_before_a_training_is_truncated() -> None:
     assert choose_adapter([TOP], LOSS) is None
 
@@ -240,19 +152,6 @@ def test_a_better_direct_training_replaces_the_truncation(rank: int, shift: floa
     assert improved_answer.sentence.endswith("with 95% confidence). It was trained at that rank.")
 
 
-def test_the_best_direct_training_of_the_lowest_rank_is_chosen() -> None:
-    truncated_answer = find_adapter(TOP, TRUNCATED)
-    improved_answer = prefer_direct_training(
-        truncated_answer,
-        [TOP, TRUNCATED, make_trial("worse", 4, 0.003), make_trial("better", 4, 0.001), make_trial("higher", 8, -0.01)],
-        LOSS,
-    )
-    assert improved_answer is not None
-    assert improved_answer.trial_id == "better"
-    extra = make_trial("extra", 8, -0.01, parent="top")  # a truncation is not a direct training
-    assert prefer_direct_training(truncated_answer, [TOP, TRUNCATED, extra], LOSS) is None
-
-
 def make_test_evaluation(value: float, **scores: object) -> TestEvaluated:
     return TestEvaluated.model_validate(
         {"trial_id": "t", "rank": 4, "value": value, "example_losses": [], "example_tokens": []} | scores
@@ -287,61 +186,6 @@ def test_the_test_split_is_compared_by_example(
     assert test_difference[1] > test_difference[0]
 
 
-@pytest.mark.parametrize(("metric", "scale"), [("accuracy", 1), ("f1", 1), ("f1", 100), ("score", 7)])
-def test_one_differing_test_example_has_the_bound_of_a_rare_difference(metric: str, scale: int) -> None:
-    ours, theirs = [scale] * 40, [*[scale] * 39, 0]
-    sides = [
-        make_test_evaluation(
-            0.5, **({"example_correct": scores} if metric == "accuracy" else {"example_metrics": {metric: scores}})
-        )
-        for scores in (ours, theirs)
-    ]
-    difference = difference_on_test(sides[1], sides[0], Criterion(metric, True, None))
-    assert difference is not None
-    expected = compute_file_bounds(np.subtract(ours, theirs, dtype=float), np.ones(40), float(scale))
-    assert difference == (pytest.approx(scale / 40), pytest.approx(expected.high))
-    assert difference[1] is not None
-    assert difference[1] > scale * (1 + 3) / 40
-
-
-def test_a_trained_adapter_is_compared_with_the_given_reference() -> None:
-    small = make_trial("small", 8, 0.003)
-    answer_without_reference, answer_with_reference = (
-        build_trained_answer(small, LOSS),
-        build_trained_answer(small, LOSS, TOP),
-    )
-    assert (
-        answer_without_reference.reference_id,
-        answer_without_reference.difference,
-        answer_without_reference.trained_id,
-        answer_without_reference.trained_rank,
-    ) == ("small", 0.0, "small", 8)
-    assert (answer_with_reference.reference_id, answer_with_reference.trial_id, answer_with_reference.trained_id) == (
-        "top",
-        "small",
-        "small",
-    )
-    assert answer_with_reference.difference == pytest.approx(0.003)
-    assert [candidate.trial_id for candidate in answer_with_reference.candidates] == ["small"]
-    assert build_trained_answer(small, Criterion("loss", False, None), TOP).margin == 0.005
-    assert answer_with_reference.sentence == "The adapter is the one trained at rank 8; no truncation was compared."
-
-
 def test_a_truncation_to_the_top_rank_is_not_a_lower_rank() -> None:
     answer = find_adapter(TOP, make_trial("as large", 64, 0.0, parent="top"))
     assert (answer.trial_id, answer.sentence) == ("top", "Rank 64 is kept: no lower rank was measured.")
-
-
-def test_groups_of_the_test_split_widen_the_bound() -> None:
-    losses = np.repeat(np.random.default_rng(2).normal(2.0, 0.5, 40), 10).tolist()
-    sides = [
-        make_test_evaluation(2.0, example_losses=values, example_tokens=[1] * 400, example_groups=groups)
-        for values, groups in ((losses, None), (losses, np.repeat(range(40), 10).tolist()), ([2.0] * 400, None))
-    ]
-    alone, grouped = (difference_on_test(evaluation, sides[2], LOSS) for evaluation in sides[:2])
-    assert alone is not None
-    assert grouped is not None
-    assert grouped[0] == alone[0]
-    assert grouped[1] is not None
-    assert alone[1] is not None
-    assert grouped[1] - grouped[0] > 2 * (alone[1] - alone[0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 
 from rightrank.decision.adapter import Criterion
@@ -57,64 +56,3 @@ def test_the_others_are_compared_with_the_chosen_one_at_a_quarter() -> None:
         "0.01 diverged at step 3: the loss is NaN.",
     ):
         assert words in answer.sentence
-
-
-def test_stopped_trainings_are_compared_by_their_loss_if_another_metric_decides() -> None:
-    quarters = [make_trial(rate, shift, 25, metrics={"loss": 2.0 + shift, "f1": 0.5}) for rate, shift in SHIFTS.items()]
-    end = make_trial(3e-3, -0.5, 100, metrics={"loss": 1.5, "f1": 0.8})
-    answer = describe_learning_rate(end, [*quarters, end], Criterion("f1", True, 0.01))
-    assert answer is not None
-    assert answer.metric == "loss"
-    assert answer.candidates[0].difference == pytest.approx(0.1, abs=1e-9)
-    assert answer.candidates[2].final_value == 0.8
-
-
-def test_learning_rates_are_compared_with_the_mean_of_the_factors() -> None:
-    _, outcomes = make_search()
-    quarters = [
-        outcome.model_copy(update={"mean_losses": [loss - 0.2 for loss in outcome.example_losses]})
-        if isinstance(outcome, TrialFinished)
-        else outcome
-        for outcome in outcomes[:3]
-    ]
-    answer = describe_learning_rate(make_trial(3e-3, -0.4, 100), quarters, CRITERION)
-    assert answer is not None
-    current = describe_learning_rate(make_trial(3e-3, -0.4, 100), outcomes[:3], CRITERION)
-    assert current is not None
-    for candidate, same_rate in zip(answer.candidates, current.candidates, strict=True):
-        assert candidate.value == pytest.approx((same_rate.value or 0.0) - 0.2)
-
-
-def test_differences_and_bounds_of_a_perplexity_are_in_its_unit() -> None:
-    generator = np.random.default_rng(0)
-    difficulties = np.exp(generator.normal(0, 1, EXAMPLES))
-    scores = {
-        rate: (level * difficulties * np.exp(generator.normal(0, 0.01, EXAMPLES))).tolist()
-        for rate, level in ((1e-3, 22.0), (3e-3, 20.0))
-    }
-    trials = [
-        make_trial(
-            rate, 0.0, 100, value=float(np.exp(np.log(values).mean())), metrics={"perplexity": float(np.exp(np.log(values).mean()))},
-            example_losses=[], example_tokens=[], example_scores=values,
-        )
-        for rate, values in scores.items()
-    ]  # fmt: skip
-    answer = describe_learning_rate(trials[1], trials, Criterion("perplexity", higher_is_better=False, margin=None))
-    assert answer is not None
-    lower_rate, reference = answer.candidates[0], trials[1].value
-    assert lower_rate.difference == pytest.approx(0.1 * reference, rel=0.1)
-    assert lower_rate.difference_low is not None
-    assert lower_rate.difference_high is not None
-    assert 0.09 < lower_rate.difference_low / reference < 0.1 < lower_rate.difference_high / reference < 0.11
-    assert answer.margin == pytest.approx(0.005 * reference)
-
-
-def test_without_an_early_stop_the_ends_are_compared_by_the_metric() -> None:
-    trials = [
-        make_trial(rate, 0.0, 100, value=value, metrics={"accuracy": value}, example_losses=[], example_tokens=[])
-        for rate, value in ((1e-3, 0.7), (3e-3, 0.8))
-    ]
-    answer = describe_learning_rate(trials[1], trials, Criterion("accuracy", higher_is_better=True, margin=0.02))
-    assert answer is not None
-    assert (answer.metric, answer.step, answer.candidates[0].difference) == ("accuracy", 100, pytest.approx(0.1))
-    assert answer.candidates[0].difference_high is None
