@@ -504,9 +504,7 @@ def measure_pair_noise(sums: Floats, weights: Floats, groups: Groups | None = No
         return PairNoise(variance, seeds - 1.0, 1.0)
     influence = (sums - np.outer(by_seed, weights)) / weights.mean()
     squares = float((influence**2).sum())
-    likeness = (
-        float((sum_by_group(influence, groups) ** 2).sum()) / squares if groups is not None and squares > 0 else 1.0
-    )
+    likeness = float((sum_by_group(influence, groups) ** 2).sum()) / squares if squares > 0 else 1.0
     return PairNoise(variance, seeds - 1.0, squares / (seeds * (examples - 1)), likeness)
 
 
