@@ -411,8 +411,7 @@ def compute_base_identity(model: Any, name: str) -> BaseIdentity:
     )
     weights: dict[str, tuple[float, float]] = {}
     for key in sorted_names[:IDENTITY_MATRICES]:
-        gather_parameter: Any = getattr(matrices[key], "full_tensor", None)  # of a sharded one
-        flat = (matrices[key] if gather_parameter is None else gather_parameter()).detach().reshape(-1)
+        flat = matrices[key].detach().reshape(-1)
         sample = float(flat[len(flat) // 4]), float(flat[len(flat) * 3 // 4])
         if all(map(math.isfinite, sample)):
             weights[key] = sample
@@ -427,7 +426,7 @@ def require_named_base(base: Any, name: str, index: int = 0, step: int = 1) -> l
     Args:
         base: The model, with an adapter injected into it.
         name: The folder, or a name in the cache of the hub.
-        index: Number of this process; it compares each `step`-th weight. If the weights are sharded, all processes compare all of them.
+        index: Number of this process; it compares each `step`-th weight.
 
     Raises:
         ModelError: A weight differs, by more than the rounding to its type or to 16 bits.
@@ -451,9 +450,7 @@ def require_named_base(base: Any, name: str, index: int = 0, step: int = 1) -> l
         opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
         stored = {key: file for file in opened for key in file.keys()}  # noqa: SIM118 - the file is no mapping
         names_by_suffix = _index_suffixes(list(stored))
-        for key, parameter in list(weights.items())[index::step]:
-            gather_parameter: Any = getattr(parameter, "full_tensor", None)  # of a sharded one
-            value = parameter if gather_parameter is None else gather_parameter()
+        for key, value in list(weights.items())[index::step]:
             num_values += value.numel()
             candidates = _find_candidates(key, names_by_suffix)
             if not candidates or not value.is_floating_point() or value.is_meta:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from rightrank.adapters.adapter_files import AdapterFolder, open_adapter
 from rightrank.adapters.resize import list_candidate_ranks, require_plain_update
@@ -88,11 +88,6 @@ def get_process_index() -> int:
     return dist.get_rank() if get_world_size() > 1 else 0
 
 
-def is_sharded(model: Any) -> bool:
-    """Return whether a process holds shards of the parameters: FSDP2's `DTensor`s."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
 def find_base_name(model: Any, name: str) -> str:
     """Return the folder or the hub name of the base model, as the adapter's configuration or the model states it."""
     return model.peft_config[name].base_model_name_or_path or model.get_base_model().config.name_or_path or ""
@@ -127,15 +122,15 @@ def validate_trained_adapter(model: Any, ranks: Sequence[int] | None = None) -> 
     name = find_trained_adapter(model)
     with sync_errors(), tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
         list_candidate_ranks(save_trained_adapter(model, name, Path(folder) / "begin"), ranks)
-        compared = (0, 1) if is_sharded(model) else (get_process_index(), get_world_size())
-        return name, require_named_base(model.get_base_model(), find_base_name(model, name), *compared)
+        base_name = find_base_name(model, name)
+        return name, require_named_base(model.get_base_model(), base_name, get_process_index(), get_world_size())
 
 
 def find_trained_adapter(model: Any) -> str:
     """Return the name of the adapter in training, which must be the only active one.
 
     Raises:
-        ModelError: The model is no PEFT model or uses FSDP1 or ZeRO-3, or the adapter is one of several active ones, no LoRA of linear layers, merged, or of
+        ModelError: The model is no PEFT model or uses FSDP or ZeRO-3, or the adapter is one of several active ones, no LoRA of linear layers, merged, or of
             rank 1.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -161,11 +156,10 @@ def find_trained_adapter(model: Any) -> str:
     if config.r < 2:
         raise ModelError("the adapter has rank 1, and there is no lower rank")
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
-        hasattr(parameter, "ds_id") for parameter in model.parameters()
+        isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters()
     ):
         raise ModelError(
-            "FSDP1 and DeepSpeed's ZeRO-3 hold no complete factors; shard by FSDP2 (fsdp_version 2) or ZeRO-2, or use rightrank resize --data "
-            "after the training"
+            "with FSDP and DeepSpeed's ZeRO-3 no process holds complete factors: use ZeRO-2, or use rightrank resize --data after the training"
         )
     return name
 
@@ -183,8 +177,6 @@ def copy_factors(model: Any, name: str, adapter: AdapterFolder) -> None:
         for weight, factor in ((layer.lora_B[name].weight, b * ratio), (layer.lora_A[name].weight, a)):
             padded = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
             padded[: factor.shape[0], : factor.shape[1]].copy_(factor)
-            if isinstance(weight, DTensor):
-                padded = distribute_tensor(padded, weight.device_mesh, weight.placements)
             with torch.no_grad():
                 weight.copy_(padded)
 

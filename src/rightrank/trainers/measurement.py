@@ -37,7 +37,6 @@ from rightrank.trainers.in_memory import (
     gather_objects,
     get_process_index,
     get_world_size,
-    is_sharded,
     preserve_state,
     save_trained_adapter,
     sync_errors,
@@ -97,14 +96,11 @@ class InMemoryAdapter:
     def score(self) -> Scores:
         """Score every held-out example with the factors in memory.
 
-        Each process scores its share of the batches, and returns the scores of all, in one order. If the model is sharded, all processes
-        run equally often.
+        Each process scores its share of the batches, and returns the scores of all, in one order.
         """
         columns: tuple[list[Any], ...] = [], [], [], []
-        size, count = get_world_size(), len(self.held_out)
         with sync_errors():
-            numbers = range(get_process_index(), count, size)
-            for number in numbers:
+            for number in range(get_process_index(), len(self.held_out), get_world_size()):
                 # The log-probabilities of pairs under the reference do not change, so they are computed once.
                 batch = self.held_out[number] = add_reference(self.model, self.held_out[number])
                 loss = self.compute_loss(batch)
@@ -116,8 +112,6 @@ class InMemoryAdapter:
                 losses, tokens = (values[examples].tolist() for values in (loss.example_losses, loss.example_tokens))
                 for column, values in zip(columns, (losses, tokens, accuracy, groups), strict=True):
                     column += values
-            if len(numbers) < -(-count // size) and is_sharded(self.model):
-                self.compute_loss(self.held_out[0])
         gathered = zip(*gather_objects(columns), strict=True)
         losses, tokens, accuracy, groups = ([value for values in lists for value in values] for lists in gathered)
         return Scores(

@@ -30,7 +30,6 @@ import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import BaseModel
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from rightrank.data.token_store import IGNORED
@@ -165,13 +164,11 @@ def compute_native_pass_losses(model: Any, batch: LabelledBatch, scale: Scale) -
     """Compute the same losses as `_compute_head_losses` in the native forward pass of another trainer's model.
 
     A pre-hook of the head computes the losses from the head's input, and the model's own call of the head gets one position. The
-    losses come from complete logits if the head is adapted or never called, if the model changes the logits in a way of its own,
-    and in a backward pass of a sharded model.
+    losses come from complete logits if the head is adapted or never called, or if the model changes the logits in a way of its own.
     """
     base = get_base_model(model)
     head = base.get_output_embeddings()
-    is_sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    if head is None or isinstance(head, BaseTunerLayer) or (torch.is_grad_enabled() and is_sharded):
+    if head is None or isinstance(head, BaseTunerLayer):
         return _compute_logits_losses(model(**batch.inputs).logits, batch, scale)
     first_logits: list[torch.Tensor] = []
     losses: list[_LabelLosses] = []

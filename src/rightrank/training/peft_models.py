@@ -23,7 +23,6 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch.distributed.tensor import DTensor
 
 from rightrank.adapters.adapter_folders import CLASSIFIER_FILE, find_base_changing_init
 from rightrank.adapters.truncation import Moments
@@ -207,17 +206,8 @@ def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "
         base_name: An absolute path or a hub name, which the adapter's configuration refers to.
     """
     config = peft_model.peft_config[adapter]
-    sharded_parameters = {
-        name: parameter
-        for name, parameter in peft_model.named_parameters()
-        if isinstance(parameter, DTensor) and ("lora_" in name or parameter.requires_grad)
-    }
-    state_dict = {
-        name: parameter.full_tensor().detach().cpu() for name, parameter in sharded_parameters.items()
-    } or None
-    saved_config = peft_model.peft_config[adapter] = copy.deepcopy(
-        config
-    )  # PEFT modifies the configuration that it saves
+    # PEFT modifies the configuration that it saves.
+    saved_config = peft_model.peft_config[adapter] = copy.deepcopy(config)
     saved_config.base_model_name_or_path = base_name
     if find_base_changing_init(vars(saved_config)) is None:
         # Loading replaces the first values, and other names of PEFT do not take every rank.
@@ -231,7 +221,6 @@ def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "
                 safe_serialization=True,
                 selected_adapters=[adapter],
                 save_embedding_layers=False,
-                state_dict=state_dict,
             )
         finally:
             peft_model.peft_config[adapter] = config
