@@ -164,7 +164,6 @@ class AdapterFolder:
 
     @property
     def rank(self) -> int:
-        """Return the largest rank of any module."""
         return max(module.rank for module in self.modules)
 
     @property

@@ -60,7 +60,6 @@ def inspect_adapter(path: Path) -> Inspection:
 
 
 def _build_adapter_notes(adapter: AdapterFolder) -> list[str]:
-    """Return notes on DoRA and on initializations that change the base model."""
     notes: list[str] = []
     if adapter.config.get("use_dora"):
         notes.append("DoRA: the spectra are those of s·B·A, without the magnitudes")

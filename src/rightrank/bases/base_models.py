@@ -78,7 +78,6 @@ class BaseIdentity(Record):
     weights: dict[str, tuple[float, float]]  # values at a quarter and at three quarters of some matrices
 
     def to_json(self) -> bytes:
-        """Return the content of `base.json`."""
         return self.model_dump_json(indent=1).encode()
 
     def find_difference(self, other_identity: BaseIdentity) -> str | None:
@@ -207,7 +206,6 @@ def load_model_config(reference: str, trust_remote_code: bool, classification: b
 
 
 def is_supported(config: Any, classification: bool) -> bool:
-    """Return whether transformers has a causal language (or classification) model for this configuration."""
     auto: Any = AutoModelForSequenceClassification if classification else AutoModelForCausalLM
     return type(config) in auto._model_mapping
 

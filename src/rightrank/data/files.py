@@ -98,7 +98,6 @@ def create_output(out: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str, flush: bool = True) -> None:
-    """Write a text file atomically."""
     with replace_file(path, flush) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -127,7 +126,6 @@ def sweep_leftovers(folder: Path) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -70,8 +70,6 @@ PLAIN = Shape("", lambda row: row.fields, ())  # rows that have the columns of a
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The form of the data, and how its rows have that form."""
-
     form: DataForm
     columns: tuple[str, ...]  # of the form
     shape: Shape
@@ -162,7 +160,6 @@ def _is_chat(row: Row, columns: Sequence[str]) -> bool:
 
 
 def is_empty(value: Any) -> bool:
-    """Return whether a cell holds nothing."""
     return value is None or (isinstance(value, str | list | Mapping) and not value)
 
 

@@ -104,8 +104,6 @@ class EncodedExample:
 
 
 class TokenStore(Store[EncodedExample]):
-    """A store of encoded examples."""
-
     schema = pyarrow.schema(
         {
             "example_id": pyarrow.string(),

@@ -140,7 +140,6 @@ def format_cell(cell: Any) -> str:
 
 
 def format_names(names: Sequence[str]) -> str:
-    """Join names with commas and shorten long lists."""
     text = ", ".join(names[:MAX_NAMES])
     return f"{text}, … ({len(names)} in all)" if len(names) > MAX_NAMES else text or "none"
 
@@ -272,7 +271,6 @@ def _read_csv(path: Path) -> Iterator[Row]:
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    """Read a JSON list of objects, or JSON lines."""
     with path.open(encoding="utf-8-sig") as lines:
         is_list = lines.read(64).lstrip().startswith("[")
     with path.open(encoding="utf-8-sig") as lines:

@@ -208,8 +208,6 @@ FAILURES = ("failed", "fail", "crashed", "killed", "error", "diverged", "collaps
 
 @dataclass(frozen=True, slots=True)
 class ResultTable:
-    """The trainings in a table of results, and notes on how it was read."""
-
     outcomes: list[TrialOutcome]
     metric: str
     higher_is_better: bool

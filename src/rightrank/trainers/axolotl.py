@@ -13,8 +13,6 @@ from rightrank.trainers.smallest import SmallestAdapter
 
 
 class SmallestAdapterArguments(BaseModel):
-    """The settings in axolotl's configuration."""
-
     rightrank_margin: Margin | None = None
     rightrank_ranks: list[int] | None = None
 
@@ -23,9 +21,7 @@ class SmallestAdapterPlugin(BasePlugin):  # type: ignore[misc]
     """Find the smallest adapter within the margin after axolotl's training, and write it to `<output_dir>/rightrank/`."""
 
     def get_input_args(self) -> str:
-        """Return the import path of the settings class."""
         return "rightrank.trainers.axolotl.SmallestAdapterArguments"
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
-        """Return the callback that checks the training at its beginning and measures at its end."""
         return [SmallestAdapter(trainer, margin=cfg.rightrank_margin, ranks=cfg.rightrank_ranks)]

@@ -127,7 +127,6 @@ class CustomTrainerRequest:
     evaluates_base: bool
 
     def prepare(self, folder: RunFolder, journal: Sequence[JournalRecord]) -> PreparedSelection:
-        """Prepare the selection; see `rightrank.runs.selection.Prepare`."""
         settings = self.settings
         steps = settings.max_steps or 0
         space = replace(
@@ -266,8 +265,6 @@ def build_custom_request(
 
 @dataclass(frozen=True, kw_only=True)
 class _CustomTrainerSelection(PreparedSelection):
-    """A prepared selection with a custom trainer."""
-
     request: CustomTrainerRequest
 
     def open_executor(

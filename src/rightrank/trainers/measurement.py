@@ -121,8 +121,6 @@ class InMemoryAdapter:
 
 @dataclass(frozen=True, slots=True)
 class TrainingSummary:
-    """What is known about the training whose adapter is truncated."""
-
     steps: int = 0  # 0 if unknown
     seconds: float | None = None  # without the measurement; None if unknown
     weights: str = "last"  # which of its checkpoints is measured
@@ -299,7 +297,6 @@ def measure_truncations(
 
 
 def gather_adapter_moments(in_memory_adapter: InMemoryAdapter) -> GatheredMoments:
-    """Gather second moments over about `moment_tokens` tokens of training examples."""
     if not in_memory_adapter.train:
         notice = "truncated by singular values: no training examples were given for second moments"
         return GatheredMoments({}, 0, (notice,))

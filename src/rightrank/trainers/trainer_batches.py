@@ -87,7 +87,6 @@ class TrainerBatch:
         return groups if len(groups) == len(example_numbers) else []
 
     def compute_loss(self, model: Any, beta: float) -> BatchLoss:
-        """Compute the loss that belongs to the form of the batch."""
         if self.is_pairs:
             return PreferenceLoss(compute_native_pass_losses, beta)(model, self, 1.0)
         return (classification_loss if self.labels.dim() == 1 else LIKELIHOOD)(model, self, 1.0)
@@ -177,7 +176,6 @@ def add_reference(model: Any, batch: Batch) -> Batch:
 
 
 def has_class_labels(batch: Batch) -> bool:
-    """Return whether the labels are one class per row."""
     labels = batch["labels"]
     return bool(labels.dim() == 1 or labels.shape[1] == 1)
 
@@ -217,7 +215,6 @@ class AdaptedModel(torch.nn.Module):
         return self.model
 
     def save_pretrained(self, folder: str, *, selected_adapters: Sequence[str], **_: Any) -> None:
-        """Save one adapter in the files and with the names of PEFT."""
         (name,) = selected_adapters
         target = Path(folder) / ("" if name == "default" else name)
         target.mkdir(exist_ok=True)

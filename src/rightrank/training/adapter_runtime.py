@@ -128,7 +128,6 @@ def require_matching_base(adapter: Path, base: LoadedModel) -> None:
 
 
 def _read_string(file: Path, key: str) -> str | None:
-    """Return the string under `key` of a configuration file; None if there is none."""
     try:
         text = read_json_object(file).get(key)
     except UnreadableError:
@@ -209,7 +208,6 @@ def gather_moments(
         return GatheredMoments({}, 0, notices)
 
     def run_passes() -> Iterator[tuple[int, int]]:
-        """Run training examples in micro-batches until the number of tokens is reached."""
         read, size = 0, runtime.settings.batch_size
         for start in range(0, len(examples), size):
             if read >= tokens:

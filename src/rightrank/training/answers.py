@@ -48,8 +48,6 @@ class ModelAnswer:
 
 @dataclass(frozen=True, slots=True)
 class _Prompt:
-    """A prompt as the model sees it, with the expected answer from the data."""
-
     example_id: str
     text: str
     expected: str
@@ -234,7 +232,6 @@ def score_macro_f1(expected: Sequence[str], predicted: Sequence[str]) -> tuple[f
 
 
 def _compute_macro_f1(pairs: Counter[tuple[str, str]]) -> float:
-    """Compute macro F1 from the counts of (expected, predicted) pairs."""
     expected_counts: Counter[str] = Counter()
     predicted_counts: Counter[str] = Counter()
     for (expected, predicted), count in pairs.items():

@@ -45,7 +45,6 @@ class Batch:
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
-        """Return the model's keyword arguments."""
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
     def split_pairs(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,7 +150,6 @@ PER_EXAMPLE_DEVICES = ("cpu",)  # devices on which one call per example is cheap
 
 @contextmanager
 def _replace_entry(table: Any, name: str, function: Any) -> Iterator[None]:
-    """Register `function` under `name` in one of transformers' public tables within the block."""
     original = table[name]
     table[name] = function
     try:
@@ -162,7 +160,6 @@ def _replace_entry(table: Any, name: str, function: Any) -> Iterator[None]:
 
 @contextmanager
 def use_float32_attention() -> Iterator[None]:
-    """Compute torch's fused attention in float32 within the block."""
     functions: Any = ALL_ATTENTION_FUNCTIONS
     with _replace_entry(functions, FUSED_ATTENTION, partial(_attend_in_float32, functions[FUSED_ATTENTION])):
         yield

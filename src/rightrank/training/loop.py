@@ -64,8 +64,6 @@ DIVERGENCE_WINDOW = 8  # steps over which the training loss is averaged before i
 
 @dataclass(frozen=True, slots=True)
 class TrialFolders:
-    """The paths of a trial's files."""
-
     checkpoint: Path  # a file that exists while the trial runs
     adapter: Path  # the folder of the finished trial's adapter
     continue_from: Path | None = None  # the checkpoint of the trial that this one resumes
@@ -119,7 +117,6 @@ class ArmTraining:
             set_peft_model_state_dict(multi_lora.peft_model, truncated, adapter_name=self.adapter)
 
     def _choose_mean_starts(self) -> dict[MeanName, int]:
-        """Return the means of the factors that this training needs, with the step after which each begins."""
         arm, starts = self.trial.arm, dict[MeanName, int]()
         if self._settings.checkpoint == "best":
             starts["warmup"] = count_warmup_steps(self._settings, arm.steps)
@@ -173,7 +170,6 @@ class ArmTraining:
         return self.trial.arm.stop_at is not None or not self.is_done
 
     def make_arm_batch(self, batch: Batch, number: int) -> ArmBatch:
-        """Return this arm's rows of the pass over micro-batch `number` of the step."""
         per_step = self._settings.gradient_accumulation_steps
         dropout_seed = (self.trial.arm.seed * 1_000_003 + self.progress.step) * per_step + number
         return ArmBatch(self.adapter, batch, 1 / self.optimizer.labels, dropout_seed)
@@ -410,8 +406,6 @@ def _evaluate_base(runtime: Runtime, trial: Trial, folders: TrialFolders) -> Tri
 
 @dataclass(slots=True)
 class _TrainingLoop:
-    """The running arms and the waiting trials."""
-
     _runtime: Runtime
     _multi_lora: MultiLora
     _base_loss: float | None

@@ -118,7 +118,6 @@ def make_likelihood(model: Any, batch: LabelledBatch, classification: bool) -> O
 
 
 def classification_loss(model: Any, batch: LabelledBatch, scale: Scale) -> BatchLoss:
-    """Compute the cross-entropy of one label per example."""
     logits = model(**batch.inputs).logits.float()
     losses = F.cross_entropy(logits, batch.labels, reduction="none")
     correct = (logits.argmax(-1) == batch.labels).cpu().double()
@@ -145,7 +144,6 @@ def _compute_hidden_losses(hidden: torch.Tensor, batch: LabelledBatch, head: Out
 
 
 def _compute_full_logits_losses(model: Any, batch: LabelledBatch, scale: Scale) -> _LabelLosses:
-    """Compute the shifted cross-entropy from the model's own logits, at all positions at once."""
     return _compute_logits_losses(model(**batch.inputs, use_cache=False).logits, batch, scale)
 
 
@@ -156,7 +154,6 @@ def _compute_logits_losses(logits: torch.Tensor, batch: LabelledBatch, scale: Sc
 
 
 def get_base_model(model: Any) -> Any:
-    """Return the model that PEFT has wrapped, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
@@ -332,8 +329,6 @@ LogProbabilities = Callable[[SplitName, Sequence[int]], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class PreferenceLoss:
-    """The objective of preference pairs."""
-
     labels: LabelLoss  # computes the cross-entropies of the labels
     beta: float  # weight of the deviation from the base
 
@@ -377,7 +372,6 @@ class Reference:
         }
 
     def compute_missing(self, split: SplitName, indices: Iterable[int]) -> Iterator[list[int]]:
-        """Compute the missing batches of the pairs at `indices`; yield the indices of each."""
         for group in self.batches[split].iterate_missing(indices):
             self._values[split][group] = self._compute(split, group).view(-1, 2).numpy()
             yield group
@@ -431,7 +425,6 @@ class Scores:
     def build_scored_adapter(
         self, name: str, rank: int, criterion: Criterion, *, method: AdapterMethod = "truncated"
     ) -> ScoredAdapter:
-        """Return the record of an adapter with these scores."""
         metric = criterion.metric
         scores = self.losses if metric == "loss" else self.example_metrics[metric]
         weights = self.tokens if metric == "loss" else [1] * len(scores)
@@ -451,7 +444,6 @@ class Scores:
         return Scores(losses, tokens, by_example, self.groups)
 
     def take_first(self, count: int) -> Scores:
-        """Return the scores of the first `count` examples."""
         by_example = {name: each[:count] for name, each in self.example_metrics.items()}
         return Scores(self.losses[:count], self.tokens[:count], by_example)
 

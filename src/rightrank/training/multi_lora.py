@@ -381,8 +381,6 @@ class Linear(AdapterKind):
 
 
 class _Embedding(AdapterKind):
-    """A `torch.nn.Embedding`."""
-
     label = "an embedding"
     unshared_reason = "only PEFT's own forward pass computes it"
 
@@ -391,8 +389,6 @@ class _Embedding(AdapterKind):
 
 
 class _Dora(AdapterKind):
-    """DoRA on a linear layer or an embedding."""
-
     label = "DoRA"
     unshared_reason = "each adapter has its own norm of every row of the weight"
 
@@ -402,8 +398,6 @@ class _Dora(AdapterKind):
 
 
 class _UnknownKind(AdapterKind):
-    """A layer that no other kind claims."""
-
     label = "an adapter of an unknown kind"
     unshared_reason = "only PEFT's own forward pass computes it"
     untruncatable_reason = "the meaning of its tensors is unknown"
@@ -421,8 +415,6 @@ class _UnknownKind(AdapterKind):
 
 
 class FusedExperts(AdapterKind):
-    """Fused experts, which PEFT adapts through a `ParamWrapper`."""
-
     label = "adapters on fused experts (target_parameters)"
     unshared_reason = "an expert's rows come from any example"
 
@@ -543,7 +535,6 @@ class MultiLora:
         return peft_model
 
     def remove(self, adapter: str) -> None:
-        """Remove an adapter, if it is on the base."""
         if adapter not in self._names:
             return
         self._names.remove(adapter)
@@ -575,7 +566,6 @@ class MultiLora:
 
     @contextmanager
     def use_routing(self, routing: Routing) -> Iterator[Routing]:
-        """Route the rows of each pass within the block."""
         self.routing = routing
         try:
             yield routing
@@ -594,7 +584,6 @@ class MultiLora:
 
 
 def _concatenate(batches: Sequence[Batch], pad_id: int) -> Batch:
-    """Concatenate the rows of several batches, padded to the longest batch."""
     if len(batches) == 1:
         return batches[0]
     longest = max(batch.input_ids.shape[1] for batch in batches)

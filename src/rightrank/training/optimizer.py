@@ -54,13 +54,11 @@ class RunningMean:
         self.sums = {name: torch.zeros_like(value, requires_grad=False) for name, value in parameters.items()}
 
     def add(self, parameters: Mapping[str, torch.Tensor], step: int) -> None:
-        """Add the parameters after `step`, if the mean has begun."""
         if step > self.start:
             for name, total in self.sums.items():
                 total.add_(parameters[name].detach())
 
     def compute(self, step: int) -> dict[str, torch.Tensor]:
-        """Compute the mean after `step`."""
         return {name: total / (step - self.start) for name, total in self.sums.items()}
 
 
@@ -102,7 +100,6 @@ class ArmOptimizer:
         return batches
 
     def apply_gradients(self) -> None:
-        """Clip the gradients and update the parameters."""
         if self._runtime.settings.max_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._runtime.settings.max_grad_norm)
         self._optimizer.step()
@@ -124,12 +121,10 @@ class ArmOptimizer:
         return tensors
 
     def collect_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the tensors of a checkpoint."""
         return self._list_tensors() | {f"{BEST_PREFIX}{name}": value for name, value in self.best.items()}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
-        """Restore the tensors and the progress of a checkpoint."""
         for name, tensor in self._list_tensors().items():
             tensor.copy_(tensors[name])
         self.best = {

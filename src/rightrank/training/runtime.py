@@ -204,8 +204,6 @@ def find_frozen_blocks(model: Any, trainable: Sequence[str]) -> list[Any]:
 
 @dataclass(slots=True)
 class FastPaths:
-    """The fast paths that a model supports."""
-
     float32_attention: bool = False
     sequence_packing: bool = False
     last_block: Any = None  # None: the last block runs at every position
@@ -480,7 +478,6 @@ class Runtime:
     def compute_losses(
         self, split: SplitName, batch: Batch, scale: Scale, routing: Routing | None = None, *, backward: bool = False
     ) -> BatchLoss:
-        """Compute the loss of `batch` with the current adapters, and run the backward pass if requested."""
         with self.fast_paths.apply(self.model, split, batch, routing) as rows:
             result = self.objective(self.model, rows, scale)
             if backward:
@@ -553,17 +550,14 @@ class Runtime:
         return scores
 
     def make_config(self, arm: Arm) -> LoraConfig:
-        """Return PEFT's configuration of the arm."""
         targets, classification = self.targets, self.data.is_classification
         return make_lora_config(self.settings, arm, classification, targets.names, targets.parameters)
 
     def use_gradient_checkpointing(self) -> AbstractContextManager[None]:
-        """Return a context that enables gradient checkpointing if the settings request it."""
         return enable_gradient_checkpointing(self.model) if self.settings.gradient_checkpointing else nullcontext()
 
     @contextmanager
     def disable_dropout(self) -> Iterator[None]:
-        """Disable the dropout of adapters within the block."""
         dropouts = [module for module in self.model.modules() if isinstance(module, torch.nn.Dropout)]
         with set_training_mode(False, [module for module in dropouts if module.training]):
             yield

@@ -45,8 +45,6 @@ class TargetModule:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The target modules: the names for PEFT, and each matrix."""
-
     names: tuple[str, ...]  # `all-linear` is resolved to full names or last components of names
     modules: tuple[TargetModule, ...]
     parameters: tuple[str, ...] = ()  # parameters outside of modules, such as those of fused experts
@@ -268,7 +266,6 @@ def make_lora_config(
     names: Sequence[str],
     parameters: Sequence[str] = (),
 ) -> LoraConfig:
-    """Make PEFT's configuration of one arm for the modules and parameters of these names."""
     alpha, use_rslora = convert_scaling(settings.scaling, arm.lora_alpha, arm.rank)
     return LoraConfig(
         r=arm.rank,

@@ -50,7 +50,6 @@ class _Text:
     adds_eos: bool = False  # adds the end-of-sequence token, which is also a label
 
     def labels(self, ids: list[int], offsets: Sequence[tuple[int, int]]) -> list[int]:
-        """Return the label of each token, from its characters."""
         if self.spans is None:
             return list(ids)
         labels = [IGNORED] * len(ids)
@@ -188,8 +187,6 @@ def _find_common_start(*texts: str) -> str:
 
 
 class _Encoder:
-    """Encodes examples as (input_ids, labels), for one tokenizer and one form of data."""
-
     def __init__(self, tokenizer: Any, form: DataForm, classes: list[str] | None) -> None:
         self._tokenizer, self._chat = tokenizer, Chat(tokenizer)
         self.form = form
@@ -209,7 +206,6 @@ class _Encoder:
                 yield example, _align_label_starts(sequences) if self.form == "preference" else sequences
 
     def _make_texts(self, example: Example) -> list[_Text]:
-        """Return the texts of an example's sequences."""
         content = example.content
         if self.form == "messages":
             return [self._make_conversation_text(content["messages"], 0, example)]
@@ -342,7 +338,6 @@ class EncodedData:
 
     @property
     def max_sequence_length(self) -> int:
-        """Return the number of tokens of the longest sequence."""
         return max(int(examples.longest_sequences.max(initial=0)) for examples in self.splits.values())
 
     def get_loss_weight(self, example: EncodedExample) -> int:
