@@ -9,13 +9,13 @@ import re
 import secrets
 import shutil
 import stat
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from safetensors import SafetensorError
 
 from rightrank.schema.errors import RunError, RunFolderError, SettingsError
 
@@ -151,7 +151,7 @@ def report_disk_errors(folder: Path) -> Iterator[None]:
     advice = "make room or give a folder that you may write to, and run the same command again to resume"
     try:
         yield
-    except _list_safetensors_errors() as error:
+    except SafetensorError as error:
         if not re.search("IoError|I/O error", str(error)):
             raise
         raise RunError(f"{folder}: can't write there ({error}); {advice}") from None
@@ -159,12 +159,6 @@ def report_disk_errors(folder: Path) -> Iterator[None]:
         if error.errno not in _DISK_ERRORS:
             raise
         raise RunError(f"{folder}: can't write there ({error.strerror}); {advice}") from None
-
-
-def _list_safetensors_errors() -> tuple[type[Exception], ...]:
-    """Return the error of safetensors if the package was imported; otherwise nothing can raise it."""
-    safetensors = sys.modules.get("safetensors")
-    return () if safetensors is None else (safetensors.SafetensorError,)
 
 
 MAX_TEXT_BYTES = 64 * 2**20  # of a file that is read into memory

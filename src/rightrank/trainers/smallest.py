@@ -106,7 +106,6 @@ class SmallestAdapter(TrainerCallback):
     _loader: Any = field(default=None, init=False)
     _trainer_loss: TrainerLoss | None = field(default=None, init=False)  # of rerankers and embedding models
     _held_out: Subset[Any] = field(default_factory=lambda: Subset(cast(Any, ()), ()), init=False)
-    _is_training: bool = field(default=False, init=False)
     _start_time: float = field(default_factory=time.monotonic, init=False)
     # Notes on held-out rows that are in the training set, and on rows that were not compared.
     _notes: list[str] = field(default_factory=list, init=False)
@@ -122,9 +121,7 @@ class SmallestAdapter(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check everything that the end needs: read the held-out rows, compare training rows with them, and score two examples."""
-        self._is_training, self._notes, self.result = False, [], None
-        if state.is_hyper_param_search:
-            return  # A hyperparameter search ends many trainings, and none of their adapters is the final one.
+        self._notes, self.result = [], None
         self._require_own_trainer(args)
         settings, model = build_settings(self.margin, self.ranks, self.metric), kwargs["model"]
         self._trainer_loss = TrainerLoss(self.trainer) if is_sentence_transformers(self.trainer) else None
@@ -146,7 +143,6 @@ class SmallestAdapter(TrainerCallback):
             for note in notes:
                 self._add_note(note)
             self._require_example_losses(model, args, reader)
-        self._is_training = True
         self._start_time = time.monotonic()
         if state.is_world_process_zero:
             folder = Path(args.output_dir or ".")
@@ -233,9 +229,6 @@ class SmallestAdapter(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Evaluate the truncations, write `<output_dir>/rightrank/`, and log the sentence."""
-        if not self._is_training:
-            return  # `on_train_begin` failed, or this is a trial of a hyperparameter search.
-        self._is_training = False
         out, metric = Path(args.output_dir or ".") / "rightrank", self.metric or "loss"
 
         if state.is_world_process_zero:

@@ -263,7 +263,7 @@ def _stack_factors(
 
 
 def _stack_tensors(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return tensors[0].detach()[None] if len(tensors) == 1 else torch.stack([tensor.detach() for tensor in tensors])
+    return torch.stack([tensor.detach() for tensor in tensors])
 
 
 def _view_rows(rows: torch.Tensor, group: _RowGroup) -> torch.Tensor:
@@ -309,8 +309,6 @@ class AdapterKind(ABC):
     """One way in which PEFT adapts a layer. The defaults describe s·B·A with matrices A and B."""
 
     label: ClassVar[str]  # in messages, with its article: "an embedding"
-    unshared_reason: ClassVar[str | None] = None  # why two adapters can't share a pass; None if they can
-    untruncatable_reason: ClassVar[str | None] = None  # why an adapter can't be truncated to a lower rank
 
     @abstractmethod
     def can_adapt(self, module: Any) -> bool:
@@ -382,7 +380,6 @@ class Linear(AdapterKind):
 
 class _Embedding(AdapterKind):
     label = "an embedding"
-    unshared_reason = "only PEFT's own forward pass computes it"
 
     def can_adapt(self, module: Any) -> bool:
         return isinstance(module.base_layer, torch.nn.Embedding) and not module.lora_variant
@@ -390,17 +387,14 @@ class _Embedding(AdapterKind):
 
 class _Dora(AdapterKind):
     label = "DoRA"
-    unshared_reason = "each adapter has its own norm of every row of the weight"
 
     def can_adapt(self, module: Any) -> bool:
         variants = [type(variant).__name__ for variant in module.lora_variant.values()]
         return bool(variants) and all(name.startswith("Dora") for name in variants)
 
 
-class _UnknownKind(AdapterKind):
+class UnknownKind(AdapterKind):
     label = "an adapter of an unknown kind"
-    unshared_reason = "only PEFT's own forward pass computes it"
-    untruncatable_reason = "the meaning of its tensors is unknown"
 
     def can_adapt(self, module: Any) -> bool:
         return True
@@ -416,7 +410,6 @@ class _UnknownKind(AdapterKind):
 
 class FusedExperts(AdapterKind):
     label = "adapters on fused experts (target_parameters)"
-    unshared_reason = "an expert's rows come from any example"
 
     def can_adapt(self, module: Any) -> bool:
         return type(module).__name__ == "ParamWrapper" and not module.lora_variant
@@ -433,8 +426,8 @@ class FusedExperts(AdapterKind):
         module.lora_B[adapter].weight.zero_()
 
 
-KINDS: tuple[AdapterKind, ...] = (FusedExperts(), _Dora(), _Embedding(), Linear(), _UnknownKind())
-"""All kinds. The first one that claims a module describes it; the last one claims any module."""
+# The first kind that claims a module describes it; the last one claims any module.
+KINDS: tuple[AdapterKind, ...] = (FusedExperts(), _Dora(), _Embedding(), Linear(), UnknownKind())
 
 
 def find_kind(module: Any) -> AdapterKind:

@@ -180,7 +180,7 @@ def _make_optimizer(
     As in transformers' Trainer, biases and the weights of norms do not decay. States are allocated here, when the arm is added, so
     that the first step needs no additional memory.
     """
-    fused, settings = _is_fused(parameters[0]), runtime.settings
+    fused, settings = parameters[0].device.type in ("cpu", "cuda"), runtime.settings
     decayed = set(get_parameter_names(runtime.model, [torch.nn.LayerNorm], NO_DECAY_PATTERNS))  # type: ignore[no-untyped-call]
     decaying = {id(value) for name, value in runtime.model.named_parameters() if name in decayed}
     groups = [
@@ -203,10 +203,6 @@ def _make_optimizer(
             "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
         }
     return optimizer
-
-
-def _is_fused(parameter: torch.Tensor) -> bool:
-    return parameter.device.type in ("cpu", "cuda")
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
