@@ -41,7 +41,7 @@ def refuse(trainer: Trainer, words: str, error: type[InputError] = DataError) ->
     [
         ({"target_modules": ["embed_tokens", "q_proj"]}, {}, ModelError, "embed_tokens.*linear layers"),
         ({"use_dora": True}, {}, ModelError, "only LoRA of linear layers"),
-        ({"r": 1}, {}, ModelError, "rank 1"),
+        ({"r": 1}, {}, SettingsError, "its rank is 1"),
         ({"init_lora_weights": "pissa"}, {}, ModelError, "pissa.*changes the base"),
         ({"init_lora_weights": "OLoRA"}, {}, ModelError, "OLoRA.*changes the base"),
         ({}, {"ranks": [64]}, SettingsError, "rank 64 cannot be reached"),

@@ -31,7 +31,7 @@ def require_adapter_folder(path: Path) -> None:
     """Raise if a path holds no adapter or only pickled weights, before torch is imported.
 
     Raises:
-        ModelError: The message names the adapter of a run folder, or says how to compare two full models.
+        ModelError: The message names the adapters below a folder.
     """
     if not path.exists():
         raise ModelError(f"{path}: no such folder; give an adapter folder, one that PEFT's save_pretrained wrote")
@@ -50,11 +50,7 @@ def require_adapter_folder(path: Path) -> None:
                 "PeftModel.from_pretrained(base, folder).save_pretrained(folder, safe_serialization=True)"
             )
         raise ModelError(f"{path}: there is no {WEIGHTS_FILE}; {hint}")
-    hint = "give a folder that PEFT's save_pretrained wrote"
-    if (path / DIFFUSERS_FILE).exists():
-        hint = f"give {path / DIFFUSERS_FILE}, the file of diffusers in it"
-    elif (path / "config.json").exists():
-        hint = "it is a full model; mergekit-extract-lora makes an adapter of two"
+    hint = f"give a folder that PEFT's save_pretrained wrote, or the file of another program, such as {DIFFUSERS_FILE}"
     raise ModelError(f"{path}: not an adapter, there is no {CONFIG_FILE}; {suggest_adapter_folder(path) or hint}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 
@@ -15,7 +14,6 @@ from rightrank.schema.results import Inspection, InspectionSummary, ModuleSpectr
 from rightrank.schema.trials import Floats
 
 ENERGY_FRACTIONS = (0.9, 0.95, 0.99)
-DEAD_FRACTION = 1e-3  # relative to the median norm of the modules
 ROUNDING = 1e-6  # relative to the largest singular value; a value below it is rounding of float32 files, and not noise
 MIN_VALUES_FOR_NOISE = 8  # the median of fewer singular values does not estimate noise
 SQUARE_THRESHOLD = 2.86  # 2.858 for square matrices, by the cubic .56 − .95 + 1.82 + 1.43
@@ -34,14 +32,6 @@ def inspect_adapter(path: Path) -> Inspection:
     adapter = open_adapter(path)
     with use_one_thread():
         modules = [spectrum for pair in adapter.pairs for spectrum in _compute_pair_spectra(adapter, pair)]
-    norms = [module.frobenius_norm for module in modules if module.frobenius_norm > 0]
-    for module in modules:
-        if (
-            norms
-            and module.frobenius_norm < DEAD_FRACTION * median(norms)
-            and not {"untrained", "no_token"} & {*module.flags}
-        ):
-            module.flags.append("dead")
     summary = InspectionSummary(
         modules=len(modules),
         parameters=adapter.trainable_parameters,
@@ -51,7 +41,6 @@ def inspect_adapter(path: Path) -> Inspection:
             fraction: max(module.energy_rank[fraction] for module in modules) for fraction in map(str, ENERGY_FRACTIONS)
         },
         untrained=[module.name for module in modules if "untrained" in module.flags],
-        dead=[module.name for module in modules if "dead" in module.flags],
         modules_to_save=[key.removeprefix(PEFT_PREFIX) for key in adapter.other_keys if not key.endswith(".alpha")],
         notes=_build_adapter_notes(adapter),
         sentence=SENTENCE,

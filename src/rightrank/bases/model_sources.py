@@ -50,9 +50,9 @@ def find_model(reference: str) -> ModelSource:
         return ModelSource(str(path.parent), path.name)
     if kind == "folder":
         if not (path / "config.json").exists():
-            ggufs = sorted(file.name for file in path.glob("*.gguf"))
-            hint = f"; give the file: {path / ggufs[0]}" if ggufs else "; give a folder that save_pretrained wrote"
-            raise ModelError(f"{reference}: no config.json in the folder{hint}")
+            raise ModelError(
+                f"{reference}: no config.json in the folder; give a folder that save_pretrained wrote, or a GGUF file"
+            )
         if (path / "adapter_config.json").exists():  # transformers would load the base that it names
             raise ModelError(f"{reference}: holds an adapter_config.json too; give the folder of the base model alone")
         _reject_hub_code(path / "config.json")

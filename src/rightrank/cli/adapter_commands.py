@@ -141,7 +141,7 @@ def _format_inspection(inspection: Inspection) -> str:
     if len(shown) < len(modules):
         lines.append(f"{len(shown)} of {len(modules)} modules, the most and the least concentrated; --json has all")
     energy = ", ".join(f"{float(fraction):.0%}: {rank}" for fraction, rank in summary.energy_rank.items())
-    names = {"untrained (B = 0)": summary.untrained, "dead": summary.dead, "modules_to_save": summary.modules_to_save}
+    names = {"untrained (B = 0)": summary.untrained, "modules_to_save": summary.modules_to_save}
     facts = [
         ("modules", f"{summary.modules}, {summary.parameters:,} parameters"),
         ("base", summary.base_model or ""),

@@ -32,7 +32,7 @@ SPLIT_NAMES: dict[str, SplitName] = {
     "eval": "validation",
     "test": "test",
 }
-ROWS_PER_CONVERSION = 1000
+ROWS_PER_CONVERSION = 1000  # rows of a Parquet file that are Python objects at a time
 _CSV_FIELD_LIMIT = 2**24  # characters
 MAX_DETECTION_ROWS = 256  # rows that are read to tell prompts that are questions from a few repeated instructions
 MIN_ROWS_PER_INSTRUCTION = 16  # prompts that so many rows share on average are instructions
@@ -198,19 +198,13 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
-        rows = chain.from_iterable(map(_iterate_batch, batches))
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches(ROWS_PER_CONVERSION)
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
         for number, fields in enumerate(rows, start=1):
             yield Row(fields, f"{path}: row {number}")
     # What pyarrow raises for damaged files, and for dates and texts that Python cannot represent.
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({error}); write it again") from None
-
-
-def _iterate_batch(batch: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a record batch, of which few are Python objects at a time."""
-    for start in range(0, batch.num_rows, ROWS_PER_CONVERSION):
-        yield from batch.slice(start, ROWS_PER_CONVERSION).to_pylist()
 
 
 def parse_split_name(stem: str) -> SplitName | None:

@@ -322,7 +322,7 @@ class ModuleSpectrum(Record):
     effective_rank: float
     energy_rank: dict[str, int]  # by fraction
     noise_rank: int  # above the optimal hard threshold
-    # untrained, no_token, dead, dora, lora_bias, noise_unclear
+    # untrained, no_token, dora, lora_bias, noise_unclear
     flags: list[str] = Field(default_factory=list)
 
 
@@ -335,7 +335,6 @@ class InspectionSummary(Record):
     base_model: str | None
     energy_rank: dict[str, int]  # the maximum over modules, as one common rank requires
     untrained: list[str]  # B = 0: never trained
-    dead: list[str]  # updates under a thousandth of the median module's
     modules_to_save: list[str] = Field(default_factory=list)  # fully trained modules
     notes: list[str] = Field(default_factory=list)
     sentence: str

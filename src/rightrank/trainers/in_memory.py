@@ -130,8 +130,7 @@ def find_trained_adapter(model: Any) -> str:
     """Return the name of the adapter in training, which must be the only active one.
 
     Raises:
-        ModelError: The model is no PEFT model or uses FSDP or ZeRO-3, or the adapter is one of several active ones, no LoRA of linear layers, merged, or of
-            rank 1.
+        ModelError: The model is no PEFT model or uses FSDP or ZeRO-3, or the adapter is one of several active ones, no LoRA of linear layers, or merged.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     active: list[str] = sorted({name for layer in layers for name in layer.active_adapters}) or ["default"]
@@ -153,8 +152,6 @@ def find_trained_adapter(model: Any) -> str:
         )
     if any(layer.merged for layer in modules.values()):
         raise ModelError(f"the adapter {name!r} is merged into the base; call unmerge_adapter() before the measurement")
-    if config.r < 2:
-        raise ModelError("the adapter has rank 1, and there is no lower rank")
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
         isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters()
     ):

@@ -8,8 +8,8 @@ Fast paths compute the same losses in less time. Each is used only if a check on
 - Attention in float32 for 16-bit models on a CPU (`batches.py`). It needs no check, because it rounds less.
 
 The blocks below the first adapted one give the same hidden states in every arm and every step. They are computed at first
-use, in fixed batches of examples (so that a resumed run reads the same bits), and stored without padding in one flat tensor:
-in memory if it is small, otherwise in a memory-mapped file. During training the lower blocks return the stored states. The
+use, in fixed batches of examples (so that a resumed run reads the same bits), and stored without padding in one flat tensor
+in a memory-mapped file. During training the lower blocks return the stored states. The
 model's own code still computes embeddings, masks and positions, so this works for any stack of blocks that take and return
 hidden states.
 """
@@ -73,9 +73,6 @@ _MLP_NAMES = ("mlp", "feed_forward", "ffn")
 _ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
 _POSITION_WISE = ("q_proj", "o_proj", "out_proj", "c_proj", "dense")
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative, between losses
-
-
-MAX_IN_MEMORY_BYTES = 2**30  # larger states go to a memory-mapped file
 
 
 class _ReachedBlock(Exception):  # noqa: N818 - not an error: it stops a forward pass early and carries a block's output
@@ -150,17 +147,13 @@ class FrozenPrefix:
         indices = [index for group in self.batches[split].batches for index in group]
         lengths = self.batches[split].examples.lengths[indices].tolist()
         elements = sum(lengths) * like.shape[-1]
-        num_bytes = elements * like.element_size()
-        if num_bytes <= MAX_IN_MEMORY_BYTES:
-            flat = torch.empty(elements, dtype=like.dtype)
-        else:
-            path = self._folder / f"{split}.hidden"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
-            with path.open("wb") as file:
-                if hasattr(os, "posix_fallocate"):  # writing to a mapped file on a full disk would kill the process
-                    os.posix_fallocate(file.fileno(), 0, num_bytes)
-            flat = torch.from_file(str(path), shared=True, size=elements, dtype=like.dtype)
+        path = self._folder / f"{split}.hidden"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):  # writing to a mapped file on a full disk would kill the process
+                os.posix_fallocate(file.fileno(), 0, elements * like.element_size())
+        flat = torch.from_file(str(path), shared=True, size=elements, dtype=like.dtype)
         return dict(zip(indices, torch.split(flat.view(-1, like.shape[-1]), lengths), strict=True))
 
 
