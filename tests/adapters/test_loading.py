@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 
 from rightrank import resize
-from rightrank.bases.model_sources import ModelSource, find_model
+from rightrank.bases.model_sources import find_model
 from rightrank.demo import find_model_file
 from rightrank.schema.errors import ModelError
 from tests.adapters.adapters import edit_config, load_base, load_strictly, make_adapter, make_base
@@ -47,4 +47,4 @@ def test_an_adapter_is_truncated_unless_peft_changes_the_base(base: Path, tmp_pa
 
 def test_a_gguf_file_is_loaded_from_its_folder() -> None:
     path = find_model_file()
-    assert find_model(str(path)) == ModelSource(str(path.parent), path.name)
+    assert find_model(str(path)) == (str(path.parent), {"gguf_file": path.name})

@@ -142,9 +142,9 @@ def load_base(reference: str, settings: SelectSettings, classes: Sequence[str] |
     """
     trust_remote_code, weight_bits = settings.trust_remote_code, settings.weight_bits
     device, dtype = find_device(settings.device), resolve_dtype(settings.dtype, settings.device)
-    source = find_model(reference)
-    if source.gguf_file is None and Path(source.name).is_dir():
-        find_shards(Path(source.name))
+    source, gguf = find_model(reference)
+    if not gguf and Path(source).is_dir():
+        find_shards(Path(source))
     config = load_model_config(reference, trust_remote_code, classes is not None)
     quantization: dict[str, Any] = {}
     if weight_bits is not None:
@@ -156,21 +156,21 @@ def load_base(reference: str, settings: SelectSettings, classes: Sequence[str] |
         quantization = _build_quantisation_arguments(
             weight_bits, dtype, device, [*get_keys_to_not_convert(skeleton), *trained_modules]
         )
-    arguments = source.build_loading_arguments(trust_remote_code)
+    arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code} | gguf
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.name, **arguments)
+        tokenizer = AutoTokenizer.from_pretrained(source, **arguments)
     except LOADING_ERRORS as error:
         reason = get_first_line(error)
         raise ModelError(f"{reference}: no usable tokenizer ({reason}); save the tokenizer into the folder") from error
-    arguments |= {"dtype": DTYPES[dtype], "use_safetensors": source.gguf_file is None} | quantization
+    arguments |= {"dtype": DTYPES[dtype], "use_safetensors": not gguf} | quantization
     try:
-        model = _load_weights(source.name, classes, config, arguments)
+        model = _load_weights(source, classes, config, arguments)
     except LOADING_ERRORS as error:
         if is_out_of_memory(error):
             raise DeviceMemoryError(f"{reference}: out of memory while loading ({get_first_line(error)})") from None
         hint = settings.load_error_hint("give a model that it loads")
         raise ModelError(f"{reference}: transformers can't load it ({get_first_line(error)}); {hint}") from error
-    local = Path(source.name).exists()
+    local = Path(source).exists()
     name = str(Path(reference).expanduser().resolve()) if local else reference  # adapters name their base by it
     return prepare_model(model, tokenizer, name, device)
 
@@ -181,12 +181,12 @@ def load_model_config(reference: str, trust_remote_code: bool, classification: b
     Raises:
         ModelError: There is no configuration, or the architecture is unknown, an encoder-decoder, or needs its own code.
     """
-    source = find_model(reference)
+    source, gguf = find_model(reference)
     logging: Any = transformers_logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        config = AutoConfig.from_pretrained(source.name, **source.build_loading_arguments(trust_remote_code))
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **gguf)
     except LOADING_ERRORS as error:
         raise ModelError(f"{reference}: transformers does not know this model ({get_first_line(error)})") from error
     if config.is_encoder_decoder and not classification:

@@ -6,8 +6,6 @@ This module imports no torch, so that a wrong name is refused before anything he
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,24 +13,14 @@ from typing import Any
 from rightrank.data.files import UnreadableError, detect_path_kind, read_json_object
 from rightrank.schema.errors import MissingExtraError, ModelError, get_first_line
 
-HUB_TIMEOUT = 10.0  # seconds until the hub must answer
 BASE_SIDE = "base"  # names the base model alone as a side of a comparison
 
 
-@dataclass(frozen=True, slots=True)
-class ModelSource:
-    """The location of a model: a folder or hub name, and the name of a GGUF file in the folder."""
-
-    name: str
-    gguf_file: str | None
-
-    def build_loading_arguments(self, trust_remote_code: bool) -> dict[str, Any]:
-        gguf = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
-        return {"trust_remote_code": trust_remote_code} | gguf
-
-
-def find_model(reference: str) -> ModelSource:
+def find_model(reference: str) -> tuple[str, dict[str, str]]:
     """Locate a model without loading it.
+
+    Returns:
+        The folder or hub name, and the argument of transformers that names a GGUF file in the folder.
 
     Raises:
         ModelError: The folder has no configuration, the file is not GGUF, or the path does not exist.
@@ -47,7 +35,7 @@ def find_model(reference: str) -> ModelSource:
             )
         if find_spec("gguf") is None:
             raise MissingExtraError("reading GGUF files needs the `gguf` package: pip install 'rightrank[gguf]'")
-        return ModelSource(str(path.parent), path.name)
+        return str(path.parent), {"gguf_file": path.name}
     if kind == "folder":
         if not (path / "config.json").exists():
             raise ModelError(
@@ -56,25 +44,23 @@ def find_model(reference: str) -> ModelSource:
         if (path / "adapter_config.json").exists():  # transformers would load the base that it names
             raise ModelError(f"{reference}: holds an adapter_config.json too; give the folder of the base model alone")
         _reject_hub_code(path / "config.json")
-        return ModelSource(str(path), None)
+        return str(path), {}
     if path.is_absolute() or reference.startswith((".", "~")) or reference.count("/") > 1:
         raise ModelError(f"{reference}: no such folder; give a model folder, a GGUF file, or a hub name")
-    return ModelSource(reference, None)
+    return reference, {}
 
 
-def require_model(reference: str) -> ModelSource:
-    """Locate a model as `find_model` does, and raise if a name is neither a folder nor a model on the hub.
+def require_model(reference: str) -> None:
+    """Raise if a reference is neither a folder, a GGUF file nor a model on the hub.
 
     Raises:
         ModelError: As for `find_model`, or the hub has no such model or can't be reached.
     """
-    source = find_model(reference)
-    if source.gguf_file is None and detect_path_kind(Path(source.name)) == "missing":
+    name, _ = find_model(reference)
+    if detect_path_kind(Path(name)) == "missing":
         _require_on_hub(reference)
-    return source
 
 
-@cache
 def normalize_model_name(name: str) -> str:
     """Return the last component of a path or hub name in lower case, which is the same for every copy of a model."""
     return name.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()
@@ -87,7 +73,7 @@ def _require_on_hub(name: str) -> None:
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return
-        HfApi().model_info(name, timeout=HUB_TIMEOUT)
+        HfApi().model_info(name, timeout=10.0)  # seconds
     except _list_hub_errors() as error:
         raise ModelError(
             f"{name}: no such folder, and the hub has no such model or does not answer ({get_first_line(error)}); "

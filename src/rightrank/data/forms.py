@@ -15,7 +15,6 @@ from rightrank.data.rows import Row, RowsBySplit
 from rightrank.schema.errors import DataError, suggest_name
 
 DataForm: TypeAlias = Literal["text", "prompt_completion", "messages", "classification", "preference"]
-RowConversion: TypeAlias = Callable[[Row], Mapping[str, Any]]
 
 FORMS: tuple[tuple[DataForm, tuple[str, ...]], ...] = (  # The first form whose columns all exist is used.
     ("preference", ("prompt", "chosen", "rejected")),
@@ -58,7 +57,7 @@ class Shape:
     """A layout of rows, with the function that converts them to a form."""
 
     name: str  # "alpaca", "sharegpt", or the renamed columns; used in reports
-    convert: RowConversion
+    convert: Callable[[Row], Mapping[str, Any]]
     columns: tuple[str, ...]  # the columns of the file that it reads
 
     def __call__(self, row: Row) -> Row:

@@ -33,7 +33,6 @@ SPLIT_NAMES: dict[str, SplitName] = {
     "test": "test",
 }
 ROWS_PER_CONVERSION = 1000  # rows of a Parquet file that are Python objects at a time
-_CSV_FIELD_LIMIT = 2**24  # characters
 MAX_DETECTION_ROWS = 256  # rows that are read to tell prompts that are questions from a few repeated instructions
 MIN_ROWS_PER_INSTRUCTION = 16  # prompts that so many rows share on average are instructions
 SAMPLE_STREAM = int.from_bytes(b"rightrank")
@@ -179,7 +178,7 @@ def detect_delimiter(path: Path) -> str:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(_CSV_FIELD_LIMIT)
+    csv.field_size_limit(2**24)  # characters
     delimiter = detect_delimiter(path)
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)

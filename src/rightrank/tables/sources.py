@@ -30,7 +30,6 @@ from rightrank.schema.errors import MissingExtraError, ResultsError, quote_value
 BLANK_TEXTS = {"", "-", "–", "—", "none", "null", "n/a", "na", "nan", "nat", "<na>"}  # texts of empty cells
 MAX_NAMES = 12
 Codes: TypeAlias = "NDArray[np.int64]"
-Mask: TypeAlias = "NDArray[np.bool_]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,7 @@ class Column:
         used, codes = np.unique(self.codes[rows], return_inverse=True)
         return Column([self.cells[code] for code in used.tolist()], codes)
 
-    def test(self, is_true: Callable[[Any], bool]) -> Mask:
+    def test(self, is_true: Callable[[Any], bool]) -> NDArray[np.bool_]:
         """Return for each row whether a condition holds for its cell."""
         return np.array([is_true(cell) for cell in self.cells], dtype=bool)[self.codes]
 

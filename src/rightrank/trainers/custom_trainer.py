@@ -111,7 +111,6 @@ class TrialResult(Record):
 
 TrainFunction: TypeAlias = Callable[[TrialTask], float | Mapping[str, float] | TrialResult]
 EvaluateFunction: TypeAlias = Callable[[Path, TrialTask], float | Mapping[str, float] | TrialResult]
-RESULT_RECORDS = ("TrialResult", "EvalPoint")
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,7 +353,7 @@ def call_function(function: TrainFunction, task: TrialTask, metric: str) -> obje
     except (NotFiniteError, ReportError):
         raise
     except ValidationError as error:
-        if error.title not in RESULT_RECORDS:
+        if error.title not in ("TrialResult", "EvalPoint"):
             raise _report_exception(error) from error
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "its fields"

@@ -145,7 +145,6 @@ class CacheBatches:
 
 
 FUSED_ATTENTION = "sdpa"  # transformers' name for torch's scaled_dot_product_attention
-PER_EXAMPLE_DEVICES = ("cpu",)  # devices on which one call per example is cheap
 
 
 @contextmanager
@@ -199,7 +198,7 @@ def use_packed_attention(lengths: Sequence[int], device: torch.device) -> Iterat
     functions: Any = ALL_ATTENTION_FUNCTIONS
     masks: Any = ALL_MASK_ATTENTION_FUNCTIONS
     attend = functions[FUSED_ATTENTION]
-    if device.type in PER_EXAMPLE_DEVICES:
+    if device.type == "cpu":
         replacement = partial(_attend_per_example, attend, tuple(lengths))
     else:
         shape = len(lengths), max(lengths)

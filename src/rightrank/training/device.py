@@ -17,7 +17,6 @@ from rightrank.schema.errors import get_first_line, is_out_of_memory
 
 _STATUS_FILE = Path("/proc/self/status")
 _CLEAR_REFS_FILE = Path("/proc/self/clear_refs")
-_RESET_PEAK_COMMAND = "5"  # Linux: reset the peak resident set (man 5 proc)
 
 
 @contextmanager
@@ -51,7 +50,7 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR_REFS_FILE.exists():
         with suppress(PermissionError):  # a hardened container forbids it
-            _CLEAR_REFS_FILE.write_text(_RESET_PEAK_COMMAND)
+            _CLEAR_REFS_FILE.write_text("5")  # resets the peak resident set (man 5 proc)
 
 
 def read_peak_bytes(device: torch.device) -> int:

@@ -324,8 +324,6 @@ def can_see_later_tokens(model: Any, token_ids: torch.Tensor) -> bool:
 
 TIE_MARGIN = 1e-5  # smaller reward margins are rounding errors and count as half a correct pair
 
-LogProbabilities = Callable[[SplitName, Sequence[int]], torch.Tensor]
-
 
 @dataclass(frozen=True, slots=True)
 class PreferenceLoss:
@@ -358,7 +356,11 @@ class PreferenceLoss:
 class Reference:
     """The log-probabilities of both answers of every pair under the base, computed once and kept in memory."""
 
-    def __init__(self, batches: Mapping[SplitName, CacheBatches], compute: LogProbabilities) -> None:
+    def __init__(
+        self,
+        batches: Mapping[SplitName, CacheBatches],
+        compute: Callable[[SplitName, Sequence[int]], torch.Tensor],
+    ) -> None:
         """Prepare the storage without computing anything.
 
         Args:
