@@ -90,7 +90,6 @@ def test_the_own_loss_of_the_trainer_is_measured(kind: str, bert: Path, tmp_path
     adapter = tmp_path / "1" / "rightrank" / "adapter"
     if kind == "embedding":
         assert len(result.trained_scores.losses) == 6  # batches of eight
-        assert any("there are only 6 examples of 8 rows each" in note for note in result.answer.notes)
         base = SentenceTransformer(str(bert), device="cpu")[0].model
         assert PeftModel.from_pretrained(base, adapter).peft_config["default"].r >= 1
         return

@@ -219,10 +219,6 @@ class SmallestAdapter(TrainerCallback):
                 f"SmallestAdapter: the loss compares the rows of a batch, so each batch of {size} is one example, and {len(by_query)} held-out "
                 f"queries give {count}; give more rows, or a smaller per_device_eval_batch_size"
             )
-        if count < MIN_EXAMPLES:
-            self._add_note(
-                f"the loss compares the rows of a batch, so there are only {count} examples of {size} rows each"
-            )
         self._held_out = Subset(rows.dataset, list(by_query.values())[: count * size])
 
     def on_train_end(

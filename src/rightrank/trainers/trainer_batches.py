@@ -12,7 +12,6 @@ each batch is one example.
 from __future__ import annotations
 
 import inspect
-import logging
 import math
 import re
 import time
@@ -276,8 +275,6 @@ class TrainerLoss:
         )
 
 
-log = logging.getLogger("rightrank")
-
 MIN_EXAMPLES = 30
 MAX_MOMENT_BATCHES = 64  # batches that are read for second moments
 MOMENT_TOKEN_FRACTION = 0.02  # of the training's tokens; used for second moments
@@ -415,10 +412,6 @@ def select_held_out_rows(
             "SmallestAdapter: the held-out rows are in the training set; give rows that are not in it"
             if len(input_hashes) > 1
             else f"SmallestAdapter: {len(input_hashes)} held-out rows are too few; give a few hundred"
-        )
-    if len(unseen_indices) < MIN_EXAMPLES:
-        log.warning(
-            "rightrank: %d held-out examples are too few for a reliable result; give a few hundred", len(unseen_indices)
         )
     number_groups([group_keys[index] for index in unseen_indices], group)  # raises if the column forms no groups
     return Subset(rows, [sample.indices[index] for index in unseen_indices]), notes
