@@ -235,7 +235,6 @@ def _validate_config(file: Path, config: dict[str, Any]) -> None:
 
 
 def _group_factor_keys(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, str]]:
-    """Return the keys of `A` and `B` for each module."""
     pairs: dict[str, dict[str, str]] = {}
     for key in shapes:
         match = FACTOR_KEY.match(key)

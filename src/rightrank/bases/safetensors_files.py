@@ -41,7 +41,6 @@ class TensorFile:
     shapes: Mapping[str, tuple[int, ...]]
     metadata: Mapping[str, str]
     types: Mapping[str, str]  # keys of `DTYPES`, or other types
-    sizes: Mapping[str, int]  # in bytes
     _offsets: Mapping[str, int]
 
     def load_tensor(self, name: str) -> Tensor:
@@ -78,7 +77,6 @@ def open_tensors(path: Path) -> TensorFile:
         {name: tuple(entry["shape"]) for name, entry in header.items()},
         metadata,
         {name: entry["dtype"] for name, entry in header.items()},
-        {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()},
         {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items()},
     )
 

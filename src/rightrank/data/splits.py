@@ -131,8 +131,6 @@ def _hash_normalized_text(example: Example) -> int:
 
 @dataclass(frozen=True, slots=True)
 class DataSplits:
-    """The examples of each split, and a summary of how they were read."""
-
     summary: DataSummary  # `splits` is filled later, when tokens are counted
     examples: Mapping[SplitName, Sequence[Example]]
     fingerprint: str

@@ -40,12 +40,10 @@ class Column:
     codes: Codes  # [rows]
 
     def select(self, rows: NDArray[Any]) -> Column:
-        """Return the column of some rows, with the cells that occur in them."""
         used, codes = np.unique(self.codes[rows], return_inverse=True)
         return Column([self.cells[code] for code in used.tolist()], codes)
 
     def test(self, is_true: Callable[[Any], bool]) -> NDArray[np.bool_]:
-        """Return for each row whether a condition holds for its cell."""
         return np.array([is_true(cell) for cell in self.cells], dtype=bool)[self.codes]
 
     def encode(self, convert: Callable[[Any], Any]) -> tuple[list[Any], Codes]:
@@ -79,7 +77,6 @@ class Table:
         return column.cells[column.codes[row]]
 
     def select(self, rows: NDArray[Any]) -> Table:
-        """Return the table of some rows: a mask, or their indices."""
         columns = {name: column.select(rows) for name, column in self.columns.items()}
         return replace(self, columns=columns, prefixes=self.prefixes.select(rows), numbers=self.numbers[rows])
 

@@ -115,8 +115,6 @@ EvaluateFunction: TypeAlias = Callable[[Path, TrialTask], float | Mapping[str, f
 
 @dataclass(frozen=True, slots=True)
 class CustomTrainerRequest:
-    """A request for a selection with a custom trainer. Its arguments are validated."""
-
     settings: SelectSettings
     metric: str
     higher_is_better: bool

@@ -69,8 +69,6 @@ TRAINED_FOLDER = "trained"  # holds the adapter before truncation while it is me
 
 @dataclass(frozen=True, slots=True)
 class InMemoryAdapter:
-    """An adapter of a model in memory, with the batches to measure its truncations on."""
-
     model: Any  # a PEFT model with a LoRA adapter of linear layers
     held_out: list[Batch]  # batches of examples that the training did not see
     # Batches of training examples for second moments; without them, adapters are truncated by singular values.

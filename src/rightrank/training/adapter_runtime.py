@@ -15,11 +15,11 @@ from typing import Any
 from peft import PeftModel, PeftType
 
 from rightrank.adapters.adapter_files import AdapterFolder, ensure_peft_format
-from rightrank.adapters.adapter_folders import BASE_FILE, CONFIG_FILE, require_kept_base
+from rightrank.adapters.adapter_folders import BASE_FILE, CONFIG_FILE, read_adapter_config, require_kept_base
 from rightrank.adapters.truncation import save_moments
 from rightrank.bases.base_models import LoadedModel, load_base, read_identity
 from rightrank.bases.model_sources import normalize_model_name, require_model
-from rightrank.data.files import UnreadableError, read_json_object, replace_file
+from rightrank.data.files import replace_file
 from rightrank.data.rows import sample_indices
 from rightrank.data.splits import DataSplits
 from rightrank.schema.errors import ModelError, SettingsError, get_first_line, quote_value
@@ -109,7 +109,7 @@ def require_matching_base(adapter: Path, base: LoadedModel) -> None:
     Raises:
         ModelError: the base differs, or `base.json` is damaged.
     """
-    identity_file, configured_name = adapter / BASE_FILE, _read_string(adapter / CONFIG_FILE, "base_model_name_or_path")
+    identity_file = adapter / BASE_FILE
     if identity_file.is_file():
         stored_identity = read_identity(identity_file)
         if (difference := stored_identity.find_difference(base.identity)) is not None:
@@ -118,21 +118,12 @@ def require_matching_base(adapter: Path, base: LoadedModel) -> None:
                 "was trained on"
             )
         return
-    saved_name = _read_string(Path(base.name) / "config.json", "_name_or_path")
-    names = [normalize_model_name(name) for name in (base.name, saved_name or base.name)]
-    if configured_name is not None and normalize_model_name(configured_name) not in names:
+    configured_name = read_adapter_config(adapter).get("base_model_name_or_path")
+    if configured_name and normalize_model_name(str(configured_name)) != normalize_model_name(base.name):
         raise ModelError(
             f"{adapter}: it was trained on {configured_name!r}, not on {base.name!r}; give that base, or if they are the same model, write the "
             f"new name into its {CONFIG_FILE} (base_model_name_or_path)"
         )
-
-
-def _read_string(file: Path, key: str) -> str | None:
-    try:
-        text = read_json_object(file).get(key)
-    except UnreadableError:
-        return None
-    return text if isinstance(text, str) and text else None
 
 
 @contextmanager
@@ -169,8 +160,7 @@ def attach_adapter(runtime: Runtime, folder: Path | None, *, is_zero: bool = Fal
 
 def _require_attachable(runtime: Runtime, folder: Path) -> None:
     """Raise for what PEFT's own errors would not explain: an adapter of another task than the data, or one that changes the base."""
-    file = folder / CONFIG_FILE
-    config = read_json_object(file) if file.is_file() else {}
+    config = read_adapter_config(folder)
     require_kept_base(folder, config)
     method = config.get("peft_type", "LORA")
     if method not in PeftType.__members__:

@@ -469,8 +469,6 @@ def _forward_saved_module(module: Any, routing: Routing, x: torch.Tensor, *args:
 
 @dataclass(frozen=True, slots=True)
 class ArmBatch:
-    """The rows that one arm adds to a pass."""
-
     adapter: str
     batch: Batch
     scale: float  # factor of every label loss

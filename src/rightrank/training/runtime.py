@@ -346,7 +346,6 @@ def _drop_labels(rows: Batch) -> Batch:
 def _compute_losses(
     model: Any, objective: Objective, rows: Batch, *fast_paths: AbstractContextManager[None]
 ) -> torch.Tensor:
-    """Compute the losses [b] of a padded or packed batch inside the given fast paths."""
     with ExitStack() as stack:
         for context in (*fast_paths, _restrict_attention(rows)):
             stack.enter_context(context)

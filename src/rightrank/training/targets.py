@@ -195,7 +195,6 @@ def _is_in_layers(name: str, settings: PeftFields) -> bool:
 
 
 def _make_skeleton(model: Any) -> Any:
-    """Build the model's modules without weights."""
     with torch.device("meta"):
         return type(model)(model.config)
 

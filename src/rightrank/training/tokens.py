@@ -324,8 +324,6 @@ EXAMPLE_METRICS: dict[
 
 @dataclass(frozen=True, slots=True)
 class EncodedData:
-    """The encoded splits, and a summary of the examples that were cut or dropped."""
-
     splits: Mapping[SplitName, TokenStore]
     texts: Mapping[SplitName, Sequence[Example]]  # the held-out examples, for generation
     summary: DataSummary
