@@ -2,7 +2,7 @@
 
     python -m benchmarks.release [NAME …]    # all checks, or those that are named; `make release-check` runs all
 
-A check that needs what is not here (an environment with vLLM, a checkout of sd-scripts, mlx-lm) keeps its last result.
+A check that needs what is not here (an environment with vLLM or mlx-lm, a checkout of sd-scripts) keeps its last result.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ CHECKS = {  # packages whose versions are stored, and the command; $NAME is a va
         f"{PYTEST} tests/trainers/test_sentence_transformers.py",
     ),
     "files of mlx-lm and of trainers": (
-        "mlx-lm transformers",
+        "transformers",
         f"{PYTEST} tests/adapters/test_mlx.py tests/adapters/test_single_files.py",
     ),
+    "mlx-lm loads what `resize` writes": ("mlx-lm mlx", "$MLX_PYTHON -m benchmarks.consumers.mlx $PYTHON"),
     "lowest versions": (
         "click datasets huggingface_hub numpy pandas peft pyarrow pydantic safetensors torch transformers",
         "make lowest",
@@ -71,8 +72,9 @@ def run_check(name: str) -> dict[str, str] | None:
     ended = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     last = next((line for line in reversed(ended.stdout.splitlines()) if line.strip()), "")
     print(f"{name}: {'passed' if ended.returncode == 0 else 'FAILED'}: {last}", flush=True)
-    python = LOWEST_PYTHON if command == "make lowest" else Path(sys.executable)
-    result = ("passed" if ended.returncode == 0 else "failed") + (f": {last}" if "pytest" in command else "")
+    is_make = command.startswith("make ")
+    python = LOWEST_PYTHON if is_make else Path(words[0])
+    result = ("passed" if ended.returncode == 0 else "failed") + ("" if is_make else f": {last}")
     return {"result": result, "versions": find_versions(packages, python), "date": time.strftime("%Y-%m-%d")}
 
 

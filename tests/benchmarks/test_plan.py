@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
-from benchmarks.plan import hours
 from benchmarks.plan.measure import measure
 
 from rightrank.planning.planner import plan_config
-from rightrank.report.format import format_duration
 from rightrank.schema.settings import PlanSettings
 from tests.planning import CONFIGS as PROFILED_CONFIGS
 
 pytestmark = pytest.mark.trains
-
-
-def test_hours_follow_from_the_stored_operations() -> None:
-    """Check that the page and the how-to show the stored operations, and count those of the small model again."""
-    models = json.loads(hours.RESULT.read_text(encoding="utf-8"))["models"]
-    assert hours.PAGE.read_text(encoding="utf-8") == "\n".join(hours.format_page(models)) + "\n"
-    cost = hours.plan_selection_cost("SmolLM2-135M")
-    assert cost == models["SmolLM2-135M"]
-    peak, utilisation = hours.GPUS["L4"][0] * 1e12, hours.UTILISATION["SmolLM2-135M"]
-    assert format_duration(cost["expected_flops"] / peak / utilisation) in hours.format_cell(cost, "L4", utilisation)
-    assert hours.format_cell(cost | {"needed_bytes": 25 * 2**30}, "L4", utilisation) == "–"
 
 
 MULTI_LORA: dict[str, Any] = {"packed": True, "loss": "chunked", "optim": "adamw_fused"}
