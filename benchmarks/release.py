@@ -42,7 +42,7 @@ CHECKS = {  # packages whose versions are stored, and the command; $NAME is a va
         "make lowest",
     ),
     "vLLM reads an export": ("vllm", "$VLLM_PYTHON benchmarks/consumers/check.py vllm $EXPORT"),
-    "sd-scripts resizes alike": ("", "$PYTHON -m benchmarks.consumers.sd_scripts $SD_SCRIPTS $SD_SCRIPTS_COMMIT"),
+    "sd-scripts resizes alike": ("torch", "$PYTHON -m benchmarks.consumers.sd_scripts $SD_SCRIPTS $SD_SCRIPTS_COMMIT"),
 }
 
 
@@ -70,7 +70,7 @@ def run_check(name: str) -> dict[str, str] | None:
         return None
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
     ended = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    last = next((line for line in reversed(ended.stdout.splitlines()) if line.strip()), "")
+    last = next((line for line in reversed((ended.stderr + ended.stdout).splitlines()) if line.strip()), "")
     print(f"{name}: {'passed' if ended.returncode == 0 else 'FAILED'}: {last}", flush=True)
     is_make = command.startswith("make ")
     python = LOWEST_PYTHON if is_make else Path(words[0])

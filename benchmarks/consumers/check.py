@@ -2,7 +2,7 @@
 
     python benchmarks/consumers/check.py CONSUMER EXPORT_FOLDER
 
-It does not import rightrank. It prints one JSON object: the consumer, its version, which code read what, and the
+It does not import rightrank. It prints a JSON object: the consumer, its version, which code read what, and the
 rank and alpha that it read. It fails if that code refuses the file or reads another rank.
 """
 
@@ -85,3 +85,4 @@ if __name__ == "__main__":
     consumer, folder = sys.argv[1], Path(sys.argv[2])
     result = CHECKS[consumer](folder)
     print(json.dumps({"consumer": consumer, "version": version(consumer), **result}))
+    print(f"rank {result['rank']}, alpha {result['alpha']}")
