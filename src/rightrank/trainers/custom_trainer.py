@@ -103,10 +103,6 @@ class TrialResult(Record):
     train_value: float | None = None  # the metric on training data at the end
     points: list[EvalPoint] = Field(default_factory=list)  # evaluations during the training
     trainable_parameters: BoundedInt = 0
-    train_tokens: BoundedInt = 0
-    train_seconds: float | None = None  # None: the duration of the call
-    eval_seconds: float = 0.0
-    peak_bytes: BoundedInt = 0
 
 
 TrainFunction: TypeAlias = Callable[[TrialTask], float | Mapping[str, float] | TrialResult]
@@ -327,10 +323,13 @@ class _FunctionExecutor:
             if isinstance(error, ReportError) and arm.rank > 0 and not has_worked:
                 self._first_fault = reason
             return TrialFailed(**trial.fields, error="error", reason=reason)
-        seconds = time.perf_counter() - start if result.train_seconds is None else result.train_seconds
+
         # Returned points replace reported ones.
         by_step = {point.step: point for point in (*self._records.evaluations.get(trial.trial_id, []), *result.points)}
-        returned = dict(result) | {"train_seconds": seconds, "points": [by_step[step] for step in sorted(by_step)]}
+        returned = dict(result) | {
+            "train_seconds": time.perf_counter() - start,
+            "points": [by_step[step] for step in sorted(by_step)],
+        }
         return TrialFinished(**trial.fields, **returned, value=result.metrics[metric])
 
 

@@ -112,8 +112,8 @@ def save_trained_adapter(model: Any, name: str, folder: Path) -> AdapterFolder:
     return adapter
 
 
-def validate_trained_adapter(model: Any, ranks: Sequence[int] | None = None) -> tuple[str, list[str]]:
-    """Return the name of the adapter in training and notes, after every check of the final measurement that needs no examples.
+def validate_trained_adapter(model: Any, ranks: Sequence[int] | None = None) -> str:
+    """Return the name of the adapter in training, after every check of the final measurement that needs no examples.
 
     Raises:
         ModelError: The adapter can't be truncated, or the base model is not the one that the adapter would name.
@@ -123,7 +123,8 @@ def validate_trained_adapter(model: Any, ranks: Sequence[int] | None = None) -> 
     with sync_errors(), tempfile.TemporaryDirectory(prefix="rightrank-") as folder:
         list_candidate_ranks(save_trained_adapter(model, name, Path(folder) / "begin"), ranks)
         base_name = find_base_name(model, name)
-        return name, require_named_base(model.get_base_model(), base_name, get_process_index(), get_world_size())
+        require_named_base(model.get_base_model(), base_name, get_process_index(), get_world_size())
+    return name
 
 
 def find_trained_adapter(model: Any) -> str:

@@ -31,7 +31,7 @@ class SmallestAdapter(Callback):
         self.result: SmallestAdapterResult | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        adapter, _, _ = prepare_adapter(_find_peft_model(pl_module), self._held_out, (), self._margin, self._metric)
+        adapter, _ = prepare_adapter(_find_peft_model(pl_module), self._held_out, (), self._margin, self._metric)
         self._held_out, self._start_time = adapter.held_out, time.monotonic()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -29,7 +29,6 @@ from rightrank.schema.metrics import Margin
 from rightrank.schema.settings import SelectSettings
 from rightrank.trainers.in_memory import (
     find_trained_adapter,
-    get_process_index,
     log_failure,
     preserve_state,
     validate_trained_adapter,
@@ -121,7 +120,7 @@ class SmallestAdapter(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check everything that the end needs: read the held-out rows, compare training rows with them, and score two examples."""
-        self._notes, self.result = [], None
+        self.result = None
         self._require_own_trainer(args)
         settings, model = build_settings(self.margin, self.ranks, self.metric), kwargs["model"]
         self._trainer_loss = TrainerLoss(self.trainer) if is_sentence_transformers(self.trainer) else None
@@ -133,15 +132,14 @@ class SmallestAdapter(TrainerCallback):
                     f"{CUSTOM_EVALUATION_HINT}"
                 )
         self.margin, self.ranks = settings.margin, settings.ranks if "ranks" in settings.model_fields_set else None
-        name, notes = validate_trained_adapter(model, self.ranks)
-        for note in notes:
-            self._add_note(note)
+        name = validate_trained_adapter(model, self.ranks)
         self._loader = kwargs["train_dataloader"]
         with preserve_state(model, name, self._loader, self._get_held_out_rows(), self.trainer.data_collator):
             reader = self._make_reader()
-            self._held_out, notes = select_held_out_rows(self._get_held_out_rows(), reader, MAX_SAMPLE_SIZE, self.group)
-            for note in notes:
-                self._add_note(note)
+            rows = self._get_held_out_rows()
+            self._held_out, self._notes = select_held_out_rows(rows, reader, MAX_SAMPLE_SIZE, self.group)
+            for note in self._notes:
+                log.log(logging.WARNING if state.is_world_process_zero else logging.DEBUG, "rightrank: %s", note)
             self._require_example_losses(model, args, reader)
         self._start_time = time.monotonic()
         if state.is_world_process_zero:
@@ -169,10 +167,6 @@ class SmallestAdapter(TrainerCallback):
 
     def _get_held_out_rows(self) -> Any:
         return getattr(self.trainer, "eval_dataset", None) if self.eval_dataset is None else self.eval_dataset
-
-    def _add_note(self, text: str) -> None:
-        self._notes.append(text)
-        log.log(logging.DEBUG if get_process_index() else logging.WARNING, "rightrank: %s", text)
 
     def _require_example_losses(self, model: Any, args: TrainingArguments, reader: RowReader) -> None:
         """Score two examples in the same way as at the end of the training.
@@ -335,21 +329,17 @@ def keep_smallest(
         RunFolderError: `out` holds another run or files of another program.
         OSError: `out` cannot be written.
     """
-    in_memory_adapter, settings, notes = prepare_adapter(model, held_out, train, margin, metric)
-    training = TrainingSummary(seconds=seconds, notes=notes)
+    in_memory_adapter, settings = prepare_adapter(model, held_out, train, margin, metric)
+    training = TrainingSummary(seconds=seconds)
     return find_smallest_adapter(in_memory_adapter, Path(out), training, margin=settings.margin, metric=metric)
 
 
 def prepare_adapter(
     model: Any, held_out: Iterable[Batch], train: Iterable[Batch], margin: Margin | None, metric: str
-) -> tuple[InMemoryAdapter, SelectSettings, list[str]]:
-    """Read the batches of a measurement, and check everything that needs no further evaluation; see `keep_smallest`.
-
-    Returns:
-        The adapter, the settings, and notes on the base model.
-    """
+) -> tuple[InMemoryAdapter, SelectSettings]:
+    """Read the batches of a measurement, and check everything that needs no further evaluation; see `keep_smallest`."""
     settings = build_settings(margin, None, metric)
-    name, notes = validate_trained_adapter(model)
+    name = validate_trained_adapter(model)
     with preserve_state(model, name, held_out, train):  # A loader draws its order from the random state.
         batches = list(held_out)
         if not batches:
@@ -357,7 +347,7 @@ def prepare_adapter(
                 "there are no held-out batches; give a few hundred examples that were not used for training"
             )
         compute_batch_loss(model, batches[0])  # raises if they cannot be scored
-        return InMemoryAdapter(model, batches, list(islice(train, MAX_MOMENT_BATCHES)), name), settings, notes
+        return InMemoryAdapter(model, batches, list(islice(train, MAX_MOMENT_BATCHES)), name), settings
 
 
 def _read_dpo_beta(trainer: Trainer, batch: Batch) -> float:

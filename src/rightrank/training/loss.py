@@ -294,9 +294,8 @@ def _select_labels(batch: LabelledBatch, scale: Scale) -> tuple[torch.Tensor, to
 @torch.no_grad()
 def _is_head_equivalent(model: Any, batch: LabelledBatch) -> bool:
     """Return whether the head alone gives the model's own losses on `batch`."""
-    if model.get_output_embeddings() is None or not isinstance(getattr(model, "base_model", None), torch.nn.Module):
-        return False
-    if model.base_model is model:
+    base = getattr(model, "base_model", None)
+    if model.get_output_embeddings() is None or not isinstance(base, torch.nn.Module) or base is model:
         return False
     model_losses = logits_loss(model, batch, 1.0).example_losses
     head_losses = head_loss(model, batch, 1.0).example_losses

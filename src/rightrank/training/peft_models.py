@@ -230,8 +230,8 @@ def save_adapter(peft_model: Any, folder: Path, base_name: str, adapter: str = "
             (temporary / adapter).rmdir()
         if config.task_type == "SEQ_CLS":
             _write_classifier_labels(temporary, peft_model.config)
-        readme = temporary / "README.md"  # PEFT's empty template; the final adapter gets a model card of its own
-        readme.unlink(missing_ok=True)
+        # PEFT's empty template; the final adapter gets a model card of its own.
+        (temporary / "README.md").unlink(missing_ok=True)
 
 
 def _write_classifier_labels(folder: Path, config: Any) -> None:
