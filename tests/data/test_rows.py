@@ -79,6 +79,12 @@ def test_bad_files_are_one_clear_line(tmp_path: Path, name: str, content: bytes,
     assert "\n" not in str(caught.value)
 
 
+def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rightrank.data.rows.MAX_LINE_CHARACTERS", 10_000)
+    with pytest.raises(DataError, match=r"d\.jsonl:121: a line of over 10,000 characters; give one object a line"):
+        load_data(write_jsonl(tmp_path / "d.jsonl", [*TEXT_ROWS, {"text": "a" * 20_000}]), build_small_settings())
+
+
 @pytest.mark.parametrize(
     ("files", "path", "message"),
     [

@@ -32,6 +32,7 @@ SPLIT_NAMES: dict[str, SplitName] = {
     "eval": "validation",
     "test": "test",
 }
+MAX_LINE_CHARACTERS = 2**26  # of a JSONL line; a longer line is a mistake
 ROWS_PER_CONVERSION = 1000  # rows of a Parquet file that are Python objects at a time
 MAX_DETECTION_ROWS = 256  # rows that are read to tell prompts that are questions from a few repeated instructions
 MIN_ROWS_PER_INSTRUCTION = 16  # prompts that so many rows share on average are instructions
@@ -143,7 +144,11 @@ def _read_file(path: Path) -> Iterator[Row]:
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_CHARACTERS + 1), ""), start=1):
+            if len(line) > MAX_LINE_CHARACTERS:
+                raise DataError(
+                    f"{path}:{number}: a line of over {MAX_LINE_CHARACTERS:,} characters; give one object a line"
+                )
             if not line.strip():
                 continue
             try:
