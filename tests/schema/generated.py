@@ -85,13 +85,13 @@ def format_page() -> str:
     return f"""# Settings
 
 Give a setting in a YAML file (`--config FILE`), as `--set name=value`, or by the option of `rightrank select` that has its name.
-A run is resumed by the same settings, and continued with other values of those marked (c).
+A run can continue with other values of those marked (c); others need another run.
 
 {chr(10).join(sections)}"""
 
 
 def _format_meaning(row: Row) -> str:
-    return row.help + (" (c)" if row.continuable else "")
+    return row.help + (" (c)" if row.continuable or not row.identity else "")
 
 
 def format_default(default: object) -> str:

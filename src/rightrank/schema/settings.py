@@ -232,7 +232,7 @@ class SelectSettings(StepSettings):
     goal: Goal = option(
         "adapter",
         COMPARE,
-        "`adapter`, `best-adapter` (trains twice the steps too, and keeps the better) or `training-rank` ([guide](../how-to/strategies.md))",
+        "`adapter`, `best-adapter` (also trains for twice the steps) or `training-rank` ([guide](../how-to/strategies.md))",
         identity=False,
     )
     strategy: str = option(
@@ -244,7 +244,7 @@ class SelectSettings(StepSettings):
     ranks: Ranks = option(
         (1, 4, 16, 64),
         COMPARE,
-        "ranks to compare, in addition to the base model (rank 0); the largest is trained first",
+        "ranks to compare, beside the base model (rank 0); the largest is trained first",
         continuable=True,
         foreign_names=("rank", "r", "lora_r", "lora_rank"),
     )
@@ -265,19 +265,18 @@ class SelectSettings(StepSettings):
     metric: str = option(
         "loss",
         DECIDE,
-        "the deciding metric: `loss`, `accuracy`, `f1`, `rougeL`, … or a function, after `max:` or `min:` if its name has no "
-        "direction ([metrics](../how-to/metrics.md))",
+        "the deciding metric: `loss`, `accuracy`, `f1`, `rougeL`, … or a function ([metrics](../how-to/metrics.md))",
     )
     margin: SettingMargin = option(
         None,
         DECIDE,
-        "the loss of quality that you accept: a share of the gain over the base such as `2%` (default `1%`), or a number in the metric's unit",
+        "the loss of quality that you accept: a share of the gain such as `2%` (default `1%`), or a number in the metric's unit",
         continuable=True,
     )
     checkpoint: Checkpoint = setting(
         "best",
         DECIDE,
-        "which evaluation of a training counts and is kept: `last`, or `best` of the factors and of their mean since the warm-up",
+        "which evaluation of a training is kept: `last`, or `best` of the factors and of their mean since the warm-up",
         foreign_names=("load_best_model_at_end",),
     )
     metrics: tuple[str, ...] = setting((), DECIDE, "additional metrics to measure, such as exact_match,rougeL")
@@ -286,7 +285,7 @@ class SelectSettings(StepSettings):
     budget_trainings: float | None = setting(
         None,
         BUDGET,
-        "maximum number of complete trainings; one that stops early counts as a fraction",
+        "maximum number of trainings; one that stops early counts as a fraction",
         continuable=True,
         gt=0,
     )
@@ -310,7 +309,7 @@ class SelectSettings(StepSettings):
     scaling: Scaling = setting(
         "alpha/r",
         ADAPTER,
-        "`alpha/r`, `alpha/sqrt(r)` (rsLoRA) or `constant` (the scale that alpha/r has at rank 16: alpha = 2r at the default alpha)",
+        "`alpha/r`, `alpha/sqrt(r)` (rsLoRA) or `constant` (the scale of alpha/r at rank 16)",
         foreign_names=("use_rslora",),
     )
     gradient_accumulation_steps: int = setting(1, TRAINING, "forward passes in an optimizer step", gt=0)
@@ -330,14 +329,14 @@ class SelectSettings(StepSettings):
     num_train_epochs: float | None = option(
         None,
         TRAINING,
-        "passes over the data of each training; in place of `max_steps`",
+        "passes over the data, in place of `max_steps`",
         foreign_names=("epochs", "num_epochs"),
         gt=0,
     )
     beta: float = setting(
         0.1,
         TRAINING,
-        "for [preference pairs](../how-to/preference-pairs.md): the penalty on the distance from the base model",
+        "penalty on the distance from the base model, for [preference pairs](../how-to/preference-pairs.md)",
         gt=0,
     )
 
@@ -348,24 +347,22 @@ class SelectSettings(StepSettings):
         "[groups](file-formats.md#rows-that-belong-together)",
     )
     validation: str = option(
-        "", DATA, "file or folder for the validation split; by default a tenth of the data"
+        "", DATA, "file or folder of the validation split; by default a tenth of the data"
     )  # fmt: skip
     test_fraction: float = setting(0.1, DATA, "share of the examples in the test split; 0 for none", ge=0, lt=1)
     validation_fraction: float = setting(0.1, DATA, "share of the examples in the validation split", gt=0, lt=1)
     max_eval_examples: int | None = option(
         None,
         DATA,
-        "maximum number of examples of a held-out split; by default 200 to 2,000 by the length of the training, and 200 if the model "
-        "generates answers. Evaluations during training score the first 200",
+        "maximum number of examples of a held-out split; by default 200 to 2,000 by the length of the training, 200 for written "
+        "answers. Evaluations during training score the first 200",
         gt=1,
     )
-    num_evaluations: int = setting(
-        4, DATA, "number of held-out evaluations of a training, including the one at its end", gt=0
-    )
+    num_evaluations: int = setting(4, DATA, "held-out evaluations of a training, with the one at its end", gt=0)
     dtype: AutoDtype = setting(
         "auto",
         MACHINE,
-        "type of the frozen base model, `auto`, `bf16`, `fp16` or `fp32`; `auto` is bfloat16 on a CUDA device that supports it, else float32",
+        "type of the base model: `auto` (bfloat16 on a CUDA device that supports it, else float32), `bf16`, `fp16` or `fp32`",
         foreign_names=("bf16", "fp16", "torch_dtype"),
         aliases=DTYPE_ALIASES,
     )
@@ -377,7 +374,7 @@ class SelectSettings(StepSettings):
     adapters_per_pass: int | None = setting(
         None,
         MACHINE,
-        "adapters trained in one pass over the base model (multi-LoRA, [engine](../explanation/engine.md)); by default "
+        "adapters trained in one pass over the base model ([multi-LoRA](../explanation/engine.md)); by default "
         "as many as fit into memory (at most 16), 1 on a CPU",
         identity=False,
         foreign_names=("arms",),
@@ -386,7 +383,7 @@ class SelectSettings(StepSettings):
     workers: int | None = option(
         None,
         MACHINE,
-        "train in this many processes, each with its base model and device ([guide](../how-to/clusters.md))",
+        "train in this many processes, each with a device ([guide](../how-to/clusters.md))",
         identity=False,
         foreign_names=("gpus", "num_workers"),
         gt=0,
@@ -397,7 +394,7 @@ class SelectSettings(StepSettings):
     report_to: tuple[str, ...] = option(
         (),
         MACHINE,
-        "trackers of every trial: trackio, wandb, mlflow ([guide](../how-to/tracking.md))",
+        "trackers: trackio, wandb, mlflow ([guide](../how-to/tracking.md))",
         identity=False,
     )
 
