@@ -1,4 +1,4 @@
-"""Repeat all measurements of docs/explanation/engine.md, one after the other with one thread, and store them in `results/`.
+"""Repeat all measurements of README.md, one after the other with one thread, and store them in `results/`.
 
 python -m benchmarks.engine.measure MODEL DATA    # about fifteen minutes on an idle core (estimated)
 """

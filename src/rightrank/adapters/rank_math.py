@@ -118,7 +118,7 @@ def convert_scaling(scaling: Scaling, lora_alpha: float, rank: int) -> tuple[flo
 def format_rank_change(rank: int, to: int) -> str:
     """Return a sentence on the alpha and learning rate to use when the rank changes, at scale alpha/r.
 
-    The figures come from docs/explanation/science.md, archive.
+    The figures come from benchmarks/README.md, archive.
     """
     ours, public, tied = ((to / rank) ** exponent for exponent in (*RATE_EXPONENTS, TIED_EXPONENT))
     return (

@@ -16,7 +16,7 @@ If rows form groups (the sentences of a document), groups are sampled rather tha
 their number and their sizes. A group counts by its leverage h as in CR2 (Bell and McCaffrey 2002, "Bias reduction in standard
 errors for linear regression with multi-stage samples"), and the degrees of freedom are those of groups with identical rows: there
 are few if a few groups hold most rows. Without groups the bounds assume independent rows, and are too narrow if rows are dependent
-(docs/explanation/science.md, archive).
+(benchmarks/README.md, archive).
 
 The model of one score (or of one paired difference) x of seed s and example i is
 

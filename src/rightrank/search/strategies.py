@@ -169,7 +169,7 @@ class Bracket(Strategy):
     """Finds the learning rate and the deployment rank at the top rank; then a second adapter, or the training rank.
 
     With goal "best-adapter", the top rank is also trained for twice the steps, and the better training is truncated: on eight locked
-    grids this gains ten times as much as a second rank does (benchmarks/learning_rate/README.md).
+    grids this gains ten times as much as a second rank does (benchmarks/README.md, archive).
 
     For the training rank, it trains downward from the smallest truncation that would probably be within the margin with another seed,
     until a rank fails, and then adds seeds. If adapters cannot be truncated (a table of finished runs), a training at a quarter of the
