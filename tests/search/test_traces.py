@@ -20,7 +20,7 @@ from rightrank.search.protocol import Space, build_space
 from rightrank.search.strategies import make_strategy
 from tests.search.worlds import World
 
-NUMBER = 120
+NUMBER = 150
 STORED = Path(__file__).parent / "traces.json"
 SCORE = "max:score=module:function"  # generated answers: a training that stops early has its loss as its value
 
@@ -34,6 +34,7 @@ class DrawnWorld(World):
     metric: str = "loss"
     examples: int = 0
     has_means: bool = False
+    undertrained: float = 0.0  # how much worse a training at rank 1 is than the truncation to it
     drift: float = 0.0  # by which power of the rank the best learning rate changes
 
     def draw(self, arm: Arm, purpose: str) -> float:
@@ -57,7 +58,7 @@ class DrawnWorld(World):
             of_rank = self.draw(
                 Arm(rank=arm.rank, learning_rate=0, lora_alpha=1, seed=0, steps=int(arm.is_direct)), "rank"
             )
-            loss += self.noise * (self.draw(arm, "noise") + of_rank)
+            loss += self.noise * (self.draw(arm, "noise") + of_rank) + arm.is_direct * self.undertrained / arm.rank
         return round(loss / self.grain) * self.grain if self.grain else loss
 
     def run(self, arm: Arm) -> TrialOutcome:
@@ -84,7 +85,7 @@ class DrawnWorld(World):
 def draw_search(number: int) -> tuple[str, Space, World]:
     generator = random.Random(number)
     pick = generator.choice
-    strategy = pick((*6 * ("bracket",), "grid", "upward"))
+    strategy = pick((*5 * ("bracket",), "grid", "upward"))
     metric = pick(("loss", "loss", SCORE))
     rates = pick(((3e-4, 1e-3, 3e-3, 1e-2), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), (1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (1e-3,)))
     settings = SelectSettings(
@@ -96,7 +97,7 @@ def draw_search(number: int) -> tuple[str, Space, World]:
         metric=metric,
         margin=pick((1 / 64, "2%", "20%")),
         modules_to_save=pick(((), (), ("head",))),
-        budget_trainings=pick((None, None, None, len(rates) + generator.uniform(-1, 12))),
+        budget_trainings=pick((None, None, None, len(rates) + generator.uniform(-1, 12), len(rates) + 1.0)),
         budget_hours=pick((None, None, None, generator.uniform(50, 1500) / 3600)),
     )
     is_table = generator.random() < 0.25
@@ -115,12 +116,20 @@ def draw_search(number: int) -> tuple[str, Space, World]:
         number=number,
         grain=pick((0.0, 0.0, 1 / 128)),
         metric=metric,
-        drift=pick((0.0, 0.0, -0.4, 0.4)),
+        undertrained=pick((0.0, 0.0, 0.2)),
+        drift=pick((0.0, -0.4, 0.4)),
         examples=pick((0, 0, 12)) if metric == "loss" else 0,
     )
     world.has_means = bool(world.examples) and generator.random() < 0.5
     failures, failing_rank = pick((0.0, 0.0, 0.08)), pick((*4 * (None,), *settings.ranks))
-    world.breaks = lambda arm: arm.rank > 0 and (arm.rank == failing_rank or world.draw(arm, "breaks") < failures)
+    breaks_quarters = pick((True, False))
+    world.breaks = lambda arm: (
+        arm.rank > 0
+        and (
+            (arm.rank == failing_rank and (breaks_quarters or arm.stop_at is None))
+            or world.draw(arm, "breaks") < failures
+        )
+    )
     world.diverges = lambda arm: (
         arm.learning_rate > world.best_learning_rate and world.draw(arm, "diverges") < 2 * failures
     )

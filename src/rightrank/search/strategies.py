@@ -87,8 +87,8 @@ def try_rank(trials: Trials, rank: int) -> Requests:
     """Train `rank` at the best learning rate of the nearest rank; search its two neighbours as well if the rank is not within the margin."""
     space = trials.space
     trained_ranks = [trained for trained in trials.list_ranks() if trained != rank]
-    nearest = min(trained_ranks, key=lambda trained: max(trained / rank, rank / trained), default=rank)
-    learning_rate = trials.find_best_learning_rate(nearest) or space.learning_rates[0]
+    nearest = min(trained_ranks, key=lambda trained: max(trained / rank, rank / trained))
+    learning_rate = trials.contenders[nearest].learning_rate
     yield [make_quarter_arm(space, rank, learning_rate)] if can_stop_early(space) else []
     yield [_complete_arm(trials, rank, learning_rate, space.seeds[0])]
     if trials.is_within_margin(rank):
@@ -97,7 +97,7 @@ def try_rank(trials: Trials, rank: int) -> Requests:
     if can_stop_early(space):
         yield from find_learning_rate(trials, rank, rates)
         return
-    best_loss = trials.get_training_loss(space.top, trials.find_best_learning_rate(space.top) or learning_rate)
+    best_loss = trials.get_training_loss(space.top, trials.contenders[space.top].learning_rate)
     limit = best_loss + MAX_DEFICIT_AT_TOP * trials.margin
     yield [space.make_arm(rank, rate) for rate in rates if trials.get_training_loss(space.top, rate) <= limit]
 
