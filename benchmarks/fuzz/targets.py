@@ -144,7 +144,7 @@ def read_journal(data: bytes, folder: Path) -> None:
     from rightrank.schema.events import read_records
 
     (folder / "journal.jsonl").write_bytes(_seal_journal(data))
-    status(folder).model_dump_json()
+    status(folder).build_document()
     _ignore_refusal(lambda: _decide(folder))
     journal = RunFolder.open_existing(folder).journal.read()
     records = read_records(journal, str(folder))

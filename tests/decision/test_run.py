@@ -100,7 +100,7 @@ def test_the_trial_that_began_last_and_has_not_ended_is_running() -> None:
     first, second, third = make_run().list_finished()[:3]
 
     def find_running_arm(*journal: JournalRecord) -> str | None:
-        return build_run_status("run", journal, make_run(), Answers(None), is_locked=True, progress={}).running
+        return build_run_status("run", journal, make_run(), Answers(None), is_locked=True, progress=None).running
 
     assert find_running_arm() is None
     assert find_running_arm(make_trial_start(first), first) is None

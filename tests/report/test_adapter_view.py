@@ -62,7 +62,7 @@ def test_an_adapter_at_the_highest_learning_rate_is_flagged_in_every_view(
     run = write_records(tmp_path / "run", [records.started, *records.outcomes, *records.adapters])
     command = f"rightrank select --out {run} --learning-rates 0.0003,0.001,0.003,0.009"
     state = status(run)
-    assert state.next_commands == ([command] if is_flagged else [])
+    assert state.answers.next_commands == ([command] if is_flagged else [])
     shown = CliRunner().invoke(cli, ["status", str(run)]).output
     assert (f"         {command}\n" in shown) if is_flagged else ("next:" not in shown)
     selected = Selected(run, None, None, run, build_answers(records, None, "adapter", str(run)))
@@ -78,7 +78,7 @@ def test_an_adapter_that_gains_nothing_is_flagged_in_every_view(tmp_path: Path) 
     assert (document["adapter_flags"], document["share_kept"]) == (["no_gain"], None)
     run = write_records(tmp_path / "run", [records.started, *records.outcomes, *records.adapters])
     sentence = "No gain shown: rank 64 gained +0 over the base"
-    assert (status(run).adapter_sentence or "").startswith(sentence)
+    assert status(run).answers.adapter_sentence.startswith(sentence)
     assert sentence in Elements(render_report(records, answers)).text
 
 

@@ -11,7 +11,6 @@ from rightrank.api.runs import open_run
 from rightrank.data.files import UnreadableError, read_json_object, report_disk_errors, require_absent
 from rightrank.decision.run_answers import decide_if_possible
 from rightrank.report.answer import (
-    Answers,
     RunStatus,
     build_answers,
     build_run_status,
@@ -147,7 +146,7 @@ def status(run: str | Path) -> RunStatus:
     Raises:
         RunFolderError: there is no run.
     """
-    return _read_status(run)[0]
+    return _read_status(run)[1]
 
 
 def format_status(run: str | Path, width: int) -> str:
@@ -156,19 +155,19 @@ def format_status(run: str | Path, width: int) -> str:
     Raises:
         RunFolderError: there is no run.
     """
-    run_status, answers, folder = _read_status(run)
+    folder, run_status = _read_status(run)
     adapter = folder.adapter if folder.adapter.is_dir() else None
-    return format_screen(answers, folder.path, adapter, folder.report, width, run_status)
+    return format_screen(run_status.answers, folder.path, adapter, folder.report, width, run_status)
 
 
-def _read_status(run: str | Path) -> tuple[RunStatus, Answers, RunFolder]:
+def _read_status(run: str | Path) -> tuple[RunFolder, RunStatus]:
     folder, journal, records = open_run(run, is_live=True)
     try:
-        progress = read_json_object(folder.path / PROGRESS_FILE)
+        progress = str(read_json_object(folder.path / PROGRESS_FILE).get("progress"))
     except UnreadableError:
-        progress = {}  # no process is running, or it has just ended
+        progress = None  # no process is running, or it has just ended
     goal, decided = records.settings.goal, find_last_decision(journal)
     decision = decide_if_possible(records) if decided is None else decided.decision
     answers = build_answers(records, decision if goal == "training-rank" else None, goal, str(run))
-    status = build_run_status(str(run), journal, records, answers, is_locked=folder.is_in_use(), progress=progress)
-    return status, answers, folder
+    is_locked = folder.is_in_use()
+    return folder, build_run_status(str(run), journal, records, answers, is_locked=is_locked, progress=progress)

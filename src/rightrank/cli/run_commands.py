@@ -25,7 +25,10 @@ def _status(run: Path, as_json: bool) -> None:
     """Report the state of RUN, while it runs or after its end. Nothing in the folder is written."""
     from rightrank.api import folders as api
 
-    click.echo(format_json(api.status(run)) if as_json else api.format_status(run, shutil.get_terminal_size().columns))
+    if as_json:
+        click.echo(format_json(api.status(run).build_document()))
+    else:
+        click.echo(api.format_status(run, shutil.get_terminal_size().columns))
 
 
 @click.command(

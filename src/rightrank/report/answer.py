@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from itertools import chain, zip_longest
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from pydantic import Field
 from rich.cells import cell_len
 
 from rightrank.adapters.adapter_folders import format_loading_code
@@ -395,19 +393,19 @@ def _format_slot(answers: Answers) -> str:
 
 def _list_details(status: RunStatus, width: int) -> list[tuple[str, str | None]]:
     """Return rows with all answers and notes, the next runs with their commands, and what is running."""
-    texts = [status.adapter_sentence, *status.adapter_notes, status.learning_rate_sentence, status.sentence]
-    named = (f"verdict {status.verdict.replace('_', ' ')}." if status.verdict else None, *texts)
-    next_runs = zip(status.next_runs, status.next_commands, strict=True)
+    answers = status.answers
+    decision, rate, adapter = answers.decision, answers.learning_rate, answers.adapter
+    texts = [f"verdict {decision.verdict.replace('_', ' ')}."] if decision else []
+    texts += [adapter.answer.sentence, *answers.adapter_notes, *adapter.answer.notes] if adapter else []
+    texts += [answer.sentence for answer in (rate, decision) if answer]
+    notes = (row for number, text in enumerate(texts) for row in _wrap_row("notes" * (number == 0), text, width))
+    next_runs = zip(answers.next_runs, answers.next_commands, strict=True)
     return [
-        *(
-            row
-            for number, text in enumerate(filter(None, named))
-            for row in _wrap_row("notes" * (number == 0), text, width)
-        ),
-        *(row for sentence, command in next_runs for row in (*_wrap_row("next", sentence, width), ("", command))),
+        *notes,
+        *(row for run, command in next_runs for row in (*_wrap_row("next", run.sentence, width), ("", command))),
         ("cost", status.cost),
         ("now", status.progress or status.running),
-        ("resume", status.resume if status.state == "stopped" else None),
+        ("resume", status.resume),
     ]
 
 
@@ -518,38 +516,25 @@ def format_decision(decision: Decision, table_notes: list[str], width: int, comm
     return "\n".join([*format_rows([answer]), "", *curve, *evidence, "", *format_rows(rows)])
 
 
-NO_ANSWER = "no answer yet"
-# An older progress file belongs to a process that has ended, or to a very long step.
-STALE_SECONDS = 600
-
-
-class RunStatus(Record):
-    """The state of a run, read from its journal and from its process if one is running."""
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """The state of a run, read from its journal and from its process if one is running, with its answers so far."""
 
     run: str
     state: str  # running, stopped (unfinished without a running process) or done
-    goal: Goal
-    trainings: float  # so far; a partial training counts as a fraction
-    trials_ended: int
-    trials_without_result: int
     running: str | None  # the trial that is running
+    progress: str | None  # the current step and the remaining time, as the process reports them
     resume: (
         str | None
-    )  # the command that resumes the run; None if it is done or if a custom trainer has to be called again
-    progress: str | None  # the current step and the remaining time, as the process reports them
+    )  # the command that resumes a run; None if it is not stopped, or if a custom trainer has to be called again
     cost: str
-    answer: str
-    learning_rate: float | None  # of the adapter
-    learning_rate_sentence: str | None  # None if only one was tried
-    adapter_sentence: str | None  # the answer about the deployment rank
-    adapter_notes: list[str] = Field(
-        default_factory=list
-    )  # how the adapter was made, what it was tested on, and what to do
-    rank: int | None
-    sentence: str | None = None  # the answer about the training rank
-    verdict: str | None
-    next_runs: list[str] = Field(default_factory=list)  # suggested next runs, the most useful first
-    next_commands: list[str | None] = Field(default_factory=list)  # the command for each of them, if it can be pasted
+    answers: Answers
+
+    def build_document(self) -> dict[str, Any]:
+        """Return the object of `status --json`: the state, then the keys of `select --json`."""
+        names = ("run", "state", "running", "progress", "resume")
+        next_runs = [next_run.sentence for next_run in self.answers.next_runs]
+        return {name: getattr(self, name) for name in names} | self.answers.build_document() | {"next_runs": next_runs}
 
 
 def build_run_status(
@@ -559,42 +544,28 @@ def build_run_status(
     answers: Answers,
     *,
     is_locked: bool,
-    progress: Mapping[str, object],
+    progress: str | None,
 ) -> RunStatus:
     """Build the status of a run.
 
     Args:
         answers: the answers so far.
         is_locked: whether a process holds the run folder.
-        progress: the content of the progress file; empty if there is none.
+        progress: the text of the progress file; None if there is none.
     """
-    at, decision, goal = progress.get("at"), answers.decision, answers.goal
-    is_fresh = isinstance(at, str) and (datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds() < STALE_SECONDS
-    adapter = answers.adapter.answer if answers.adapter else None
-    is_done = find_last_decision(journal) is not None or (goal != "training-rank" and adapter is not None)
+    is_done = find_last_decision(journal) is not None or (
+        answers.goal != "training-rank" and answers.adapter is not None
+    )
     state = "running" if is_locked else "done" if is_done else "stopped"
-    can_resume = state != "done" and not records.started.is_custom_trainer
+    can_resume = state == "stopped" and not records.started.is_custom_trainer
     return RunStatus(
         run=run,
         state=state,
-        goal=goal,
-        trainings=records.count_trainings(),
-        trials_ended=len(records.outcomes),
-        trials_without_result=len(records.outcomes) - len(records.list_finished()),
         running=_format_active_trial(journal, records) if is_locked else None,
+        progress=progress if is_locked else None,
         resume=build_resume_command(run) if can_resume else None,
-        progress=str(progress["progress"]) if is_locked and is_fresh and "progress" in progress else None,
         cost=format_cost(records),
-        answer=NO_ANSWER if decision is None and adapter is None else answers.headline,
-        learning_rate=answers.adapter_rate or None,
-        learning_rate_sentence=answers.learning_rate.sentence if answers.learning_rate else None,
-        adapter_sentence=None if adapter is None else adapter.sentence,
-        adapter_notes=[] if adapter is None else [*answers.adapter_notes, *adapter.notes],
-        rank=decision.rank if decision is not None else None,
-        sentence=decision.sentence if decision is not None else None,
-        verdict=decision.verdict if decision is not None else None,
-        next_runs=[next_run.sentence for next_run in answers.next_runs],
-        next_commands=list(answers.next_commands),
+        answers=answers,
     )
 
 

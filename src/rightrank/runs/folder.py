@@ -246,6 +246,7 @@ class RunFolder:
         try:
             self.require_usable()  # checked again, since another process may have held the lock
             sweep_leftovers(self.path)
+            (self.path / PROGRESS_FILE).unlink(missing_ok=True)  # of a killed process
             yield
         finally:
             if not self.journal.path.exists():

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Self
@@ -122,14 +120,9 @@ class ProgressFile(Hook):
             isinstance(event, StepDone | EvaluationProgress) and time.monotonic() - self._written > PROGRESS_SECONDS
         ):
             self._written = time.monotonic()
-            values = {
-                "pid": os.getpid(),
-                "at": datetime.now(UTC).isoformat(timespec="seconds"),
-                "progress": self._progress.format_progress(),
-                "remaining_seconds": self._progress.estimate_remaining_seconds(),
-            }
             if self._path.parent.is_dir():
-                write_text(self._path, json.dumps(values) + "\n", flush=False)
+                text = json.dumps({"progress": self._progress.format_progress()})
+                write_text(self._path, text + "\n", flush=False)
 
 
 class SignalHandler(Hook):
