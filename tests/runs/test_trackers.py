@@ -11,12 +11,11 @@ from unittest.mock import MagicMock
 import pytest
 
 from rightrank.api.runs import decide
-from rightrank.decision.run_answers import decide_run
 from rightrank.runs import trackers as registry
 from rightrank.runs.folder import Journal, RunFolder
 from rightrank.runs.run import Hooks, Run
 from rightrank.runs.trackers import Trackers
-from rightrank.schema.events import DecisionRecorded, Records, read_records
+from rightrank.schema.events import Records, read_records
 from rightrank.schema.trials import TrialFinished
 from tests.report.runs import write_journal
 from tests.watch import Watch
@@ -40,7 +39,6 @@ def log_all(records: Records, name: str, steps: int = 0) -> list[str]:
     trackers.on_start(Run(plan, RunFolder(Path("run")), Hooks([Watch(notice=notices.append)]), records, None))
     for outcome in records.outcomes:
         trackers.on_event(outcome)
-    trackers.on_event(DecisionRecorded(decision=decide_run(records), adapter_trial_id=None))
     return notices
 
 
@@ -61,8 +59,6 @@ def test_mlflow(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
     assert decide(mlflow.search_runs(experiment_names=["rightrank"])).decision.reference_rank == ours.reference_rank
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name("rightrank")
-    runs = client.search_runs([experiment.experiment_id], "attributes.run_name = 'decision'")
-    assert runs[0].data.tags["decision/verdict"] == decide_run(records).verdict
     assert len({run.data.tags["rightrank.group"] for run in client.search_runs([experiment.experiment_id])}) == 1
 
 
@@ -74,12 +70,11 @@ def test_each_trial_is_a_run_with_its_numbers_by_step(
     library = MagicMock()
     monkeypatch.setitem(sys.modules, name, library)
     monkeypatch.setattr(registry, "find_spec", lambda _name: object())
-    opened = [MagicMock() for _ in range(len(records.outcomes) + 1)]
+    opened = [MagicMock() for _ in records.outcomes]
     library.init.side_effect = opened
     assert log_all(records, name) == []
     options = [call.kwargs for call in library.init.call_args_list]
     assert len({run_options["group"] for run_options in options}) == 1
-    assert options[-1]["name"].endswith("decision")
     rows = []
     for trial in list_trained_trials(records):
         number = next(n for n, run_options in enumerate(options) if run_options["name"].endswith(trial.trial_id[:6]))

@@ -1,4 +1,4 @@
-"""The trackers of a selection: each training is written as a run when it ends, and the decision as the last run of the group.
+"""The trackers of a selection: each trial is written as a run when it ends, all in one group.
 
 Each tracker keeps its own environment variables: `MLFLOW_TRACKING_URI`, `MLFLOW_EXPERIMENT_NAME`, `WANDB_PROJECT`,
 `WANDB_DIR`, `WANDB_MODE`, `WANDB_ENTITY`, `TRACKIO_DIR`, `TRACKIO_PROJECT`. Their own clients write, not accelerate's
@@ -13,15 +13,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, TypeAlias
 
 from rightrank.runs.run import Hook, Run
 from rightrank.schema.errors import MissingExtraError, SettingsError, format_one_line, suggest_name
-from rightrank.schema.events import DecisionRecorded, Event, Notice, RunStarted
-from rightrank.schema.results import Decision
+from rightrank.schema.events import Event, Notice, RunStarted
 from rightrank.schema.trials import OUTCOMES, TrialFinished, TrialOutcome
 
 TrackedValue: TypeAlias = str | int | float | bool | None
@@ -36,20 +35,16 @@ MAX_BATCH, MAX_TEXT = 100, 6000  # limits of MLflow: parameters per request, cha
 
 
 def resolve_trackers(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the trackers that the names select. As in transformers, `all` means the installed ones and `none` means none.
+    """Return the trackers that the names select, each once.
 
     Raises:
         SettingsError: an unknown tracker.
         MissingExtraError: a tracker that is not installed.
     """
-    if tuple(names) == ("none",):
-        return ()
-    if tuple(names) == ("all",):
-        return tuple(name for name in TRACKERS if find_spec(name) is not None)
     for name in names:
         if name not in TRACKERS:
             raise SettingsError(
-                f"report_to {name!r} is unknown{suggest_name(name, TRACKERS)}; allowed: {', '.join(TRACKERS)}, all, none"
+                f"report_to {name!r} is unknown{suggest_name(name, TRACKERS)}; allowed: {', '.join(TRACKERS)}"
             )
         if find_spec(name) is None:
             raise MissingExtraError(f"report_to {name!r} needs an extra: pip install 'rightrank[{name}]'")
@@ -57,7 +52,7 @@ def resolve_trackers(names: Sequence[str]) -> tuple[str, ...]:
 
 
 class Trackers(Hook):
-    """Writes every trial to every tracker when it ends, and the decision at the end.
+    """Writes every trial to every tracker when it ends.
 
     Raises:
         SettingsError, MissingExtraError: as `resolve_trackers`.
@@ -71,14 +66,9 @@ class Trackers(Hook):
         self._run = run
 
     def on_event(self, event: Event) -> None:
-        if not self._names or not isinstance(event, (*OUTCOMES, DecisionRecorded)):
+        if not self._names or not isinstance(event, OUTCOMES):
             return
-        selection = self._run.selection
-        group = f"{self._run.folder.path.resolve().name}-{selection.started.fingerprint[:6]}"
-        if isinstance(event, DecisionRecorded):
-            run = _convert_decision(selection.started, event.decision, group)
-        else:
-            run = _convert_trial(selection.started, event, group, selection.steps)
+        run = _convert_trial(self._run, event)
         for name in list(self._names):
             try:
                 with redirect_stdout(sys.stderr):  # stdout is reserved for the result
@@ -100,13 +90,12 @@ def _list_client_errors(tracker: str) -> tuple[type[Exception], ...]:
 
 @dataclass(frozen=True, slots=True)
 class _TrackedRun:
-    """A trial or the decision as a run of a tracker: its configuration, its numbers by step, and its summary."""
+    """A trial as a run of a tracker: its configuration, and its numbers by step."""
 
     name: str
     group: str
     config: Mapping[str, TrackedValue]
-    steps: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # step → name → number
-    summary: Mapping[str, TrackedValue] = field(default_factory=dict)
+    steps: Mapping[int, Mapping[str, float]]  # step → name → number
 
 
 def _write_run(tracker: str, run: _TrackedRun) -> None:
@@ -124,7 +113,7 @@ def _write_run(tracker: str, run: _TrackedRun) -> None:
         project=os.environ.get(f"{tracker.upper()}_PROJECT", "rightrank"),
         group=run.group,
         name=f"{run.group}/{run.name}",
-        config=dict(run.config) | {f"summary/{name}": value for name, value in run.summary.items()},
+        config=dict(run.config),
         **options,
     )
     for step, values in run.steps.items():
@@ -133,9 +122,9 @@ def _write_run(tracker: str, run: _TrackedRun) -> None:
 
 
 def _write_mlflow(run: _TrackedRun) -> None:
-    """Write a run with tags for group and summary. An active run of this process stays unchanged."""
+    """Write a run with a tag for its group. An active run of this process stays unchanged."""
     import mlflow
-    from mlflow.entities import Metric, Param, RunTag
+    from mlflow.entities import Metric, Param
 
     client, experiment = mlflow.MlflowClient(), os.environ.get("MLFLOW_EXPERIMENT_NAME", "rightrank")
     existing = client.get_experiment_by_name(experiment)
@@ -149,46 +138,28 @@ def _write_mlflow(run: _TrackedRun) -> None:
     for start in range(0, max(len(metrics), len(params)), MAX_BATCH):
         batch = slice(start, start + MAX_BATCH)
         client.log_batch(key, metrics=metrics[batch], params=params[batch])
-    client.log_batch(key, tags=[RunTag(name, str(value)[:MAX_TEXT]) for name, value in run.summary.items()])
     client.set_terminated(key)
 
 
-def _convert_trial(started: RunStarted, outcome: TrialOutcome, group: str, steps: int) -> _TrackedRun:
-    """Convert a trial to a run. `steps` are those of a complete training.
-
-    A training that was stopped early or truncated, or is longer than the others, is not a point of the curve. Its rank is logged as `stage_rank` and its
-    values as `stage/…`, which separates them from the others in the tracker's charts.
-    """
-    arm = outcome.arm
-    is_longer = 0 < steps < arm.steps
-    is_direct = arm.is_direct and not is_longer
+def _convert_trial(run: Run, outcome: TrialOutcome) -> _TrackedRun:
+    """Convert a trial to a run in the group of its selection."""
+    started, arm, steps = run.selection.started, outcome.arm, run.selection.steps
     config: dict[str, TrackedValue] = {
-        "lora_r" if is_direct else "stage_rank": arm.rank,
+        "lora_r": arm.rank,
         "learning_rate": arm.learning_rate,
         "seed": arm.seed,
         "lora_alpha": arm.lora_alpha,
         "steps": arm.steps,
-        "stage": arm.format_stage() or ("longer" if is_longer else "whole"),
+        "stage": arm.format_stage() or ("longer" if 0 < steps < arm.steps else "whole"),
+        "outcome": outcome.type.removeprefix("trial_"),
     }
     config |= {f"settings/{name}": _convert_value(value) for name, value in started.settings.items()}
-    name = f"r{arm.rank}-lr{arm.learning_rate:g}-seed{arm.seed}-{outcome.trial_id[:6]}"
-    if not isinstance(outcome, TrialFinished):
-        summary = {"outcome": outcome.type, "reason": outcome.reason}
-        return _TrackedRun(name, group, config, summary=summary)
-    name = name if is_direct else f"stage-{outcome.trial_id}"
-    numbers = _collect_steps(started, outcome, "eval" if is_direct else "stage")
-    return _TrackedRun(name, group, config, numbers, {"outcome": outcome.type})
-
-
-def _convert_decision(started: RunStarted, decision: Decision, group: str) -> _TrackedRun:
-    """Convert the decision to the last run of the group."""
-    summary: dict[str, TrackedValue] = {
-        f"decision/{name}": _convert_value(value)
-        for name, value in decision.model_dump(mode="json").items()
-        if name not in ("staircase", "next_runs")
-    }
-    config = {f"settings/{name}": _convert_value(value) for name, value in started.settings.items()}
-    return _TrackedRun("decision", group, config, summary=summary)
+    return _TrackedRun(
+        name=f"r{arm.rank}-lr{arm.learning_rate:g}-seed{arm.seed}-{outcome.trial_id[:6]}",
+        group=f"{run.folder.path.resolve().name}-{started.fingerprint[:6]}",
+        config=config if isinstance(outcome, TrialFinished) else config | {"reason": outcome.reason},
+        steps=_collect_steps(started, outcome) if isinstance(outcome, TrialFinished) else {},
+    )
 
 
 def _convert_value(value: object) -> TrackedValue:
@@ -196,16 +167,16 @@ def _convert_value(value: object) -> TrackedValue:
     return value if isinstance(value, str | int | float | bool | None) else json.dumps(value)
 
 
-def _collect_steps(started: RunStarted, trial: TrialFinished, prefix: str) -> dict[int, dict[str, float]]:
+def _collect_steps(started: RunStarted, trial: TrialFinished) -> dict[int, dict[str, float]]:
     """Collect by step the losses and evaluations of a training, and at its end the metrics and the cost."""
     points_metric = started.points_metric or started.metric
     numbers: dict[int, dict[str, float]] = {}
     for step, loss in enumerate(trial.train_losses, start=1):
         numbers.setdefault(step, {})["train/loss"] = loss
     for point in trial.points:
-        numbers.setdefault(point.step, {})[f"{prefix}/{points_metric}"] = point.value
+        numbers.setdefault(point.step, {})[f"eval/{points_metric}"] = point.value
     last = numbers.setdefault(trial.end, {})
-    last |= {f"{prefix}/{metric}": value for metric, value in trial.metrics.items()}
+    last |= {f"eval/{metric}": value for metric, value in trial.metrics.items()}
     for name in ("train_seconds", "eval_seconds", "trainable_parameters", "peak_bytes"):
         last[name] = getattr(trial, name)
     return dict(sorted(numbers.items()))
