@@ -131,7 +131,6 @@ def compare(
 
 
 def _require_comparable(name: str) -> None:
-    """Refuse paths that `compare` can't read: neither an adapter folder, nor a model folder, nor a GGUF file, nor `base`."""
     folder = Path(name)
     if name == BASE_SIDE or (folder.suffix == ".gguf" and folder.is_file()):
         return

@@ -186,7 +186,6 @@ def _count_rank(rank: int, sweeps: Sequence[Sweep]) -> dict[str, int]:
 
 
 def _build_notes(sweeps: Sequence[Sweep]) -> list[str]:
-    """Return what a reader should consider before trusting a count."""
     all_sweeps = Question().select_sweeps(load_atlas())
     top = _count_rank(TOP_RANK, all_sweeps)
     tuned, seeded = sum(sweep.tuned for sweep in sweeps), sum(sweep.seeds > 1 for sweep in sweeps)
@@ -261,7 +260,6 @@ def parse_model_size(model: str) -> float | None:
 
 
 def _read_data(path: Path) -> Question:
-    """Read the number of rows and the task family from a data file."""
     try:
         with path.open(encoding="utf-8") as lines:
             first, rows = next(lines, ""), sum(1 for _ in lines)

@@ -127,7 +127,6 @@ def _compare(
 
 
 def _format_inspection(inspection: Inspection) -> str:
-    """Format the modules, or those that use the most and the least of their rank, and the summary."""
     from rightrank.adapters.rank_math import format_slot
     from rightrank.report.format import format_labelled_rows, format_table
 
@@ -168,7 +167,6 @@ def _format_module_row(module: ModuleSpectrum) -> list[str]:
 
 
 def _format_resize_result(resized: Resized) -> str:
-    """Format the written rank and the truncation error."""
     from rightrank.adapters.rank_math import format_rank
 
     lowest, highest = (limit(module.rank for module in resized.modules) for limit in (min, max))

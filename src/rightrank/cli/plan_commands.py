@@ -95,7 +95,6 @@ def _plan(model: str, assignments: tuple[str, ...], as_json: bool, **options: An
 
 
 def _format_plan(plan: Plan) -> str:
-    """Format the complete plan as plain lines."""
     from rightrank.report.format import format_table
 
     heading = ["rank", "parameters", "adapter", "peak", "reserved", "with headroom", "TFLOP/step"]

@@ -191,8 +191,6 @@ def open_pool(prepared: LoadedSelection, folder: RunFolder, listener: Listener) 
 
 
 class LocalWorker(RemoteWorker):
-    """A worker in a process of its own."""
-
     def __init__(self, executor: ProcessPoolExecutor) -> None:
         self._executor = executor
 
@@ -205,8 +203,6 @@ class LocalWorker(RemoteWorker):
 
 
 class LocalBackend(Backend):
-    """The workers of this machine."""
-
     def __init__(self, setup: WorkerSetup, size: int, on_cuda: bool) -> None:
         import torch
 
@@ -243,8 +239,6 @@ def _run_task(trials: list[Trial], base_loss: float | None) -> RightrankError | 
 
 
 class RayWorker(RemoteWorker):
-    """A worker as an actor."""
-
     def __init__(self, backend: RayBackend, actor: Any) -> None:
         self._backend, self._actor = backend, actor
 

@@ -194,7 +194,6 @@ class Estimator:
         return self._traces[rank, training]
 
     def _get_skeleton(self, rank: int, arms: int = 1) -> Skeleton:
-        """Return the model with adapters of this rank."""
         if (rank, arms) not in self._skeletons:
             skeleton = self._skeletons[rank, arms] = build_skeleton(self._config, self.settings, rank, arms)
             if arms == 1:  # Take the inventory now, because a trace may change the order of the parameters.

@@ -112,7 +112,6 @@ def build_skeleton(config: Any, settings: PlanSettings, rank: int, arms: int = 1
 
 
 def _build_base(config: Any, settings: PlanSettings) -> Any:
-    """Build the base model on the meta device, frozen."""
     # With None, transformers chooses: torch's fused attention for the models that support it.
     attention = "eager" if settings.attn_implementation == "eager" else None
     unquantised_config = copy.deepcopy(config)
@@ -130,7 +129,6 @@ def _build_base(config: Any, settings: PlanSettings) -> Any:
 
 
 def _build_lora_config(model: Any, settings: PlanSettings, rank: int) -> LoraConfig:
-    """Build PEFT's configuration of an adapter of `rank` under these settings."""
     targets = settings.target_modules
     classification = settings.num_labels is not None
     # PEFT needs module names to choose layers, and `select` excludes experts.
@@ -253,7 +251,6 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __
 
 
 def _count_flops(func: Any, args: Any, keywords: Any, out: Any) -> int:
-    """Count the operations of a matrix product by torch's table; 0 for any other operation."""
     formula = flop_registry.get(_IN_PLACE.get(func._overloadpacket, func._overloadpacket))
     return 0 if formula is None else int(formula(*args, **keywords, out_val=out))
 

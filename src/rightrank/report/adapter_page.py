@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -13,9 +13,6 @@ from rightrank.decision.adapter import format_share, is_shown_enough
 from rightrank.report.figures import INSTALL_HINT, is_matplotlib_installed, plot_adapters
 from rightrank.report.format import ENOUGH, make_visible
 from rightrank.schema.results import AdapterAnswer, AdapterCandidate
-
-if TYPE_CHECKING:
-    pass
 
 
 def build_candidate_table(answer: AdapterAnswer, metric: str) -> list[list[str]]:

@@ -378,7 +378,6 @@ def format_screen(
 
 
 def _wrap_row(label: str, text: str, width: int, label_width: int = LABEL_WIDTH) -> list[tuple[str, str]]:
-    """Return a row whose text is wrapped beside its label."""
     lines = wrap(make_visible(text), width - label_width, break_long_words=False, break_on_hyphens=False)
     return [(label if number == 0 else "", line) for number, line in enumerate(lines)]
 
@@ -392,7 +391,6 @@ def _format_slot(answers: Answers) -> str:
 
 
 def _list_details(status: RunStatus, width: int) -> list[tuple[str, str | None]]:
-    """Return rows with all answers and notes, the next runs with their commands, and what is running."""
     answers = status.answers
     decision, rate, adapter = answers.decision, answers.learning_rate, answers.adapter
     texts = [f"verdict {decision.verdict.replace('_', ' ')}."] if decision else []

@@ -142,7 +142,6 @@ def render_table_report(trainings: Sequence[TrialOutcome], decision: Decision, s
 
 
 def _list_decision_values(decision: Decision) -> dict[str, Any]:
-    """Return what the templates of a decision show."""
     return {
         "decision": decision,
         "rank_curve": build_rank_figure(decision),
@@ -161,7 +160,6 @@ def _format_decision_margin(decision: Decision) -> str:
 
 
 def _list_trial_values(outcomes: Sequence[TrialOutcome]) -> dict[str, Any]:
-    """Return what the template of the trials shows."""
     return {
         "rows": [_build_trial_row(outcome) for outcome in outcomes[-MAX_ROWS:]],
         "trials": len(outcomes),
@@ -218,7 +216,6 @@ def _is_hub_name(model: str) -> bool:
 
 
 def _format_subject(started: RunStarted) -> str:
-    """Describe model and data in one line, with the number of examples."""
     if started.model_name is None or started.data_name is None:
         return started.model_name or "a custom trainer"
     names = started.model_name, started.data_name

@@ -180,14 +180,12 @@ def format_preflight_cost(preflight: Preflight, time_text: str) -> str:
 
 
 def _format_trainings(cost: PreflightCost) -> str:
-    """Describe the expected and the largest number of trainings."""
     if cost.trainings == cost.trainings_at_most:
         return f"{format_quantity(round(cost.trainings, 2), 'training')} of {cost.steps} steps"
     return f"about {cost.trainings:.3g} trainings of {cost.steps} steps, {cost.trainings_at_most:.3g} at most"
 
 
 def _format_strategy(cost: PreflightCost) -> str:
-    """Describe the strategy, with its number of trainings."""
     to_adapter = cost.trainings_to_adapter
     first = f"; the adapter after about {to_adapter:.3g}" if to_adapter < cost.trainings else ""
     counted = (

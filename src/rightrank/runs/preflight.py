@@ -41,7 +41,6 @@ def _measure_top_pace(prepared: LoadedSelection) -> Pace | None:
 
 
 def _build_preflight(prepared: LoadedSelection, pace: Pace | None) -> tuple[Preflight, str]:
-    """Build the preflight, and describe its time."""
     settings, data, planned, strategy = prepared.settings, prepared.started.data, prepared.planned, prepared.strategy
     trainings = strategy.estimate_cost()
     expected = at_most = None

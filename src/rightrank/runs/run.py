@@ -17,7 +17,6 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import yaml
 
@@ -68,9 +67,6 @@ from rightrank.schema.trials import (
     compute_trial_id,
 )
 from rightrank.search.protocol import choose_adapter
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -462,7 +458,6 @@ def finish_run(run: Run, decision: Decision | None) -> Selected:
 
 
 def _select_training_rank(run: Run, decision: Decision | None) -> SelectedRank | None:
-    """Return the training rank with the folder of its best adapter; None without a decision."""
     if decision is None:
         return None
     path = run.folder.get_trial_folder(find_best_trial(run.records, decision, decision.recommended_rank).trial_id)
@@ -539,7 +534,6 @@ def _choose_final_adapter(run: Run, decision: Decision | None) -> AdapterAnswer:
 
 
 def _describe_exported_adapter(records: Records, answer: AdapterAnswer, saved: Path) -> ExportedAdapter:
-    """Build the record of the exported adapter, with the ranks of its modules and its difference on the test split."""
     tests = {test.trial_id: test for test in records.tests}
     test = compute_test_difference(tests.get(answer.trial_id), tests.get(answer.reference_id), build_criterion(records))
     try:

@@ -123,7 +123,6 @@ class MetricSpec(NamedTuple):
 
 
 def _parse_metric(text: str) -> MetricSpec:
-    """Parse the name of one metric."""
     direction_prefix, _, unsigned_text = text.partition(":")
     if direction_prefix in ("max", "min") and ":" in unsigned_text:
         return _parse_metric(unsigned_text)._replace(higher_is_better=direction_prefix == "max")

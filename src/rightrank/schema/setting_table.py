@@ -199,5 +199,4 @@ def _build_arguments(name: str, row: Row, value: Any) -> list[str]:
 
 
 def _can_be_joined(texts: list[str]) -> bool:
-    """Return whether a list can be written with commas between its values."""
     return bool(texts) and not any(not text or text != text.strip() or "," in text or text[0] == "[" for text in texts)

@@ -136,8 +136,6 @@ class JournalLine(Record):
 
 
 class TrialRecord(ArmFields, JournalLine):
-    """A record of a trial."""
-
     trial_id: str
 
 
@@ -223,7 +221,6 @@ class TrialDiverged(TrialRecord):
 
     @property
     def end_text(self) -> str:
-        """Say how the trial ended."""
         return f"diverged at step {self.step}: {self.reason}"
 
 
@@ -250,7 +247,6 @@ class TrialFailed(TrialRecord):
 
     @property
     def end_text(self) -> str:
-        """Say how the trial ended."""
         return f"failed: {self.reason}"
 
 
