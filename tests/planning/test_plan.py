@@ -56,9 +56,12 @@ def test_a_path_is_planned_as_its_text_is(config_folder: Path) -> None:
     [
         (
             ("--memory", "many"),
-            "memory_bytes: got 'many'; could not parse value and unit from byte string; give a size such as 24GiB",
+            "memory_bytes: got 'many'; could not parse value and unit from byte string; give a size with its unit, such as 24GiB",
         ),
-        (("--memory", "0GiB"), "memory_bytes: got '0GiB'; input should be greater than 0"),
+        (
+            ("--memory", "24"),
+            "memory_bytes: got '24'; input should be greater than or equal to 1048576; give a size with its unit, such as 24GiB",
+        ),
         (("--batch-size", "0"), "batch_size"),
         (("--ranks", "0"), "rank 0 is not allowed"),
         (("--ranks", "two"), "ranks"),

@@ -34,7 +34,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {  # values of settings that allow l
         min_size=1,
         unique=True,
     ),
-    "memory_bytes": st.integers(1, 2**53),
+    "memory_bytes": st.integers(2**20, 2**53),
     "budget_hours": st.floats(1e-6, 1e6),
     "margin": st.sampled_from(["1%", "2.5%", 0.005, 3.0]),
     "test_fraction": st.floats(0, 0.7),

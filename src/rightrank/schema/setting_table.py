@@ -148,7 +148,8 @@ def _describe_first_error(error: ValidationError) -> str:
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
     message, setting_name = first["msg"].partition(", unable to parse")[0], str(first["loc"][0])
-    example = "; give a size such as 24GiB" if first["type"].startswith("byte_size") else ""
+    is_size = first["type"].startswith("byte_size") or setting_name == "memory_bytes"
+    example = "; give a size with its unit, such as 24GiB" if is_size else ""
     return f"{setting_name}: got {quote_value(first['input'])}; {message[0].lower()}{message[1:]}{example}"
 
 

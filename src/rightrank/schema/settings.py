@@ -195,7 +195,7 @@ class StepSettings(PeftFields):
         option="--memory",
         identity=False,
         foreign_names=("memory",),
-        gt=0,
+        ge=2**20,  # 24 without a unit is 24 bytes
     )
     load_in_4bit: bool = option(
         False,
