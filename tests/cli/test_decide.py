@@ -61,7 +61,7 @@ def test_the_example_holds_the_values_of_a_stored_grid() -> None:
 
 
 def test_a_table_has_a_report(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = table.with_name("page.html")
+    page = table.parent / "new" / "page.html"
     table.write_text(
         "rank,eval_loss,lr,seed\n1,2.3,1e-3,0\n4,2.05,1e-3,0\n16,2.001,1e-3,0\n64,2.0,1e-3,0\n128,,1e-3,0\n"
     )

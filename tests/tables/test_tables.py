@@ -488,7 +488,7 @@ def test_a_metric_without_a_known_direction_is_refused(name: str) -> None:
         ("rank,eval_loss\n", "no rows; give a header and one row"),
         ("size,eval_loss\n1,2\n2,3\n", "none of the columns (eval_loss, size) is recognized as the rank"),
         ("rank,other\n1,2\n2,3\n", "is recognized as the held-out value"),
-        ("rank,train_loss\n1,2\n2,3\n", "none is recognized as the held-out value"),
+        ("rank,train_loss\n1,2\n2,3\n", "no column is recognized as the held-out value"),
         ("rank,eval_loss\n1.5,2\n2,3\n", "runs.csv:2: rank '1.5' is not allowed"),
         ("rank,eval_loss\n-1,2\n2,3\n", "runs.csv:2: rank '-1' is not allowed"),
         ("rank,eval_loss\n,2\n2,3\n", "runs.csv:2: rank '' is not allowed: give a whole number up to 1,048,576; 0 is the base"),

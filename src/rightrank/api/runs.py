@@ -91,6 +91,7 @@ class DecisionResult:
                 "a report is written of a table of trainings; that of a run folder is written by: rightrank report RUN"
             )
         with report_disk_errors(Path(path)):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
             write_text(Path(path), render_table_report(self.trainings, self.decision, source, command))
         return Path(path)
 

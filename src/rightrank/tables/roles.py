@@ -176,7 +176,7 @@ def _find_value(
         metrics = [name for name in names if infer_column_direction(name) is not None and "train" not in name.lower()]
         candidates = metrics if len(metrics) == 1 else []
     if not candidates:
-        fault = "none is recognized as the held-out value"
+        fault = "no column is recognized as the held-out value"
         if metric is not None:
             fault = f"there is no {metric!r} and no `value`{suggest_name(metric, names)}"
         raise ResultsError(
