@@ -26,7 +26,7 @@ from rightrank.decision.run_answers import (
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.trials import TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
 from rightrank.search.protocol import choose_adapter
-from tests.decision.test_stored import require_equal, round_numbers
+from tests.decision.worlds import require_equal, round_numbers
 
 NUMBER = 60
 STORED = Path(__file__).parent / "answers.json"

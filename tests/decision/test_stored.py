@@ -12,7 +12,14 @@ from typing import Any
 
 import pytest
 
-from tests.decision.worlds import World, build_uneven_worlds, build_worlds, decide_world
+from tests.decision.worlds import (
+    World,
+    build_uneven_worlds,
+    build_worlds,
+    decide_world,
+    require_equal,
+    round_numbers,
+)
 
 STORED = Path(__file__).parent / "decisions.json"
 WORLDS = build_worlds() | build_uneven_worlds()
@@ -47,31 +54,6 @@ def test_the_stored_decisions_hold_every_verdict_flag_and_action(stored: dict[st
     assert {decision["basis"] for decision in stored.values()} == {
         "examples and seeds", "examples", "seeds", "std", "values",
     }  # fmt: skip
-
-
-def require_equal(actual: Any, expected: Any, path: str) -> None:
-    """Require equal values, up to rounding errors."""
-    if isinstance(expected, dict):
-        assert actual.keys() == expected.keys(), path
-        for key in expected:
-            require_equal(actual[key], expected[key], f"{path}.{key}")
-    elif isinstance(expected, list):
-        assert len(actual) == len(expected), path
-        for number, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
-            require_equal(ours, theirs, f"{path}.{number}")
-    elif isinstance(expected, float):
-        assert actual == pytest.approx(expected, rel=1e-6, abs=1e-9), path
-    else:
-        assert actual == expected, path
-
-
-def round_numbers(value: Any) -> Any:
-    """Round all numbers to nine digits, the precision of the comparison."""
-    if isinstance(value, dict):
-        return {key: round_numbers(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [round_numbers(inner) for inner in value]
-    return float(f"{value:.9g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from rightrank.decision.evidence import Evidence
 from rightrank.decision.rule import DEFAULT_CONFIDENCE, decide_table
@@ -240,3 +241,28 @@ def draw_world(generator: np.random.Generator, number: int) -> World:
         trained=float(generator.choice([-0.1, 0.1])) if generator.random() < 0.4 else None,
         seed=number,
     )
+
+
+def require_equal(actual: Any, expected: Any, path: str) -> None:
+    """Require equal values, up to rounding errors."""
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys(), path
+        for key in expected:
+            require_equal(actual[key], expected[key], f"{path}.{key}")
+    elif isinstance(expected, list):
+        assert len(actual) == len(expected), path
+        for number, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
+            require_equal(ours, theirs, f"{path}.{number}")
+    elif isinstance(expected, float):
+        assert actual == pytest.approx(expected, rel=1e-6, abs=1e-9), path
+    else:
+        assert actual == expected, path
+
+
+def round_numbers(value: Any) -> Any:
+    """Round all numbers to nine digits, the precision of the comparison."""
+    if isinstance(value, dict):
+        return {key: round_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [round_numbers(inner) for inner in value]
+    return float(f"{value:.9g}") if isinstance(value, float) else value
