@@ -14,8 +14,9 @@ PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 demo: $(VENV)/.installed
 	$(BIN)/rightrank demo --out $(DEMO_OUT)
 
-check: lint
-	$(PYTEST) -q -m 'not trains'
+# Lint beside the tests that train nothing, with a fifth of the examples of each property test.
+check: $(VENV)/.installed-dev
+	$(MAKE) --no-print-directory -j2 lint tests JOBS=2 SELECTED="-m 'not trains' --hypothesis-profile check"
 
 # A sample of the architectures, benchmarks and pages, with lint beside it.
 test: $(VENV)/.installed-dev

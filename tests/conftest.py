@@ -21,6 +21,7 @@ from tests.tiny import generate_sentences, save_tiny_llama, write_completions, w
 
 gc.disable()  # until the tests are collected: objects of imports are permanent, and visiting them takes a third of the time
 settings.register_profile("no limit of time", deadline=None)  # an example may take long on a busy machine
+settings.register_profile("check", deadline=None, max_examples=20)  # a fifth, for `make check`
 settings.load_profile("no limit of time")
 
 TESTS = Path(__file__).parent

@@ -81,8 +81,9 @@ def find_language(tree: str) -> Iterator[str]:
 
 def iterate_nodes(tree: str) -> Iterator[tuple[Path, ast.AST]]:
     for path in sorted((ROOT / tree).rglob("*.py")):
+        relative = path.relative_to(ROOT)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            yield path.relative_to(ROOT), node
+            yield relative, node
 
 
 def find_layout() -> Iterator[str]:

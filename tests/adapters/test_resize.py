@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rightrank import resize
@@ -34,6 +34,7 @@ from tests.adapters.adapters import (
     make_adapter,
     make_base,
 )
+from tests.examples import limit_examples
 from tests.helpers import make_runtime, run_trial
 from tests.tiny import build_small_settings
 
@@ -173,7 +174,7 @@ def has_equal_scales(base: Path, folder: Path) -> bool:
     return scales == pytest.approx([scale] * len(scales), rel=1e-12)
 
 
-@settings(max_examples=30, deadline=None)
+@limit_examples(30)
 @given(st.integers(1, 12), st.booleans(), st.booleans())
 def test_capped_ranks_share_out_the_parameters_of_a_uniform_rank(
     plain_adapter: AdapterFolder, rank: int, has_moments: bool, has_all_moments: bool

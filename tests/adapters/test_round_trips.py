@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rightrank.adapters.adapter_files import open_adapter
@@ -25,6 +25,7 @@ from tests.adapters.adapters import (
     make_base,
     write_tensors,
 )
+from tests.examples import limit_examples
 
 MakeAdapter = Callable[[str, torch.dtype], tuple[Path, Path]]
 
@@ -46,7 +47,7 @@ def make_original(tmp_path_factory: pytest.TempPathFactory) -> MakeAdapter:
 
 
 @pytest.mark.trains
-@settings(max_examples=40, deadline=None)
+@limit_examples(40)
 @given(
     st.sampled_from(sorted(KINDS)),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rightrank.adapters.truncation import (
@@ -20,6 +20,7 @@ from rightrank.adapters.truncation import (
     save_moments,
 )
 from rightrank.schema.trials import Floats
+from tests.examples import limit_examples
 
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 8), st.integers(0, 10_000))
 
@@ -41,7 +42,7 @@ def compute_moments(b: Floats, a: Floats, scale: float, inputs: Floats, gradient
     return Moments(a @ inputs @ a.T, scale**2 * b.T @ gradients @ b)
 
 
-@settings(max_examples=60, deadline=None)
+@limit_examples(60)
 @given(sizes, st.integers(1, 12), st.floats(0.1, 10))
 def test_identity_covariances_give_the_plain_svd(size: tuple[int, int, int, int], rank: int, scale: float) -> None:
     rows, columns, present, seed = size
@@ -58,7 +59,7 @@ def test_identity_covariances_give_the_plain_svd(size: tuple[int, int, int, int]
     assert np.linalg.norm(scale * b @ a - ours_b @ ours_a) == pytest.approx(plain_error, abs=1e-5 * size_of)
 
 
-@settings(max_examples=60, deadline=None)
+@limit_examples(60)
 @given(sizes, st.integers(0, 8), st.floats(0.1, 10), st.sampled_from([0.0, 0.01, 0.5]))
 def test_the_discarded_costs_are_the_k_fac_loss_of_the_error(
     size: tuple[int, int, int, int], rank: int, scale: float, damping: float
@@ -77,7 +78,7 @@ def test_the_discarded_costs_are_the_k_fac_loss_of_the_error(
     assert (np.diff(update.costs) <= 1e-9 * update.costs[0]).all()
 
 
-@settings(max_examples=40, deadline=None)
+@limit_examples(40)
 @given(sizes, st.integers(1, 4))
 def test_no_other_truncation_costs_less(size: tuple[int, int, int, int], rank: int) -> None:
     rows, columns, present, seed = size
@@ -95,7 +96,7 @@ def test_no_other_truncation_costs_less(size: tuple[int, int, int, int], rank: i
     assert loss(best.b[:, :rank], best.a[:rank]) <= plain + 1e-6 * scale
 
 
-@settings(max_examples=40, deadline=None)
+@limit_examples(40)
 @given(sizes, st.integers(1, 7), st.booleans())
 def test_directions_of_a_truncation_are_orthogonal(
     size: tuple[int, int, int, int], rank: int, has_moments: bool
@@ -111,7 +112,7 @@ def test_directions_of_a_truncation_are_orthogonal(
         assert np.allclose(gram, np.diag(np.diag(gram)), atol=1e-6 * gram.max())
 
 
-@settings(max_examples=20, deadline=None)
+@limit_examples(20)
 @given(st.dictionaries(st.sampled_from(["q", "layers.0.v", "layers.10.v.inputs"]), st.integers(1, 5)))
 def test_moments_are_read_as_they_were_written(tmp_path_factory: pytest.TempPathFactory, ranks: dict[str, int]) -> None:
     path = tmp_path_factory.mktemp("moments") / "moments.safetensors"
@@ -151,7 +152,7 @@ def test_moments_without_a_gradient_fall_back_to_the_plain_metric() -> None:
     assert np.allclose(decompose_update(b, a, 2.0, nothing).costs, decompose_update(b, a, 2.0).costs, rtol=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@limit_examples(60)
 @given(
     st.lists(st.tuples(st.integers(2, 40), st.integers(1, 16)), min_size=1, max_size=6),
     st.integers(1, 16),
@@ -181,7 +182,7 @@ def test_a_budget_buys_the_most_energy_a_parameter() -> None:
     assert allocate_ranks([strong, strong], [10, 1000], 1040, 4) == [4, 1]
 
 
-@settings(max_examples=80, deadline=None)
+@limit_examples(80)
 @given(sizes, st.integers(1, 12), st.floats(0.1, 10), st.integers(0, 6), st.booleans(), st.booleans())
 def test_truncation_error_is_the_discarded_energy(
     size: tuple[int, int, int, int], rank: int, ratio: float, decay: int, is_padded: bool, has_zero_row: bool

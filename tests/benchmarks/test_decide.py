@@ -40,9 +40,7 @@ def test_simulated_tables_are_covered_and_rarely_misjudged(shape: str) -> None:
 
 
 @pytest.mark.trains
-@pytest.mark.parametrize(
-    "seeds", [1, pytest.param(2, marks=pytest.mark.trains), pytest.param(3, marks=pytest.mark.trains)]
-)
+@pytest.mark.parametrize("seeds", [1, 2, 3])
 def test_a_rank_that_is_called_enough_is_seldom_worse_than_the_margin(seeds: int) -> None:
     """Seed noise of twice the margin: what came out best is worse than the margin in one table of ten or more."""
     generator = np.random.default_rng(24)
@@ -63,6 +61,7 @@ def test_a_rank_that_is_called_enough_is_seldom_worse_than_the_margin(seeds: int
 TABLES = 24
 
 
+@pytest.mark.trains
 def test_printed_bounds_hold_after_a_search_at_every_noise_of_seeds() -> None:
     """Run benchmarks/decide/printed.py in a short form: three learning rates for each rank, seed noise of up to four margins."""
     results = [

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rightrank.cluster import pool as pools
@@ -28,6 +28,7 @@ from rightrank.schema.errors import InputError, InterruptedRun, RightrankError
 from rightrank.schema.events import Listener, Notice, StepDone
 from rightrank.schema.trials import Trial, TrialFailed, TrialFinished
 from tests.cluster.runs import make_result, make_trials
+from tests.examples import limit_examples
 
 TaskFuture = Future[RightrankError | None]
 Act = Callable[["ScriptedWorker", list[Trial], TaskFuture], None]
@@ -101,7 +102,7 @@ def make_step(trial: Trial, step: int) -> StepDone:
     st.integers(1, 3),
     st.integers(1, 3),
 )
-@settings(deadline=None, max_examples=60)
+@limit_examples(60)
 def test_each_trial_ends_once_and_fails_only_after_losses_without_progress(
     faults: list[list[str]], size: int, task_trials: int
 ) -> None:

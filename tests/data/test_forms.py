@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rightrank.data.forms import COMPLETION_COLUMNS, MEDIA_COLUMNS, build_example
 from rightrank.data.rows import Row
 from rightrank.data.splits import DataSplits, load_data
 from rightrank.schema.errors import DataError
+from tests.examples import limit_examples
 from tests.tiny import build_small_settings, generate_sentences, write_jsonl
 
 TEXTS = generate_sentences(100)
@@ -70,7 +71,7 @@ CHAT_ROWS = [{"messages": [{"role": "user", "content": text}, {"role": "assistan
     value=st.sampled_from(["a text", 3, 0, False, ["a"], {"a": None}]),
     position=st.integers(0, len(CHAT_ROWS) - 1),
 )
-@settings(max_examples=15, deadline=None)
+@limit_examples(15)
 def test_a_conversation_loses_no_column_in_silence(column: str, value: Any, position: int) -> None:
     rows = [*CHAT_ROWS]
     rows[position] = rows[position] | {column: value}
@@ -87,7 +88,7 @@ def test_a_conversation_loses_no_column_in_silence(column: str, value: Any, posi
     position=st.integers(0, len(TEXTS) - 1),
     split=st.sampled_from(["train", "validation", None]),
 )
-@settings(max_examples=15, deadline=None)
+@limit_examples(15)
 def test_a_picture_in_any_row_is_refused(column: str, position: int, split: str | None) -> None:
     rows: list[dict[str, Any]] = [{"text": text, column: None} for text in TEXTS]
     plain: Any = [{"text": text} for text in generate_sentences(20, seed=3)]
@@ -108,7 +109,7 @@ def test_labels_of_other_types_are_classes(tmp_path: Path, first: object) -> Non
 
 
 @given(st.sampled_from([*COMPLETION_COLUMNS, ("prompt", "completion")]), st.sampled_from([str.title, str.upper]))
-@settings(max_examples=15, deadline=None)
+@limit_examples(15)
 def test_other_names_of_prompt_and_completion_are_read_as_they_are_written(
     columns: tuple[str, str], change_case: Callable[[str], str]
 ) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rightrank.data.rows import sample_indices
 from rightrank.data.splits import HELD_OUT, SPLITS, DataSplits, load_data, load_held_out, number_groups
 from rightrank.schema.errors import DataError
+from tests.examples import limit_examples
 from tests.tiny import build_small_settings, generate_sentences, write_jsonl
 
 TEXT_ROWS: list[dict[str, Any]] = [{"text": text} for text in sorted(set(generate_sentences(120)))]
@@ -60,7 +61,7 @@ def get_ids(splits: DataSplits) -> dict[str, set[str]]:
     given_split=st.sampled_from([None, "validation", "test"]),
     shuffle=st.randoms(use_true_random=False),
 )
-@settings(max_examples=20, deadline=None)
+@limit_examples(20)
 def test_a_group_is_in_one_split_whatever_the_other_rows_and_their_order(
     grouping: str, num_groups: int, rows_per_group: int, given_split: str | None, shuffle: random.Random
 ) -> None:
@@ -163,7 +164,7 @@ SPACES = st.text(" \t\n\r\f\v\x1c\x85\u00a0\u2003", max_size=3)
 
 
 @given(before=SPACES, between=SPACES, after=SPACES, change_case=st.sampled_from([str.upper, str.lower, str.title]))
-@settings(max_examples=20, deadline=None)
+@limit_examples(20)
 def test_held_out_rows_that_differ_in_space_or_case_from_training_rows_are_found(
     before: str, between: str, after: str, change_case: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

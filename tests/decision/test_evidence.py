@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rightrank.decision import table
@@ -21,6 +21,7 @@ from rightrank.decision.table import (
     select_contender,
 )
 from tests.decision.tables import make_trial
+from tests.examples import limit_examples
 
 
 def make_contender(rank: int, **losses: float) -> Contender:
@@ -167,7 +168,7 @@ def test_trainings_without_example_scores_are_compared_by_their_values() -> None
     assert [(cell.value, cell.examples) for cell in table.cells.values()] == [(2.0, 0), (1.9, 0)]
 
 
-@settings(max_examples=60, deadline=None)
+@limit_examples(60)
 @given(st.integers(0, 2**32 - 1), st.sampled_from((1, 40)), st.booleans())
 def test_values_differences_and_bounds_are_of_the_same_seeds(number: int, examples: int, has_base: bool) -> None:
     """Draw tables in which ranks and learning rates lack some seeds."""

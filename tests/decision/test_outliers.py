@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rightrank.decision.rule import decide_table
@@ -14,6 +14,7 @@ from rightrank.decision.table import build_table, find_outliers
 from rightrank.schema.results import Decision
 from rightrank.schema.trials import TrialOutcome
 from tests.decision.tables import make_trial
+from tests.examples import limit_examples
 
 Key = tuple[int, float, int]
 
@@ -64,7 +65,7 @@ def list_differences(decision: Decision) -> dict[int, float | None]:
     return {evidence.rank: evidence.difference for evidence in decision.ranks}
 
 
-@settings(max_examples=60, deadline=None)
+@limit_examples(60)
 @given(draw_tables())
 def test_a_far_training_counts_as_one_without_a_result(table: DrawnTable) -> None:
     scores = {key: values + table.distance * (key == table.far) for key, values in table.scores.items()}

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rightrank.decision.evidence import Evidence, compute_detectable_difference, compute_needed_seeds
 from rightrank.decision.rule import decide_table
 from rightrank.decision.table import ScoreTable, build_table
 from tests.decision.tables import build_example_table, make_trial
+from tests.examples import limit_examples
 
 MARGINS = (0.005, 0.02, 0.08)
 PLAN_CONFIDENCE = 0.9
@@ -45,7 +46,7 @@ def build(trials: list[Any]) -> ScoreTable:
     return build_table(trials, "eval_loss", False)
 
 
-@settings(max_examples=40)
+@limit_examples(40)
 @given(TABLES)
 def test_a_wider_margin_never_needs_a_larger_rank(drawn: tuple[int, int, int]) -> None:
     decisions = [decide_table(build(draw_trials(*drawn)), margin) for margin in MARGINS]
@@ -57,7 +58,7 @@ def test_a_wider_margin_never_needs_a_larger_rank(drawn: tuple[int, int, int]) -
             assert (strict.probability or 0.0) <= (lax.probability or 0.0) + 1e-9
 
 
-@settings(max_examples=40)
+@limit_examples(40)
 @given(TABLES, st.randoms(use_true_random=False), st.sampled_from([1.0, 2.0**-12, 2.0**8]))
 def test_neither_the_order_of_examples_seeds_and_ranks_nor_the_unit_changes_anything(
     drawn: tuple[int, int, int], random: Any, unit: float
@@ -90,7 +91,7 @@ def test_the_detectable_difference_of_the_needed_seeds_is_the_difference(deviati
     assert seeds == 1 or compute_detectable_difference(deviation, seeds - 1) > difference
 
 
-@settings(max_examples=300, deadline=None)
+@limit_examples(300)
 @given(
     st.lists(st.integers(0, 60), min_size=4, max_size=4),
     st.none() | st.integers(0, 90),
@@ -144,7 +145,7 @@ def test_one_number_for_each_rank_is_decided_by_the_values(
     assert {step.margin: step.rank for step in decided.staircase} == steps
 
 
-@settings(max_examples=30, deadline=None)
+@limit_examples(30)
 @given(st.integers(0, 99), st.floats(0.1, 2.0), st.integers(1, 3))
 def test_there_is_no_gain_exactly_where_the_base_is_within_the_margin(number: int, share: float, seeds: int) -> None:
     """Also where the base is shown to be worse than the best rank, by less than the margin."""
@@ -170,7 +171,7 @@ def plan_seeds(table: ScoreTable, margin: float) -> float:
     return next((run.seeds or math.inf for run in runs if run.action == "seeds"), math.inf)
 
 
-@settings(max_examples=40)
+@limit_examples(40)
 @given(st.floats(1e-3, 0.05), st.floats(0, 0.5), st.integers(3, 12))
 def test_the_planned_seeds_are_the_fewest_that_are_enough_and_not_fewer_with_more_noise(
     noise: float, gap: float, needed: int

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rightrank.decision.adapter import (
@@ -21,6 +21,7 @@ from rightrank.schema.errors import ResultsError, SettingsError
 from rightrank.schema.metrics import Margin, compute_margin, parse_margin
 from rightrank.schema.results import AdapterCandidate
 from rightrank.schema.settings import SelectSettings
+from tests.examples import limit_examples
 
 EXAMPLES = 80
 
@@ -65,7 +66,7 @@ def build(comparison: ReferenceComparison, rank: int) -> AdapterCandidate:
     return comparison.build_candidate(comparison.adapters[str(rank)])
 
 
-@settings(max_examples=60, deadline=None)
+@limit_examples(60)
 @given(
     st.integers(0, 10**6), st.floats(0.2, 3), st.floats(-0.1, 0.3), st.sampled_from(["0.5%", "1%", "2%", "5%", "20%"])
 )
@@ -88,7 +89,7 @@ def test_the_bound_of_the_share_and_the_contrast_agree(seed: int, gain: float, d
     )
 
 
-@settings(max_examples=30, deadline=None)
+@limit_examples(30)
 @given(st.integers(0, 10**6), st.sampled_from(["loss", "accuracy"]))
 def test_the_contrast_at_a_share_of_zero_is_the_difference(seed: int, metric: str) -> None:
     losses = draw_losses(seed, 0.5, [0.05], noise=0.3)
@@ -101,7 +102,7 @@ def test_the_contrast_at_a_share_of_zero_is_the_difference(seed: int, metric: st
         assert getattr(contrast, name) == pytest.approx(getattr(difference, name))
 
 
-@settings(max_examples=30, deadline=None)
+@limit_examples(30)
 @given(st.integers(0, 10**6), st.floats(0, 2))
 def test_the_squared_reaches_of_both_differences_add_up_for_bounded_scores(seed: int, share: float) -> None:
     """Zou and Donner: the squared reach of (s - t) - share·(b - t) is that of s - t plus share² times that of b - t."""
@@ -115,7 +116,7 @@ def test_the_squared_reaches_of_both_differences_add_up_for_bounded_scores(seed:
         assert squares[2] == pytest.approx(squares[1] + share**2 * (squares[0] - squares[1]))
 
 
-@settings(max_examples=30, deadline=None)
+@limit_examples(30)
 @given(st.integers(0, 10**6), st.floats(0.2, 3), st.integers(2, 4))
 def test_copies_in_a_group_add_nothing(seed: int, gain: float, copies: int) -> None:
     """The bounds of the share are over groups, so that they are those of one example of each group."""
@@ -126,7 +127,7 @@ def test_copies_in_a_group_add_nothing(seed: int, gain: float, copies: int) -> N
     assert grouped.is_within_margin == alone.is_within_margin
 
 
-@settings(max_examples=40, deadline=None)
+@limit_examples(40)
 @given(st.integers(0, 10**6), st.floats(0.05, 2), st.lists(st.floats(0, 0.1), min_size=3, max_size=3))
 def test_a_wider_margin_is_met_by_the_same_ranks_or_more(seed: int, gain: float, differences: list[float]) -> None:
     losses, passed = draw_losses(seed, gain, differences), set[int]()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from rightrank.planning.estimate import compute_safetensors_bytes
+from tests.examples import limit_examples
 
 CODES = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "I8": np.int8}
 
 
-@settings(max_examples=60, deadline=None)
+@limit_examples(60)
 @given(
     st.dictionaries(
         st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12).filter(

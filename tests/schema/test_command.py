@@ -6,7 +6,7 @@ import shlex
 from typing import Any, Literal, get_args, get_origin
 
 import click
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rightrank.cli import cli
@@ -14,6 +14,7 @@ from rightrank.cli.options import gather_settings
 from rightrank.schema.setting_table import is_list_type, list_rows
 from rightrank.schema.settings import SelectSettings, build_reproduce_command
 from tests.commands import COMMANDS
+from tests.examples import limit_examples
 from tests.schema.generated import GENERATED
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12) | st.sampled_from(
@@ -69,7 +70,7 @@ def _draw_kind(kind: Any, bounds: Any) -> st.SearchStrategy[Any]:
     return TEXT
 
 
-@settings(max_examples=15)
+@limit_examples(15)
 @given(data=st.data())
 def test_a_setting_survives_the_command_line(data: st.DataObject) -> None:
     for name in list_rows(SelectSettings):

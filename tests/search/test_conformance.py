@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rightrank.decision.adapter import Criterion
@@ -16,6 +16,7 @@ from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome, count_added_steps
 from rightrank.search.protocol import Space, Trials, build_space
 from rightrank.search.strategies import STRATEGIES, find_learning_rate, make_strategy
+from tests.examples import limit_examples
 from tests.search.worlds import EXACT, STEPS, World, make_space, recommend, run_all, run_rounds
 
 WORLDS = {
@@ -73,7 +74,7 @@ def test_arms_lie_in_the_space_and_are_asked_for_once(name: str) -> None:
                 assert parent is None or parent in finished
 
 
-@settings(max_examples=40, deadline=None)
+@limit_examples(40)
 @given(
     gain=st.floats(1e-3, 1.0),
     num_rates=st.integers(1, 6),
@@ -107,7 +108,7 @@ def test_costs_are_as_estimated_where_nothing_fails(
             assert trainings == cost.expected
 
 
-@settings(max_examples=40, deadline=None)
+@limit_examples(40)
 @given(
     kind=st.sampled_from(["law", "noisy", "high learning rates"]),
     ranks=st.sampled_from([(1, 4, 16, 64), (4, 16)]),
@@ -140,7 +141,7 @@ def run_one_by_one(name: str, values: dict[str, Any], world: World) -> list[Tria
     return run_all(strategy, world, lambda arms: arms[:1])
 
 
-@settings(max_examples=40, deadline=None)
+@limit_examples(40)
 @given(gain=st.floats(1e-4, 2.0), ranks=st.sampled_from([(1, 4, 16, 64), (1, 2, 4, 8, 16, 32, 64), (3, 12, 50)]))
 def test_the_walk_begins_at_the_pick_where_losses_follow_the_law(gain: float, ranks: tuple[int, ...]) -> None:
     """Without truncations, a rank of at most a quarter of the top one predicts the pick, and only its next lower rank is trained."""
@@ -216,7 +217,7 @@ def test_without_the_base_it_requests_what_it_requests_when_the_base_fails(name:
         assert without.estimate_cost().max_arms == failing.estimate_cost().max_arms - 1
 
 
-@settings(max_examples=25)
+@limit_examples(25)
 @given(number=st.integers(0, 2**32 - 1), kind=st.sampled_from(sorted(SPACES)))
 def test_every_strategy_ends_on_random_tables(number: int, kind: str) -> None:
     """Draw the value of every arm, or its failure, at random."""
@@ -238,7 +239,7 @@ def test_every_strategy_ends_on_random_tables(number: int, kind: str) -> None:
         )
 
 
-@settings(max_examples=25)
+@limit_examples(25)
 @given(
     number=st.integers(0, 2**32 - 1), seed=st.sampled_from([None, 0, 2]), is_score=st.booleans(), stops=st.booleans()
 )
@@ -270,7 +271,7 @@ def test_the_learning_rate_of_whole_trainings_is_the_best_of_those_that_finished
     assert found == [best(values, key=values.__getitem__) if values else None]
 
 
-@settings(max_examples=25)
+@limit_examples(25)
 @given(number=st.integers(0, 2**32 - 1), kind=st.sampled_from(sorted(WORLDS)))
 def test_the_ranks_that_decide_have_every_seed_at_the_end(number: int, kind: str) -> None:
     """Also, the rank below the answer has been tried."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rightrank.decision.adapter import Criterion
@@ -14,6 +14,7 @@ from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, TrialFinished
 from rightrank.search.protocol import Strategy, build_space
 from rightrank.search.strategies import STRATEGIES, make_strategy
+from tests.examples import limit_examples
 from tests.search.worlds import EXACT, STEPS, World, make_space, run_all, run_rounds
 
 
@@ -92,7 +93,7 @@ def test_bad_settings_are_one_clear_line() -> None:
         assert "\n" not in str(caught.value)
 
 
-@settings(max_examples=40, deadline=None)
+@limit_examples(40)
 @given(gain=st.floats(0.01, 1.0), share=st.integers(5, 300), has_head=st.booleans())
 def test_the_adapter_is_the_smallest_truncation_that_keeps_the_share_of_the_gain(
     gain: float, share: int, has_head: bool

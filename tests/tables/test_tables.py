@@ -14,7 +14,7 @@ import numpy as np
 import pandas
 import pytest
 from click.testing import CliRunner
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from rightrank import decide, plots
@@ -22,6 +22,7 @@ from rightrank.cli import cli
 from rightrank.schema.errors import ResultsError
 from rightrank.tables.trainings import FAILURES, SUCCESSES
 from tests.commands import run
+from tests.examples import limit_examples
 
 GOOD = "rank,eval_loss\n1,2.3\n4,2.05\n16,2.001\n64,2.0\n"
 LOSSES = {4: 2.05, 16: 2.001, 64: 2.0}
@@ -121,7 +122,7 @@ def draw_tables(draw: st.DrawFn) -> list[dict[str, Any]]:
     return [*rows, rows[0]]
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@limit_examples(30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(draw_tables(), st.randoms(use_true_random=False))
 def test_the_order_of_rows_and_columns_changes_nothing(tmp_path: Path, rows: list[dict[str, Any]], random: Any) -> None:
     names = list(rows[0])
@@ -280,7 +281,7 @@ UNUSED_NAMES = NAMES.map(lambda name: f"{name}_of_the_training".strip()).filter(
 
 
 @given(UNUSED_NAMES, st.sampled_from(["ab", [True, False], [None, "4bit"], [["q_proj"], ["q_proj", "v_proj"]]]))
-@settings(max_examples=50)
+@limit_examples(50)
 def test_a_difference_that_is_not_a_number_must_be_declared(name: str, cells: Sequence[Any]) -> None:
     rows = add_column(name, [cells[0], cells[1], cells[1]])
     with pytest.raises(ResultsError) as caught:
@@ -298,7 +299,7 @@ CELLS = st.recursive(
 
 
 @given(st.lists(CELLS, min_size=1, max_size=3), st.lists(CELLS, min_size=1, max_size=3))
-@settings(max_examples=50)
+@limit_examples(50)
 def test_cells_of_any_type_are_compared(first: Any, second: Any) -> None:
     """Lists of settings may hold objects of other libraries."""
     assert decide(add_column("targets", [first] * 3)).decision == decide(ROWS).decision
@@ -331,7 +332,7 @@ def test_numbers_that_differ_are_named() -> None:
 
 
 @given(st.lists(st.sampled_from("abc"), min_size=6, max_size=6), st.integers(0, 17), st.sampled_from("abcd"))
-@settings(max_examples=50)
+@limit_examples(50)
 def test_a_text_may_depend_on_the_example_and_the_step_but_not_on_the_training(
     texts: list[str], changed: int, other: str
 ) -> None:
@@ -398,7 +399,7 @@ STATES = st.sampled_from(["TIMEOUT", "CANCELLED", "preempted", "NODE_FAIL", "run
 
 
 @given(STATES.filter(lambda state: state.lower() not in SUCCESSES))
-@settings(max_examples=50)
+@limit_examples(50)
 def test_a_state_that_is_not_a_known_success_is_refused(state: str) -> None:
     states = ["finished", "COMPLETE", state]
     with pytest.raises(ResultsError, match=r"row 3: state .* is not a known success"):
