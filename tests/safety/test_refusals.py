@@ -237,12 +237,25 @@ def test_archives_are_not_opened(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_attention_heads": 0}, "cannot build|does not know this model"),
+        ({"num_hidden_layers": 10**9}, "more than any model has"),
+        ({"hidden_size": 2**60}, "more than any model has"),
+        ({"vocab_size": 10**12}, r"vocab_size is 1000000000000, more than any model has \(at most 4194304\)"),
+        ({"vocab_size": 2**24}, "vocab_size is 16777216, more than any model has"),
+        (
+            {"model_type": "gemma3", "text_config": {}, "vision_config": {"num_hidden_layers": 10**9}},
+            "num_hidden_layers is 1000000000, more than any model has",
+        ),
+        (
+            {"model_type": "mixtral", "num_local_experts": 10**9},
+            "num_local_experts is 1000000000, more than any model has",
+        ),
+        ({"num_key_value_heads": 3}, "are not a multiple of"),
+        ({"num_attention_heads": 0}, "cannot build|does not know this model|are not a multiple of"),
         ({"hidden_size": -8}, "cannot build|does not know this model"),
         ({"hidden_size": "x"}, "does not know this model"),
     ],
 )
-def test_model_configurations_that_build_no_model(
+def test_model_configurations_without_end(
     tmp_path: Path, model_folder: Path, changes: dict[str, Any], message: str
 ) -> None:
     config = json.loads((model_folder / "config.json").read_text()) | changes

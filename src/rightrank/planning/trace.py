@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -49,6 +50,9 @@ from rightrank.training.targets import (
     resolve_target_names,
 )
 
+MAX_SIZE = 2**40
+# Counts that the plan iterates over: layers, experts, and the vocabulary, which a chunked loss processes in pieces.
+MAX_COUNTS = {re.compile(r"num_.*layers"): 1000, re.compile(r".*experts"): 2**14, re.compile(r"vocab_size"): 2**22}
 SAFETENSORS_CODES = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -81,8 +85,35 @@ class Skeleton:
 def read_config(reference: str, trust_remote_code: bool, classification: bool = False) -> Any:
     """Read the configuration of a model folder, a GGUF file or a hub name."""
     config = load_model_config(reference, trust_remote_code, classification)
-    config.get_text_config().use_cache = False  # as the Trainer of transformers sets it
+    text = config.get_text_config()
+    _require_sane_sizes(reference, config, text)
+    text.use_cache = False  # as the Trainer of transformers sets it
     return config
+
+
+def _require_sane_sizes(reference: str, config: Any, text: Any) -> None:
+    """Raise if the configuration is so large that building it would never end."""
+    heads, groups = getattr(text, "num_attention_heads", 1), getattr(text, "num_key_value_heads", None) or 1
+    if isinstance(heads, int) and isinstance(groups, int) and (heads < 1 or groups < 1 or heads % min(heads, groups)):
+        raise ModelError(
+            f"{reference}: {heads} heads are not a multiple of {groups} key-value heads; restore config.json"
+        )
+    aliases = {name: getattr(text, name, None) for name in ("num_hidden_layers", "vocab_size")}
+    for name, value in _iterate_integers(config.to_dict() | {"text": aliases}):
+        limit = min([MAX_SIZE, *(max_count for pattern, max_count in MAX_COUNTS.items() if pattern.fullmatch(name))])
+        if abs(value) > limit:
+            raise ModelError(
+                f"{reference}: {name} is {value}, more than any model has (at most {limit}); restore config.json"
+            )
+
+
+def _iterate_integers(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Yield the integers of a configuration and of nested configurations, such as the one of an image encoder."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _iterate_integers(value)
+        elif isinstance(value, int):
+            yield str(name), value
 
 
 def build_skeleton(config: Any, settings: PlanSettings, rank: int, arms: int = 1) -> Skeleton:
