@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rightrank.decision.adapter import Criterion
 from rightrank.schema.settings import SelectSettings
-from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome, count_added_steps
+from rightrank.schema.trials import Arm, TrialDiverged, TrialFinished, TrialOutcome, count_added_steps
 from rightrank.search.protocol import Space, Trials, build_space
 from rightrank.search.strategies import STRATEGIES, find_learning_rate, make_strategy
 from tests.examples import limit_examples
@@ -239,36 +239,46 @@ def test_every_strategy_ends_on_random_tables(number: int, kind: str) -> None:
         )
 
 
-@limit_examples(25)
+@limit_examples(150)
 @given(
     number=st.integers(0, 2**32 - 1), seed=st.sampled_from([None, 0, 2]), is_score=st.booleans(), stops=st.booleans()
 )
-def test_the_learning_rate_of_whole_trainings_is_the_best_of_those_that_finished(
+def test_the_learning_rate_is_the_best_at_a_quarter_that_finishes_or_the_best_of_whole_trainings(
     number: int, seed: int | None, is_score: bool, stops: bool
 ) -> None:
-    """If trainings can stop at a quarter, it is one of those that finished. All trainings have the requested seed."""
-    metric = "reward" if is_score else "loss"
-    space = make_space(seeds=(0, 1, 2), criterion=Criterion(metric, is_score, 0.01, "loss"))
-    world, trials = World(can_stop_early=stops), Trials(space)
-    drawn = random.Random(number)
-    values: dict[float, float] = {}
+    """If the best at a quarter does not finish, a lower one follows. Whole trainings run if no quarter has begun."""
+    space = make_space(seeds=(0, 1, 2), criterion=Criterion("reward" if is_score else "loss", is_score, 0.01, "loss"))
+    world, trials, drawn = World(can_stop_early=stops), Trials(space), random.Random(number)
+    losses: dict[bool, dict[float, float]] = {True: {}, False: {}}  # of quarters, and at the end
     found: list[float | None] = []
+    requested: list[Arm] = []
 
     def search() -> Iterator[Sequence[Arm]]:
         found.append((yield from find_learning_rate(trials, 16, seed=seed)))
 
+    share = drawn.choice([0.1, 0.6, 0.9])
     for arms in search():
         assert {arm.seed for arm in arms} == {seed or 0}
+        requested += arms
         for arm in arms:
             outcome = world.run(arm)
-            if isinstance(outcome, TrialFinished) and drawn.random() < 0.8:
-                values[arm.learning_rate] = drawn.uniform(1, 2)
-                trials.outcomes[arm] = outcome.model_copy(update={"value": values[arm.learning_rate]})
-    best = max if is_score else min
-    if stops:
-        assert found == [None] or found[0] in values
-        return
-    assert found == [best(values, key=values.__getitem__) if values else None]
+            if isinstance(outcome, TrialFinished) and drawn.random() < share:
+                loss = losses[arm.stop_at is not None][arm.learning_rate] = drawn.uniform(1, 2)
+                changes = {"value": -loss if is_score else loss, "metrics": {}}
+                trials.outcomes[arm] = outcome.model_copy(update=changes)
+            elif drawn.random() < 0.2:
+                trials.outcomes[arm] = TrialDiverged(trial_id="x", **arm.model_dump(), step=1, reason="loss")
+    at_quarter, at_end = losses[True], losses[False]
+    order = sorted(at_quarter, key=lambda rate: at_quarter[rate])
+    while order and order[0] not in at_end:
+        order = [rate for rate in order if rate < order[0]]
+    has_begun = any(arm.stop_at for arm in trials.outcomes)
+    expected = order[0] if order else None
+    if not has_begun:
+        expected = min(at_end, key=lambda rate: at_end[rate], default=None)
+    assert found == [expected]
+    whole_rates = [arm.learning_rate for arm in requested if arm.stop_at is arm.continue_from is None]
+    assert whole_rates == ([] if has_begun else [*space.learning_rates])
 
 
 @limit_examples(25)
