@@ -341,11 +341,11 @@ def train_adjacent_ranks(trials: Trials) -> Requests:
     margin, the ranks above the best one until they get worse.
     """
     space = trials.space
-    for _ in range(2 * len(space.ranks)):
+    while True:
         chosen, best = trials.find_smallest_rank(), trials.find_reference()
         if chosen is None or best is None:
             return
-        is_top_worse = space.top in trials.list_ranks() and not trials.is_within_margin(space.top)
+        is_top_worse = not trials.is_within_margin(space.top)
         candidates = [space.get_higher_rank(best) if is_top_worse else None, space.get_lower_rank(chosen)]
         requested_ranks = {arm.rank for arm in trials.outcomes if arm.truncate_from is None}  # whatever the outcome
         missing = [rank for rank in candidates if rank is not None and rank not in requested_ranks]
