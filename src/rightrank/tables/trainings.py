@@ -387,9 +387,7 @@ def _find_distinct_rows(table: Table, roles: Roles, evaluations: Evaluations) ->
         evaluations.example_names
     )
     places += evaluations.examples
-    order = np.argsort(places, kind="stable")
-    if (places[order[1:]] == places[order[:-1]]).any():
-        order = np.lexsort((evaluations.values, places))  # NaN comes last
+    order = np.lexsort((evaluations.values, places))  # NaN comes last
     places, values = places[order], evaluations.values[order]
     is_repeated = np.append(False, (places[1:] == places[:-1]) & ~np.isnan(values[1:]))
     conflicts = np.flatnonzero(is_repeated[1:] & (values[1:] != values[:-1]))
