@@ -6,9 +6,10 @@ Matplotlib is imported when a figure is drawn. Without it, a figure still has it
 from __future__ import annotations
 
 import csv
+import re
 import warnings
 from base64 import b64encode
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -90,30 +91,28 @@ class Figure:
     @cached_property
     def svg(self) -> str:
         """Return the drawing as an SVG file, the same text for the same figure; empty if matplotlib is not installed."""
-        return self._draw_svg(LIGHT)
+        if not is_matplotlib_installed():
+            return ""
+        drawing = StringIO()
+        with self._open_canvas() as canvas:
+            canvas.savefig(drawing, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        return drawing.getvalue()
 
     @property
     def images(self) -> tuple[str, str]:
         """Return the addresses of the drawing in the page, on a light and on a dark page."""
-        return encode_image(self.svg), encode_image(self._draw_svg(DARK))
-
-    def _draw_svg(self, colours: Mapping[str, str]) -> str:
-        if not is_matplotlib_installed():
-            return ""
-        drawing = StringIO()
-        with self._open_canvas(colours) as canvas:
-            canvas.savefig(drawing, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-        return drawing.getvalue()
+        dark = {LIGHT[name]: colour for name, colour in DARK.items()}
+        return encode_image(self.svg), encode_image(re.sub("|".join(dark), lambda match: dark[match[0]], self.svg))
 
     @contextmanager
-    def _open_canvas(self, colours: Mapping[str, str]) -> Iterator[Canvas]:
+    def _open_canvas(self) -> Iterator[Canvas]:
         """Draw the figure in the style of the report, with its legend below the axes."""
         from matplotlib import rc_context, rcParamsDefault
         from matplotlib.figure import Figure as Canvas
         from matplotlib.rcsetup import cycler
 
-        cycle = cycler(color=[colours[f"s{number}"] for number in range(10)])
-        coloured = {name: colours[colour] for colour, names in COLOURED.items() for name in names}
+        cycle = cycler(color=[LIGHT[f"s{number}"] for number in range(10)])
+        coloured = {name: LIGHT[colour] for colour, names in COLOURED.items() for name in names}
         defaults = {name: value for name, value in rcParamsDefault.items() if not name.startswith("backend")}
         style: Any = {**defaults, **STYLE, **coloured, "axes.prop_cycle": cycle, "svg.hashsalt": self.name}
         with rc_context(style), warnings.catch_warnings():
