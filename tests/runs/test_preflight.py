@@ -89,3 +89,4 @@ def test_examples_that_tell_the_margin_have_a_resolution_of_it() -> None:
     assert resolution == pytest.approx(1.645 * 0.08 / 30**0.5, rel=1e-3)
     assert estimate_resolution(Criterion("loss", False, None), needed, 0.005)[0] == pytest.approx(0.005, rel=1e-3)
     assert estimate_resolution(Criterion("value", True, None), 30, 0.005) == (None, None)
+    assert estimate_resolution(Criterion("loss", False, None), 30, 1e-200) == (resolution, None)

@@ -20,6 +20,8 @@ from rightrank.training.pace import Pace, measure_pace
 
 MEASURING = "measuring a few steps at the highest rank"
 
+MAX_NEEDED_EXAMPLES = 10**9  # more than any file has
+
 
 def run_preflight(prepared: LoadedSelection, announce: Callable[[str], None]) -> Preflight:
     """Report what a prepared selection will do and cost, measured by a few real steps at its highest rank."""
@@ -97,13 +99,14 @@ def estimate_resolution(criterion: Criterion, examples: int, margin: float | Non
     """Estimate the smallest difference that this many examples can tell from 0, and the number of examples that can tell the margin.
 
     The estimate is for two adapters of one training, as the standard deviation of earlier grids divided by √n, and one-sided at
-    95%. Both are None for a metric that no grid has.
+    95%. Both are None for a metric that no grid has, and the number if it is above `MAX_NEEDED_EXAMPLES`.
     """
     kind = infer_metric_kind(criterion.metric, criterion.higher_is_better, criterion.loss)
     if kind not in EXAMPLE_STD:
         return None, None
     bound = NORMAL.inv_cdf(CONFIDENCE) * EXAMPLE_STD[kind]
-    return bound / math.sqrt(examples), None if margin is None else math.ceil((bound / margin) ** 2)
+    ratio = math.inf if margin is None else bound / margin
+    return bound / math.sqrt(examples), None if ratio > math.sqrt(MAX_NEEDED_EXAMPLES) else math.ceil(ratio**2)
 
 
 def _format_resolution(prepared: LoadedSelection, gain: float | None = None) -> Iterator[str]:
