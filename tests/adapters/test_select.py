@@ -62,6 +62,14 @@ def test_experts_are_selected_with_their_own_ranks(run: Run, folder: Path, tmp_p
     assert (four, eight) == (2 * 4 * 64 + experts, 2 * 8 * 64 + 2 * experts)
 
 
+@pytest.mark.parametrize("use_dora", ["false", "true"])
+def test_a_slot_of_a_server_is_named_for_plain_lora_only(use_dora: str, run: Run, folder: Path, tmp_path: Path) -> None:
+    more = ("--ranks", "6", "--margin", "1e-9", "--set", f"use_dora={use_dora}")
+    status, out, err = select(run, folder, "llama", tmp_path / "run", *more)
+    assert status == 0, err
+    assert ("same slot as 8 on vLLM" in out) is (use_dora == "false")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Train an adapter on the experts of a Mixtral."""

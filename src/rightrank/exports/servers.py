@@ -22,7 +22,13 @@ from rightrank.adapters.adapter_folders import (
     require_adapter_folder,
     require_kept_base,
 )
-from rightrank.adapters.rank_math import SERVER_RANKS, SERVING_COSTS, compute_slot_bytes, find_server_rank
+from rightrank.adapters.rank_math import (
+    NON_PLAIN_OPTIONS,
+    SERVER_RANKS,
+    SERVING_COSTS,
+    compute_slot_bytes,
+    find_server_rank,
+)
 from rightrank.adapters.resize import write_uniform_adapter
 from rightrank.bases.safetensors_files import open_tensors
 from rightrank.data.files import replace_folder
@@ -32,8 +38,6 @@ from rightrank.schema.errors import ModelError, ResultsError, SettingsError
 MERGED = "merged"  # a model without an adapter, written by `exports.merge`
 MAX_PARENT_FOLDERS = 4  # parents of an adapter: the trials folder, the run, and two above the run
 LOOPBACK = "127.0.0.1"  # vLLM listens on every interface by default, other servers only on this one
-# Options of PEFT that make an adapter another kind than plain LoRA.
-NON_PLAIN_OPTIONS = ("use_dora", "target_parameters", "lora_bias", "trainable_token_indices")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import Any
 from rich.cells import cell_len
 
 from rightrank.adapters.adapter_folders import format_loading_code
-from rightrank.adapters.rank_math import convert_scaling, format_slot
+from rightrank.adapters.rank_math import NON_PLAIN_OPTIONS, convert_scaling, format_slot
 from rightrank.decision.adapter import find_wider_margin
 from rightrank.decision.rule import format_number, format_probability, plan_rate_run
 from rightrank.decision.run_answers import (
@@ -383,9 +383,12 @@ def _wrap_row(label: str, text: str, width: int, label_width: int = LABEL_WIDTH)
 
 
 def _format_slot(answers: Answers) -> str:
-    """Return a sentence if a server gives the adapter the slot of a higher rank; servers load no classifiers and no custom trainer's files."""
+    """Return a sentence if a server gives the adapter the slot of a higher rank; servers load plain LoRA of a causal model."""
     started = answers.started
     if answers.adapter is None or started is None or started.is_custom_trainer or started.data.classes is not None:
+        return ""
+    peft_options: Any = started.settings["peft_options"]
+    if any(started.settings.get(name) or peft_options.get(name) for name in NON_PLAIN_OPTIONS):
         return ""
     return format_slot(answers.adapter.handed_over.max_module_rank)
 
