@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from rightrank.decision.adapter import Criterion, find_wider_margin, is_shown_enough
@@ -21,12 +24,14 @@ from rightrank.decision.run_answers import (
     compare_adapters,
     compute_test_difference,
     describe_learning_rate,
+    format_provenance,
     prefer_direct_training,
 )
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.trials import TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
 from rightrank.search.protocol import choose_adapter
 from tests.decision.worlds import require_equal, round_numbers
+from tests.examples import limit_examples
 
 NUMBER = 60
 STORED = Path(__file__).parent / "answers.json"
@@ -72,7 +77,7 @@ class DrawnRun:
         self.outcomes += (
             [self.make("other cut", 8, -0.3, steps=0, truncate_from="low")] if self.draw.random() < 0.3 else []
         )
-        for rate in (1e-4, 1e-3, 3e-3, 1e-2)[: pick((1, 3, 4))]:
+        for rate in pick(((1e-3,), (1e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (1e-4, 3e-4, 1e-3))):
             self.outcomes += self.search(rate)
         if self.examples and self.draw.random() < 0.15:  # one training has fewer examples
             self.outcomes.append(self.make("few", 8, 0.0, count=self.examples // 2))
@@ -144,13 +149,14 @@ def answer_run(number: int) -> dict[str, Any]:
         TestEvaluated(**trial.model_dump(include={*TestEvaluated.model_fields} - {"type", "schema_version"}))
         for trial in (run.low, run.top)
     )
-    compared = compare_adapters(answer, outcomes, criterion)
+    wide = replace(criterion, margin=0.5)  # the margin of the answer counts
+    compared = compare_adapters(answer, outcomes, wide)
     return round_numbers({
         "run": f"{run.metric} {run.examples} {criterion.margin}",
         "answer": summarize(answer),
         "wider": find_wider_margin(answer),
         "shown": [is_shown_enough(candidate, answer) for candidate in answer.candidates],
-        "direct": summarize(prefer_direct_training(answer, outcomes, criterion)),
+        "direct": summarize(prefer_direct_training(answer, outcomes, wide)),
         "compared": [[candidate.trial_id, candidate.difference, candidate.is_within_margin] for candidate in compared],
         "trained": summarize(build_trained_answer(run.low, criterion, run.draw.choice((None, run.top)), outcomes).candidates),
         "rates": summarize(describe_learning_rate(run.top, outcomes, criterion)),
@@ -162,6 +168,44 @@ def test_the_answers_of_each_run_are_the_stored_ones() -> None:
     stored = json.loads(STORED.read_text(encoding="utf-8"))
     for number in range(NUMBER):
         require_equal(json.loads(json.dumps(answer_run(number))), stored[str(number)], str(number))
+
+
+def test_a_learning_rate_at_the_edge_of_those_tried_names_the_option_for_others() -> None:
+    at_edge = []
+    for run in map(DrawnRun, range(NUMBER)):
+        if (answer := describe_learning_rate(run.top, run.outcomes, run.criterion)) is not None:
+            rates = [candidate.learning_rate for candidate in answer.candidates]
+            at_edge.append(answer.learning_rate in (min(rates), max(rates)))
+            assert ("--learning-rates" in answer.sentence) == at_edge[-1]
+    assert set(at_edge) == {True, False}
+
+
+@limit_examples(60)
+@given(
+    rank=st.sampled_from([4, 16]),
+    rate=st.sampled_from([0.0, 1e-3]),
+    steps=st.sampled_from([0, 100]),
+    step=st.sampled_from([None, 40]),
+    is_mean=st.booleans(),
+    truncation=st.sampled_from([None, "svd", "kfac"]),
+)
+def test_the_provenance_of_an_adapter_names_all_that_is_known(
+    rank: int, rate: float, steps: int, step: int | None, is_mean: bool, truncation: str | None
+) -> None:
+    made = DrawnRun(0).top
+    fields = {"learning_rate": rate, "steps": steps, "checkpoint_step": step, "checkpoint_is_mean": is_mean}
+    text = format_provenance(
+        made.model_copy(update={"rank": rank, "truncation": truncation}), made.model_copy(update=fields)
+    )
+    is_truncated = rank < 16
+    assert {"learning rate 0.001" in text, "learning rate" in text} == {rate > 0}
+    assert ("100 steps" in text, "step 40 of" in text) == (steps > 0, steps > 0 and step == 40)
+    assert ("mean of the factors" in text) == (steps > 0 and is_mean)
+    assert ("truncated to rank 4" in text) == is_truncated
+    assert ("K-FAC" in text, "SVD" in text) == (
+        is_truncated and truncation == "kfac",
+        is_truncated and truncation != "kfac",
+    )
 
 
 if __name__ == "__main__":
