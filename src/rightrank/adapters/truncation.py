@@ -101,8 +101,8 @@ def _balance_metrics(output_metric: Floats, input_metric: Floats) -> tuple[Float
     """Return the metrics with factors [r] for the columns of B and the rows of A that make them equally large: these lose fewest digits."""
     outputs, inputs = np.diagonal(output_metric), np.diagonal(input_metric)
     is_used = (outputs > 0) & (inputs > 0)
-    up = np.where(is_used, np.where(is_used, inputs, 1.0) / np.where(is_used, outputs, 1.0), 0.0) ** 0.25
-    return output_metric, input_metric, up, np.where(is_used, 1 / np.where(is_used, up, 1.0), 0.0)
+    up = (is_used * inputs / np.where(is_used, outputs, 1.0)) ** 0.25
+    return output_metric, input_metric, up, is_used / np.where(is_used, up, 1.0)
 
 
 def _decompose_core(
@@ -131,9 +131,9 @@ def _damp(moment: Floats, plain: Floats, damping: float) -> Floats:
 def _factor_metric(matrix: Floats, min_ratio: float) -> tuple[Floats, Floats]:
     """Return `(L, L⁻ᵀ)` with L·Lᵀ = matrix [r, r], symmetric and positive, without directions of negligible eigenvalue."""
     values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    is_visible = values > min_ratio * max(float(values[-1]), 0.0)
+    is_visible = values > min_ratio * values[-1]
     roots = np.sqrt(np.where(is_visible, values, 0.0))
-    return vectors * roots, vectors * np.where(is_visible, 1 / np.where(is_visible, roots, 1.0), 0.0)
+    return vectors * roots, vectors * (is_visible / np.where(is_visible, roots, 1.0))
 
 
 def resize_factors(
