@@ -152,6 +152,19 @@ def test_a_better_direct_training_replaces_the_truncation(rank: int, shift: floa
     assert improved_answer.sentence.endswith("with 95% confidence). It was trained at that rank.")
 
 
+def test_the_best_direct_training_of_the_lowest_rank_is_chosen() -> None:
+    truncated_answer = find_adapter(TOP, TRUNCATED)
+    improved_answer = prefer_direct_training(
+        truncated_answer,
+        [TOP, TRUNCATED, make_trial("worse", 4, 0.003), make_trial("better", 4, 0.001), make_trial("higher", 8, -0.01)],
+        LOSS,
+    )
+    assert improved_answer is not None
+    assert improved_answer.trial_id == "better"
+    extra = make_trial("extra", 8, -0.01, parent="top")  # a truncation is not a direct training
+    assert prefer_direct_training(truncated_answer, [TOP, TRUNCATED, extra], LOSS) is None
+
+
 def make_test_evaluation(value: float, **scores: object) -> TestEvaluated:
     return TestEvaluated.model_validate(
         {"trial_id": "t", "rank": 4, "value": value, "example_losses": [], "example_tokens": []} | scores
