@@ -1,5 +1,5 @@
-# Three commands do all the set-up: `make demo` (the main job on a real model and real text), `make check` (what trains
-# nothing, in about a minute) and `make test` (a sample of what trains too; `make release-check` runs everything).
+# Three commands do all the set-up: `make demo` (the main job on a real model and real text), `make check` (lint
+# and what trains nothing, in less than a minute) and `make test` (a sample of what trains too; `make release-check` runs everything).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
