@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rightrank.decision.adapter import Criterion
+from rightrank.decision.run_answers import compare_adapters, prefer_direct_training, score_trials
 from rightrank.decision.run_answers import compute_test_difference as difference_on_test
-from rightrank.decision.run_answers import prefer_direct_training, score_trials
 from rightrank.schema.events import TestEvaluated
 from rightrank.schema.metrics import LossKind
 from rightrank.schema.results import AdapterAnswer
@@ -109,6 +109,55 @@ def test_the_margin_and_the_unit_are_those_of_the_metric(
     answer = find_adapter(top, truncated, criterion=Criterion(metric, higher, None, loss))
     assert (answer.reference_id, answer.margin) == ("top", pytest.approx(margin))
     assert answer.candidates[1].difference == pytest.approx(difference)
+
+
+def test_the_best_adapter_of_each_rank_and_all_in_the_answer_are_compared() -> None:
+    truncated, small = make_trial("cut", 16, 0.002, parent="top"), make_trial("small", 4, 0.1, parent="top")
+    better, worse = make_trial("better", 16, -0.001), make_trial("worse", 16, 0.3)
+    of_another = make_trial("of another", 32, 0.0, parent="worse")
+    answer = find_adapter(TOP, truncated, small)
+    assert answer.trial_id == "cut"
+    adapters = compare_adapters(answer, [worse, better, small, truncated, TOP, of_another], LOSS)
+    assert [(adapter.rank, adapter.trial_id) for adapter in adapters] == [
+        (64, "top"),
+        (16, "better"),
+        (16, "cut"),
+        (4, "small"),
+    ]
+    assert [adapter.difference for adapter in adapters[:1]] == [0.0]
+    assert [adapter.is_within_margin for adapter in adapters] == [True, True, True, False]
+    other_answer = answer.model_copy(
+        update={"trial_id": "worse"}
+    )  # a better training of the same rank may be handed over
+    assert {adapter.trial_id for adapter in compare_adapters(other_answer, [worse, better, TOP, truncated], LOSS)} >= {
+        "worse",
+        "top",
+    }
+    wider = Criterion("loss", False, 0.5)  # the margin of the answer is used
+    assert [adapter.is_within_margin for adapter in compare_adapters(answer, [truncated, small, TOP], wider)] == [
+        True,
+        True,
+        False,
+    ]
+    unset = Criterion("loss", False, None)
+    assert [adapter.is_within_margin for adapter in compare_adapters(answer, [truncated, small, TOP], unset)] == [
+        True,
+        True,
+        False,
+    ]
+    second_top = make_trial("a second top", 64, 0.01)
+    two_tops = compare_adapters(
+        answer.model_copy(update={"trial_id": "a second top"}), [second_top, truncated, TOP], LOSS
+    )
+    assert [adapter.trial_id for adapter in two_tops] == [
+        "top",
+        "a second top",
+        "cut",
+    ]  # the better adapter comes first
+    assert (
+        compare_adapters(answer, [truncated, small], LOSS) == answer.candidates
+    )  # the reference is not in the journal
+    assert len(compare_adapters(answer, [truncated, TOP], LOSS)) == 2
 
 
 def test_no_answer_before_a_training_is_truncated() -> None:
