@@ -81,9 +81,6 @@ def test_a_resized_adapter_loads_in_peft_with_the_stated_update(
         assert error < 1.5 if module.rank < module.from_rank else error < torch.finfo(dtype).eps
         dense = torch.linalg.svdvals(new_delta)[: module.rank].numpy()
         assert spectrum.singular_values[: len(dense)] == pytest.approx(dense, abs=1e-5 * dense[0])
-    squares = [(float((new[name] - old[name]).square().sum()), float(old[name].square().sum())) for name in old]
-    total = np.sqrt(sum(error for error, _ in squares) / sum(norm for _, norm in squares))
-    assert resized.relative_delta_error == pytest.approx(total, abs=2e-6)
 
     old_tensors, new_tensors = load_tensors(folder), load_tensors(out)
     unchanged = [value.numel() for key, value in old_tensors.items() if "lora_" not in key]

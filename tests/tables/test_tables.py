@@ -27,11 +27,6 @@ from tests.examples import limit_examples
 GOOD = "rank,eval_loss\n1,2.3\n4,2.05\n16,2.001\n64,2.0\n"
 LOSSES = {4: 2.05, 16: 2.001, 64: 2.0}
 ROWS: list[dict[str, Any]] = [{"rank": rank, "eval_loss": loss} for rank, loss in LOSSES.items()]
-EXAMPLE_ROWS: list[dict[str, Any]] = [
-    {"rank": rank, "item": f"q{example}", "eval_loss": 2 + example / 80 + 1 / rank}
-    for rank in (4, 16)
-    for example in range(80)
-]
 
 
 def write_table(folder: Path, text: str, name: str = "runs.csv") -> Path:
