@@ -59,6 +59,17 @@ def test_columns_and_metrics_are_named_by_hand(tmp_path: Path) -> None:
     assert (by_accuracy.metric, by_accuracy.higher_is_better, by_accuracy.reference_rank) == ("accuracy", True, 64)
 
 
+@given(st.lists(st.sampled_from(["wer", "eval/rougeL", "FID", "train/wer"]), min_size=1, unique=True))
+def test_a_metric_is_the_held_out_value_if_it_is_the_only_one(names: list[str]) -> None:
+    rows = [{"rank": rank} | dict.fromkeys(names, loss) for rank, loss in LOSSES.items()]
+    metrics = [name for name in names if name != "train/wer"]
+    if len(metrics) == 1:
+        assert decide(rows, margin=0.01).decision.metric == metrics[0]
+    else:
+        with pytest.raises(ResultsError, match="no column is recognized as the held-out value"):
+            decide(rows, margin=0.01)
+
+
 @given(
     st.sampled_from(["", "metrics.", "summary/", "metrics/"]),
     st.sampled_from(["eval_", "eval/", "test-", "Validation "]),

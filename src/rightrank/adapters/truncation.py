@@ -158,12 +158,10 @@ def resize_factors(
         return _pad_factors(b * scale_ratio, a, rank)
     if not b.any() or not a.any():
         return b[:, :rank] * scale_ratio, a[:rank]
-    if moments is None or rank == b.shape[1]:
-        update = decompose_update(b, a, scale)
-        b, a = update.b[:, :rank], update.a[:rank]
-    else:
-        update = decompose_update(b, a, scale, moments)
-        b, a = _orthogonalize(update.b[:, :rank], update.a[:rank])
+    update = decompose_update(b, a, scale, moments)
+    b, a = update.b[:, :rank], update.a[:rank]
+    if moments is not None:
+        b, a = _orthogonalize(b, a)
     b_norms, a_norms = np.linalg.norm(b, axis=0), np.linalg.norm(a, axis=1)
     sizes = b_norms * a_norms
     is_nonzero = sizes > ZERO_RATIO * sizes.max()
