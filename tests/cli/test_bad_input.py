@@ -29,7 +29,10 @@ SETTINGS: list[tuple[list[str], str]] = [
     (["--margin", "0"], r"margin: got '0'; give a share of the gain such as 1%"),
     (["--max-steps", "0"], r"max_steps: got '0'"),
     (["--batch-size", "0"], r"batch_size: got '0'"),
-    (["--batch-size", "100000"], r"examples for the train split, at least 100000 needed"),
+    (
+        ["--batch-size", "100000"],
+        r"examples for the train split, at least 100000 needed.*; give more rows that differ, a smaller --batch-size, or",
+    ),
     (["--lora-alpha", "-1"], r"lora_alpha: got '-1'; input should be greater than 0"),
     (["--set", "dtype=int3"], r"dtype: got 'int3'; input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
     (["--device", "tpu9"], r"device 'tpu9' is unknown"),

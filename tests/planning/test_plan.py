@@ -10,6 +10,7 @@ import pytest
 import rightrank
 from rightrank.cli import main
 from tests.planning import CONFIGS
+from tests.tiny import write_adapter
 
 pytestmark = pytest.mark.trains
 
@@ -84,6 +85,12 @@ def test_bad_input_is_one_line(
     assert out == ""
     assert expected in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_an_adapter_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, error = run_command(capsys, str(write_adapter(tmp_path / "adapter")))
+    assert status == 2
+    assert error.endswith("adapter: this is an adapter; give the base model that it was trained on\n")
 
 
 @pytest.mark.parametrize(

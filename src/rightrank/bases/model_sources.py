@@ -38,6 +38,8 @@ def find_model(reference: str) -> tuple[str, dict[str, str]]:
         return str(path.parent), {"gguf_file": path.name}
     if kind == "folder":
         if not (path / "config.json").exists():
+            if (path / "adapter_config.json").exists():
+                raise ModelError(f"{reference}: this is an adapter; give the base model that it was trained on")
             raise ModelError(
                 f"{reference}: no config.json in the folder; give a folder that save_pretrained wrote, or a GGUF file"
             )

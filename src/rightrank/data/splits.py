@@ -356,10 +356,11 @@ def _require_sizes(
         )
     if short_split is not None:
         group_count = f" in {groups:,} groups" if groups < distinct else ""
+        smaller_batch = ", a smaller --batch-size" if short_split == "train" else ""
         raise DataError(
             f"{name}: {len(examples[short_split])} distinct examples for the {short_split} split, at least {min_sizes[short_split]} needed, from "
-            f"{rows:,} rows{group_count}; give more rows that differ{' and belong to other groups' if group_count else ''}, or another fraction "
-            "for the split"
+            f"{rows:,} rows{group_count}; give more rows that differ{' and belong to other groups' if group_count else ''}{smaller_batch}, or "
+            "another fraction for the split"
         )
 
 
