@@ -209,6 +209,9 @@ def test_truncation_error_is_the_discarded_energy(
     assert np.allclose(values[:count], dense[:count], rtol=0, atol=tolerance)
     assert np.allclose(values[count:], 0, atol=tolerance)
 
+    costs = decompose_update(b, a, ratio).costs
+    assert np.allclose(np.sqrt(2 * costs), ratio * values, rtol=0, atol=ratio * tolerance)
+
     new_b, new_a = resize_factors(b, a, rank, ratio)
     assert new_b.shape == (rows, rank)
     assert new_a.shape == (rank, columns)
