@@ -317,6 +317,7 @@ def test_a_metric_without_a_known_direction_is_refused(name: str) -> None:
         ("rank,eval_loss\n1.5,2\n2,3\n", "runs.csv:2: rank '1.5' is not allowed"),
         ("rank,eval_loss\n-1,2\n2,3\n", "runs.csv:2: rank '-1' is not allowed"),
         ("rank,eval_loss\n,2\n2,3\n", "runs.csv:2: rank '' is not allowed: give a whole number up to 1,048,576; 0 is the base"),
+        ("rank,eval_loss\n0,3\n4,\n", "no row has both a rank and a held-out value"),
         ("rank,eval_loss\n0,3\n4,2\n", "1 rank(s) with a finished trial"),
         ('rank,eval_loss\n1,"2,1"\n2,"2,0"\n', "runs.csv:2: eval_loss '2,1' is not allowed: give a number"),
         ("rank;lr;eval_loss\n1;0.01;2,001\n2;0.01;2,002\n", "write numbers with a decimal point"),
