@@ -180,6 +180,20 @@ def test_a_learning_rate_at_the_edge_of_those_tried_names_the_option_for_others(
     assert set(at_edge) == {True, False}
 
 
+def test_the_next_lower_rank_is_enough_at_the_wider_margin() -> None:
+    units = set()
+    for run in map(DrawnRun, range(100)):
+        answer = choose_adapter(run.outcomes, run.criterion, "top")
+        if answer is not None and (wider := find_wider_margin(answer)) is not None:
+            units.add(wider.endswith("%"))
+            margin: Any = wider if wider.endswith("%") else float(wider)
+            again = choose_adapter(run.outcomes, replace(run.criterion, margin=margin), "top")
+            assert again is not None
+            assert again.candidates[1].is_within_margin
+            assert ("%" in wider) == (answer.margin_share is not None)
+    assert units == {True, False}
+
+
 @limit_examples(60)
 @given(
     rank=st.sampled_from([4, 16]),

@@ -132,6 +132,7 @@ def test_a_run_is_decided_at_its_own_margin() -> None:
     assert decide_run(records).margin == pytest.approx(0.01 * (base - best), rel=0.05)
     records.started.settings["margin"] = 1
     assert decide_run(records).margin == 1.0
+    assert decide_run(records, confidence=0.9).requested_confidence == 0.9
 
 
 def test_a_decision_so_far_needs_two_ranks() -> None:
