@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -40,17 +38,6 @@ def test_status_reports_the_run_and_changes_nothing(tmp_path: Path) -> None:
     assert decision.rank is not None
     assert (run / "journal.jsonl").read_bytes() == journal_bytes
     assert [path.name for path in run.iterdir() if path.name != ".lock"] == ["journal.jsonl"]
-
-
-@pytest.mark.parametrize("command", ["status", "report"])
-def test_a_folder_without_a_run_is_one_line(tmp_path: Path, command: str) -> None:
-    completed = subprocess.run(
-        [sys.executable, "-m", "rightrank", command, str(tmp_path)], capture_output=True, text=True, check=False
-    )
-    assert completed.returncode == 2
-    assert completed.stdout == ""
-    assert completed.stderr.startswith("rightrank: ")
-    assert completed.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("quiet", [True, False])
