@@ -169,7 +169,7 @@ def write_trainer_outputs(root: Path, rows: list[Row], random: Random) -> Path:
                 {"step": row["step"]} | loss
             ]
             history.append({"step": row["step"], "eval_loss": row["value"], "eval_runtime": random.random()})
-            name = f"{number}-seed{row['seed']}" if "seed" in row else str(number)
+            name = f"seed{row['seed']}/{number}" if "seed" in row else str(number)
             folder = root / name / f"checkpoint-{row['step']}"
             folder.mkdir(parents=True)
             config = CONFIG | {

@@ -282,7 +282,9 @@ def test_two_columns_that_may_be_the_rank_are_refused(other: str) -> None:
     with pytest.raises(ResultsError, match="may mean the same; name the one to use with --columns rank=COLUMN"):
         decide(rows)
     assert decide_values(rows, columns={"rank": "rank"}) == LOSSES
-    assert decide_values(add_column(other, list(LOSSES))) == LOSSES
+    equal_rows = add_column(other, list(LOSSES))
+    assert decide_values(equal_rows) == LOSSES
+    assert decide(equal_rows).input_notes == decide([dict(reversed(row.items())) for row in equal_rows]).input_notes
 
 
 @pytest.mark.parametrize("loss", ["metrics.loss", "loss"])
