@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rightrank.atlas import expect
     from rightrank.planning import plan
     from rightrank.runs.run import Selected
+    from rightrank.schema.errors import RightrankError
     from rightrank.schema.results import Decision
     from rightrank.schema.settings import PlanSettings, SelectSettings
     from rightrank.schema.trials import EvalPoint
@@ -37,6 +38,7 @@ _MODULES = {
     "atlas": ("expect",),
     "planning": ("plan",),
     "runs.run": ("Selected",),
+    "schema.errors": ("RightrankError",),
     "schema.results": ("Decision",),
     "schema.settings": ("PlanSettings", "SelectSettings"),
     "schema.trials": ("EvalPoint",),
@@ -46,6 +48,7 @@ __all__ = [
     "Decision",
     "EvalPoint",
     "PlanSettings",
+    "RightrankError",
     "SelectSettings",
     "Selected",
     "SmallestAdapter",

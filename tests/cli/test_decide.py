@@ -81,6 +81,7 @@ def test_a_table_has_a_report(table: Path, capsys: pytest.CaptureFixture[str]) -
         (["--margin", "nan"], "margin: got 'nan'; give a share of the gain such as 1%"),
         (["--metric", "nothing_like_it", "--columns", "value=x"], "has no column 'x'"),
         (["--columns", "rank"], "give NAME=COLUMN"),
+        (["--report", "page.pdf"], "give a path that ends in .html"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_2(

@@ -93,7 +93,7 @@ def test_objects_in_memory_give_the_same_run_as_folders(
     ("argument", "error", "message"),
     [
         ("no tokenizer", ModelError, "it is in memory and has no tokenizer"),
-        ("not a model", ModelError, "got a dict; give a transformers model"),
+        ("not a model", ModelError, "got dict; give a transformers model"),
         ("named", SettingsError, "a model that is given by name has its own"),
         ("wrong head", ModelError, "a head of 5 labels for data of 2 classes"),
     ],

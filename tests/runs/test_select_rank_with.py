@@ -204,8 +204,8 @@ def test_scores_of_other_examples_are_refused(tmp_path: Path) -> None:
     [
         ({"ranks": (0,)}, "rank 0 is not allowed"),
         ({"strategy": "gird"}, "did you mean 'grid'"),
-        ({"evaluate": 3}, "evaluate: got a int"),
-        ({"train": 3}, "train: got a int"),
+        ({"evaluate": 3}, "evaluate: got int"),
+        ({"train": 3}, "train: got int"),
         ({"max_steps": -1}, "max_steps: got -1"),
         ({"goal": "adapter"}, "needs evaluate="),
         ({"ranks": 4}, "ranks: got 4 only"),

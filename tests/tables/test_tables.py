@@ -320,7 +320,7 @@ def test_a_metric_without_a_known_direction_is_refused(name: str) -> None:
         ("rank,eval_loss\n-1,2\n2,3\n", "runs.csv:2: rank '-1' is not allowed"),
         ("rank,eval_loss\n,2\n2,3\n", "runs.csv:2: rank '' is not allowed: give a whole number up to 1,048,576; 0 is the base"),
         ("rank,eval_loss\n0,3\n4,\n", "no row has both a rank and a held-out value"),
-        ("rank,eval_loss\n0,3\n4,2\n", "1 rank(s) with a finished trial"),
+        ("rank,eval_loss\n0,3\n4,2\n", "one rank has a finished trial"),
         ('rank,eval_loss\n1,"2,1"\n2,"2,0"\n', "runs.csv:2: eval_loss '2,1' is not allowed: give a number"),
         ("rank;lr;eval_loss\n1;0.01;2,001\n2;0.01;2,002\n", "write numbers with a decimal point"),
         ("rank,eval_loss\n1,2\n2,-1e61\n", "runs.csv:3: eval_loss '-1e61' is not allowed: give a number from -1e+60"),
@@ -363,7 +363,7 @@ def test_bad_tables_are_refused_with_file_and_row(
         ("latin.csv", "rank,größe\n1,2\n".encode("latin-1"), "not UTF-8"),
         ("study.db", b"SQLite format 3\x00", r"files of type '\.db' are not supported; give a file ending in"),
         ("runs.parquet", b"PAR1", "not a table that pandas can read"),
-        ("runs.json", b"[1, 2]", "runs.json: entry 1: got a int"),
+        ("runs.json", b"[1, 2]", "runs.json: entry 1: got int"),
         ("runs.jsonl", b'{"rank": 1', r"runs.jsonl:1: not a row in JSON"),
     ],
 )

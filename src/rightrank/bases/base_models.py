@@ -270,7 +270,7 @@ def adopt_model(model: Any, tokenizer: Any, device: str, classes: list[str] | No
         SettingsError: The device does not exist.
     """
     if not isinstance(model, PreTrainedModel):
-        raise ModelError(f"model: got a {type(model).__name__}; give a transformers model, a folder, or a hub name")
+        raise ModelError(f"model: got {type(model).__name__}; give a transformers model, a folder, or a hub name")
     if tokenizer is None:
         raise ModelError("model: it is in memory and has no tokenizer; give tokenizer=...")
     if classes is not None and getattr(model.config, "num_labels", None) != len(classes):

@@ -174,6 +174,8 @@ def _decide(results: Path | None, example: bool, report: Path | None, as_json: b
     results = EXAMPLE_FILE if results is None else results
     result = api.decide(results, **arguments)
     if report is not None:
+        if report.suffix != ".html":
+            raise SettingsError(f"--report {report}: the report is a page; give a path that ends in .html")
         typed: list[str] = click.get_current_context().find_root().obj
         result.write_report(report, results.name, shlex.join(typed))
     if as_json:

@@ -276,5 +276,5 @@ def read_config(path: Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise SettingsError(f"{path}: not YAML of plain values ({reason}); give `name: value` lines") from None
     if not isinstance(values, dict):
-        raise SettingsError(f"{path}: got a {type(values).__name__}; give `name: value` lines")
+        raise SettingsError(f"{path}: got {type(values).__name__}; give `name: value` lines")
     return {str(name).replace("-", "_"): value for name, value in values.items()}

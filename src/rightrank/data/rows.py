@@ -115,7 +115,7 @@ def convert_data_frame(rows: Any) -> Any:
 def _iterate_mappings(rows: Iterable[Any], label: str) -> Iterator[Row]:
     for number, fields in enumerate(rows, start=1):
         if not isinstance(fields, Mapping):
-            raise DataError(f"{label} {number}: got a {type(fields).__name__}; give a mapping with text columns")
+            raise DataError(f"{label} {number}: got {type(fields).__name__}; give a mapping with text columns")
         yield Row(fields, f"{label} {number}")
 
 
@@ -156,7 +156,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             except UnreadableError as error:
                 raise DataError(f"{path}:{number}: not JSON ({error}); give one JSON object a line") from None
             if not isinstance(fields, dict):
-                raise DataError(f"{path}:{number}: got a {type(fields).__name__}; give one JSON object a line")
+                raise DataError(f"{path}:{number}: got {type(fields).__name__}; give one JSON object a line")
             yield Row(fields, f"{path}:{number}")
 
 

@@ -355,7 +355,7 @@ def decide_table(
     ranks = table.list_ranks()
     if len(ranks) < 2:
         raise ResultsError(
-            f"{len(ranks)} rank(s) with a finished trial: a comparison needs two or more; train more ranks"
+            f"{'one rank has' if ranks else 'no rank has'} a finished trial: a comparison needs two or more; train more ranks"
         )
     if not 0.5 <= confidence < 1:
         raise ResultsError(f"confidence {confidence:g} is not allowed: give a probability from 0.5 to below 1")

@@ -305,7 +305,7 @@ def _flatten_rows(prefix: str, entries: Iterable[tuple[int, Any]]) -> Iterator[R
     for number, fields in entries:
         if not isinstance(fields, Mapping):
             raise ResultsError(
-                f"{prefix}{number}: got a {type(fields).__name__}; give a mapping with `rank` and a held-out metric"
+                f"{prefix}{number}: got {type(fields).__name__}; give a mapping with `rank` and a held-out metric"
             )
         pairs = list(_flatten(fields))
         yield prefix, number, [name for name, _ in pairs], [value for _, value in pairs]

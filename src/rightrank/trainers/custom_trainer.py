@@ -248,7 +248,7 @@ def build_custom_request(
         raise SettingsError("goal 'best-adapter' trains for twice the steps: give max_steps, or goal 'adapter'")
     for label, function in (("train", train), ("evaluate", evaluate)):
         if function is not None and not callable(function):
-            raise SettingsError(f"{label}: got a {type(function).__name__}; give a function")
+            raise SettingsError(f"{label}: got {type(function).__name__}; give a function")
     functions: dict[str, TrainFunction] = {"train": train}
     if evaluate is not None:
         functions["evaluate"] = lambda task: evaluate(task.folder, task)
