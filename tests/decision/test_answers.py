@@ -10,6 +10,7 @@ import json
 import random
 import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from rightrank.decision.run_answers import (
     prefer_direct_training,
 )
 from rightrank.schema.events import TestEvaluated
+from rightrank.schema.metrics import parse_margin
 from rightrank.schema.trials import TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
 from rightrank.search.protocol import choose_adapter
 from tests.decision.worlds import require_equal, round_numbers
@@ -182,16 +184,15 @@ def test_a_learning_rate_at_the_edge_of_those_tried_names_the_option_for_others(
 
 def test_the_next_lower_rank_is_enough_at_the_wider_margin() -> None:
     units = set()
-    for run in map(DrawnRun, range(100)):
-        answer = choose_adapter(run.outcomes, run.criterion, "top")
-        if answer is not None and (wider := find_wider_margin(answer)) is not None:
-            units.add(wider.endswith("%"))
-            margin: Any = wider if wider.endswith("%") else float(wider)
-            again = choose_adapter(run.outcomes, replace(run.criterion, margin=margin), "top")
+    for run, margin in product(map(DrawnRun, range(100)), ("1%", 0.02)):
+        answer = choose_adapter(run.outcomes, replace(run.criterion, margin=margin), "top")
+        if answer is not None and answer.gain is not None and (wider := find_wider_margin(answer)) is not None:
+            units.add(margin)
+            assert wider.endswith("%") == (margin == "1%")
+            again = choose_adapter(run.outcomes, replace(run.criterion, margin=parse_margin(wider)), "top")
             assert again is not None
             assert again.candidates[1].is_within_margin
-            assert ("%" in wider) == (answer.margin_share is not None)
-    assert units == {True, False}
+    assert units == {"1%", 0.02}
 
 
 @limit_examples(60)

@@ -186,6 +186,9 @@ def test_only_complete_trainings_are_compared() -> None:
     base, rank_1, rank_4, rank_16 = records.list_finished()
     records.outcomes[:] = [base, rank_1, rank_4, change_trial(rank_16, stop_at=10)]
     assert list_comparable_outcomes(records) == [base, rank_1, rank_4]
+    zero = change_trial(base, trial_id="zero", truncate_from=rank_4.trial_id)
+    records.outcomes.append(zero)
+    assert list_comparable_outcomes(records) == [zero, rank_1, rank_4]
 
 
 def test_trainings_of_a_custom_trainer_have_any_metric() -> None:
