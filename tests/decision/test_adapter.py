@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rightrank.decision.adapter import Criterion
+from rightrank.decision.comparison import compute_file_bounds
 from rightrank.decision.run_answers import compare_adapters, prefer_direct_training, score_trials
 from rightrank.decision.run_answers import compute_test_difference as difference_on_test
 from rightrank.schema.events import TestEvaluated
@@ -251,3 +252,39 @@ def test_the_test_split_is_compared_by_example(
 def test_a_truncation_to_the_top_rank_is_not_a_lower_rank() -> None:
     answer = find_adapter(TOP, make_trial("as large", 64, 0.0, parent="top"))
     assert (answer.trial_id, answer.sentence) == ("top", "Rank 64 is kept: no lower rank was measured.")
+
+
+def test_a_wide_interval_is_a_failure() -> None:
+    assert find_adapter(TOP, make_trial("a", 32, 0.001, parent="top", noise=0.2)).rank == 64
+
+
+@pytest.mark.parametrize(("metric", "scale"), [("accuracy", 1), ("f1", 1), ("f1", 100), ("score", 7)])
+def test_one_differing_test_example_has_the_bound_of_a_rare_difference(metric: str, scale: int) -> None:
+    ours, theirs = [scale] * 40, [*[scale] * 39, 0]
+    sides = [
+        make_test_evaluation(
+            0.5, **({"example_correct": scores} if metric == "accuracy" else {"example_metrics": {metric: scores}})
+        )
+        for scores in (ours, theirs)
+    ]
+    difference = difference_on_test(sides[1], sides[0], Criterion(metric, True, None))
+    assert difference is not None
+    expected = compute_file_bounds(np.subtract(ours, theirs, dtype=float), np.ones(40), float(scale))
+    assert difference == (pytest.approx(scale / 40), pytest.approx(expected.high))
+    assert difference[1] is not None
+    assert difference[1] > scale * (1 + 3) / 40
+
+
+def test_groups_of_the_test_split_widen_the_bound() -> None:
+    losses = np.repeat(np.random.default_rng(2).normal(2.0, 0.5, 40), 10).tolist()
+    sides = [
+        make_test_evaluation(2.0, example_losses=values, example_tokens=[1] * 400, example_groups=groups)
+        for values, groups in ((losses, None), (losses, np.repeat(range(40), 10).tolist()), ([2.0] * 400, None))
+    ]
+    alone, grouped = (difference_on_test(evaluation, sides[2], LOSS) for evaluation in sides[:2])
+    assert alone is not None
+    assert grouped is not None
+    assert grouped[0] == alone[0]
+    assert grouped[1] is not None
+    assert alone[1] is not None
+    assert grouped[1] - grouped[0] > 2 * (alone[1] - alone[0])

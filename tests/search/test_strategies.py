@@ -15,7 +15,7 @@ from rightrank.schema.trials import Arm, TrialFinished
 from rightrank.search.protocol import Strategy, build_space
 from rightrank.search.strategies import STRATEGIES, make_strategy
 from tests.examples import limit_examples
-from tests.search.worlds import EXACT, STEPS, World, make_space, run_all, run_rounds
+from tests.search.worlds import EXACT, STEPS, World, make_space, recommend, run_all, run_rounds
 
 
 def make_named_strategy(**values: Any) -> Strategy:
@@ -134,3 +134,14 @@ def test_the_first_question_is_answered_before_the_second() -> None:
     first = run_all(alone, world)
     assert [outcome.arm for outcome in first] == [outcome.arm for outcome in outcomes][: len(first)]
     assert alone.replay_trials(first).adapter == answer
+
+
+def test_another_seed_can_correct_the_learning_rate() -> None:
+    class Seeded(World):
+        """The first seed's quarter favours 3e-3; the other seeds, and the mean, favour 1e-3."""
+
+        def loss(self, arm: Any) -> float:
+            return super().loss(arm) - (0.03 if arm.learning_rate == 3e-3 and arm.seed == 0 and arm.rank else 0.0)
+
+    strategy = STRATEGIES["bracket"](make_space(seeds=(0, 1, 2)))
+    assert recommend(strategy, run_all(strategy, Seeded(best_learning_rate=1e-3))).learning_rate == 1e-3
