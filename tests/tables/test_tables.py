@@ -52,8 +52,9 @@ def test_columns_and_metrics_are_named_by_hand(tmp_path: Path) -> None:
     assert decide(path, columns=mapping, margin=0.005, higher_is_better=False).decision.rank == 16
     with pytest.raises(ResultsError, match="is recognized as the rank; name it with --columns rank=COLUMN"):
         decide(path, columns={"value": "guete"})
-    with pytest.raises(ResultsError, match="has no column 'x'"):
-        decide(path, columns={"rank": "x"})
+    for options in ({"columns": {"rank": "x"}}, {"ignore": ["x"]}, {"where": {"x": 1}}):
+        with pytest.raises(ResultsError, match="has no column 'x'"):
+            decide(path, **options)
     rows = [{"rank": rank, "eval/accuracy": 0.9 + rank / 1000, "eval/loss": 1.0} for rank in LOSSES]
     by_accuracy = decide(rows, metric="accuracy").decision
     assert (by_accuracy.metric, by_accuracy.higher_is_better, by_accuracy.reference_rank) == ("accuracy", True, 64)
