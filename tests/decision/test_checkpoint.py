@@ -27,7 +27,7 @@ def build_imdb_table(higher: bool = False) -> ScoreTable:
             metric=metric,
             value=sign * LAST[rank],
             steps=200,
-            points=[(100, sign * BEST[rank]), (200, sign * LAST[rank])],
+            points=[(50, sign * 0.7), (100, sign * BEST[rank]), (200, sign * LAST[rank])],
         )
         for rank in LAST
     ]

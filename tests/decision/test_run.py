@@ -13,6 +13,7 @@ from rightrank.decision.run_answers import (
     build_run_table,
     decide_if_possible,
     decide_run,
+    describe_run_learning_rate,
     find_best_trial,
     list_comparable_outcomes,
 )
@@ -133,6 +134,18 @@ def test_a_run_is_decided_at_its_own_margin() -> None:
     records.started.settings["margin"] = 1
     assert decide_run(records).margin == 1.0
     assert decide_run(records, confidence=0.9).requested_confidence == 0.9
+
+
+def test_the_learning_rates_of_a_run_are_those_of_the_training_behind_its_adapter() -> None:
+    records, recorded = make_run(), make_answered_run().adapters[0]
+    best, other = (min(records.list_finished(), key=lambda t: (t.rank != rank, t.value)) for rank in (64, 16))
+    for adapters, trained in (([], best), ([other], other)):
+        records.adapters[:] = [
+            recorded.model_copy(update={"answer": recorded.answer.model_copy(update={"trained_id": trial.trial_id})})
+            for trial in adapters
+        ]
+        answer = describe_run_learning_rate(records)
+        assert (answer.rank, answer.learning_rate) == (trained.rank, trained.learning_rate)
 
 
 def test_a_decision_so_far_needs_two_ranks() -> None:

@@ -72,10 +72,9 @@ def test_a_failed_rank_is_repeated_at_a_lower_rate_or_with_another_seed() -> Non
         decide_table(table, 0.02).next_runs[0]
         for table in (build_seed_table(DIVERGED), build_two_rate_table(RAISED, seeds=(0,)))
     )
-    assert lower.action == "rates"
-    assert lower.learning_rates == [pytest.approx(1e-3 / 3, rel=0.15)]
+    assert (lower.action, lower.learning_rates) == ("rates", [pytest.approx(1e-3 / 3, rel=0.15)])
     assert "now 0.001)" in lower.sentence
-    assert (seed.action, seed.seeds) == ("seeds", 2)
+    assert (seed.action, seed.seeds, seed.trials) == ("seeds", 2, 1)
     assert (
         decide_table(build_value_table(DIVERGED), 0.02).next_run
         == "Train rank 64 again at a lower learning rate: it may have failed."
