@@ -19,7 +19,10 @@ HERE, ROOT = Path(__file__).parent, Path(__file__).parents[1]
 RESULTS, PAGE, MARKS = HERE / "release.json", ROOT / "docs" / "reference" / "architectures.md", "<!-- release -->"
 PYTEST = "$PYTHON -m pytest -q -p no:cacheprovider"
 CHECKS = {  # packages whose versions are stored, and the command; $NAME is a variable of the environment
-    "all tests": ("torch transformers peft datasets trl lightning", f"{PYTEST} -n 2 --dist loadfile tests"),
+    "all tests": (
+        "torch transformers peft datasets trl lightning",
+        f"{PYTEST} -n 2 --dist loadfile --no-loadscope-reorder tests",
+    ),
     "architectures": (
         "torch transformers peft",
         f"{PYTEST} tests/training/test_architectures.py tests/training/test_targets.py",

@@ -102,7 +102,9 @@ def main(checkout: Path, commit: str) -> None:
     result = {"modules": len(SHAPES), "commit": commit, "seed": 0, "rows": rows, "machine": describe_machine()}
     store_result(result, RESULTS)
     print(json.dumps(result, indent=1))
-    print(f"errors at ranks {RANKS} differ by at most {max(row['difference'] for row in rows):.1g} of the update")
+    print(
+        f"sd-scripts {commit}: errors at ranks {RANKS} differ by at most {max(row['difference'] for row in rows):.1g} of the update"
+    )
 
 
 if __name__ == "__main__":
