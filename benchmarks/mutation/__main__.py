@@ -31,27 +31,30 @@ UNNOTICED = {0, 33}  # the exit status of `mutmut` where the tests pass, and whe
 
 @dataclass(frozen=True)
 class Part:
-    """Files to change, as patterns below `src/rightrank`, the tests to run, as patterns below `tests`, and the number of changes."""
+    """Files to change, as patterns below `src/rightrank`, the tests to run, as patterns below `tests`, the number of changes, and which tests by marker."""
 
     files: tuple[str, ...]
     tests: tuple[str, ...]
     changes: int = 60
+    marker: str = "not trains"
 
 
+ADAPTER_TESTS = ("dense_updates", "truncation", "find_smallest", "rank_math", "inspect", "round_trips", "resize")
 PARTS = {
     "decision": Part(("decision/*.py",), ("decision",), 120),
     "search": Part(("search/*.py",), ("search",)),
     "tables": Part(("tables/*.py",), ("tables",)),
     "adapters": Part(
         tuple(f"adapters/{name}.py" for name in ("truncation", "find_smallest", "resize", "rank_math")),
-        tuple(f"adapters/test_{name}.py" for name in ("truncation", "find_smallest", "resize", "rank_math")),
+        tuple(f"adapters/test_{name}.py" for name in ADAPTER_TESTS),
+        marker="",
     ),
 }
 SETTINGS = """
 [tool.mutmut]
 source_paths = ["src/"]
 only_mutate = {files}
-pytest_add_cli_args = ["-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not trains"]
+pytest_add_cli_args = ["-p", "no:cacheprovider", "-p", "no:xdist", "-m", {marker}]
 pytest_add_cli_args_test_selection = {tests}
 also_copy = {others}
 """
@@ -97,7 +100,8 @@ def measure_part(part: Part, commit: str, seed: int) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         copy_commit(commit, folder)
-        settings = {
+        settings: dict[str, object] = {
+            "marker": part.marker,
             "files": [f"src/rightrank/{pattern}" for pattern in part.files],
             "tests": [f"tests/{pattern}" for pattern in part.tests],
             "others": [path.name for path in sorted(folder.iterdir()) if path.name not in ("src", "tests")],
@@ -110,8 +114,10 @@ def measure_part(part: Part, commit: str, seed: int) -> dict[str, object]:
             raise SystemExit(printed)
         random.Random(seed).shuffle(names)
         drawn = list(islice((name for name in names if not changes_text(show_change(folder, name))), part.changes))
-        run_mutmut(folder, drawn)
+        printed = run_mutmut(folder, drawn)
         results = read_results(folder)
+        if any(results[name] is None for name in drawn):
+            raise SystemExit(f"the tests did not run under each change:\n{printed}")
         survivors = {name: show_change(folder, name) for name in drawn if results[name] in UNNOTICED}
     counts = {"possible": len(names), "drawn": len(drawn), "noticed": len(drawn) - len(survivors)}
     return {"commit": commit, "seed": seed, "tests": part.tests, **counts, "survivors": survivors}

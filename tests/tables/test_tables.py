@@ -113,6 +113,7 @@ def test_a_file_and_its_decision_are_plotted_and_become_a_data_frame(tmp_path: P
         assert plots.rank_curve(source).get_xlabel()
 
 
+@pytest.mark.trains
 def test_text_is_read_without_pandas_and_torch(tmp_path: Path) -> None:
     path = write_table(tmp_path, GOOD)
     program = (
