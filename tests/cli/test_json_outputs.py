@@ -104,6 +104,7 @@ FAILING = [
     "inspect model",
     "compare empty of_model --model model --data data.jsonl",
     "compare of_model of_model --model model --data nowhere.jsonl",
+    "compare of_model of_model --model model --data data.jsonl --base-b 3bit",
     "resize empty out --rank 4",
     "resize adapter out",
     "resize adapter out --rank 0",

@@ -76,6 +76,10 @@ def read_rows(source: Path | Any) -> RowsBySplit:
         )
     if path_kind == "file":
         return {None: _read_file(source)}
+    if any((source / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+        raise DataError(
+            f"{source}: a folder that `datasets` saved; give the object in Python, or save it with `to_parquet`"
+        )
     files = sorted(path for path in source.iterdir() if path.suffix.lower() in FILE_TYPES and path.is_file())
     if not files:
         raise DataError(f"{source}: the folder contains no data file; give {ALLOWED_SOURCES}")

@@ -256,11 +256,11 @@ def describe_data_issues(data: DataSummary) -> list[str]:
         (data.groups_across_splits, f"held-out groups (`{data.grouped_by}`) that also have rows in the training split"),
         (
             data.duplicates_across_splits,
-            "held-out examples are also in another split (exact duplicates across splits), which favours high ranks",
+            "of the held-out examples also in another split (exact duplicates across splits), which favours high ranks",
         ),
         (
             data.near_duplicates_across_splits,
-            "held-out examples differ from a training example only in white space or case, which favours high ranks",
+            "of the held-out examples differing from a training example only in white space or case, which favours high ranks",
         ),
     )
     unused_columns = [f"columns not used: {', '.join(data.unused_columns)}"] if data.unused_columns else []
