@@ -69,7 +69,9 @@ def test_the_equivalent_rank_is_the_smallest_with_as_many_parameters(modules: li
 def test_a_server_reserves_the_next_slot(rank: int, other: int) -> None:
     served = find_server_rank(rank)
     assert served == min((slot for slot in SERVER_RANKS if slot >= rank), default=rank)
-    assert format_slot(rank) == (f"rank {rank} takes the same slot as {served} on vLLM" if served > rank else "")
+    assert format_slot(rank) == (
+        f"the largest layer, rank {rank}, takes the same slot as rank {served} on vLLM" if served > rank else ""
+    )
     low, high = sorted((rank, other))
     assert format_rank(low, low, high) == (f"{low} (modules from {low} to {high})" if low < high else str(low))
 

@@ -67,7 +67,7 @@ def test_a_slot_of_a_server_is_named_for_plain_lora_only(use_dora: str, run: Run
     more = ("--ranks", "6", "--margin", "1e-9", "--set", f"use_dora={use_dora}")
     status, out, err = select(run, folder, "llama", tmp_path / "run", *more)
     assert status == 0, err
-    assert ("same slot as 8 on vLLM" in out) is (use_dora == "false")
+    assert ("same slot as rank 8 on vLLM" in out) is (use_dora == "false")
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def find_server_rank(rank: int) -> int:
 def format_slot(rank: int) -> str:
     """Return a sentence if an adapter of `rank` takes the slot of a higher rank on vLLM, or an empty string."""
     served = find_server_rank(rank)
-    return f"rank {rank} takes the same slot as {served} on vLLM" if served > rank else ""
+    return f"the largest layer, rank {rank}, takes the same slot as rank {served} on vLLM" if served > rank else ""
 
 
 def matches_pattern(key: str, name: str) -> bool:
