@@ -1,7 +1,7 @@
 """Measure whether the tests notice a change: draw changes of the code at random, run the tests that reach them, and count.
 
     pip install mutmut
-    python -m benchmarks.mutation                             # every row of PARTS at this commit; writes results.json
+    python -m benchmarks.mutation                             # every target at this commit; writes results.json
     python -m benchmarks.mutation decision --commit f1c95127  # one of them at another commit
 
 `mutmut` makes the changes and runs the tests, in a copy of the commit. Changes of a text alone are not drawn, since tests should not pin sentences.
@@ -30,8 +30,8 @@ UNNOTICED = {0, 33}  # the exit status of `mutmut` where the tests pass, and whe
 
 
 @dataclass(frozen=True)
-class Part:
-    """Files to change, as patterns below `src/rightrank`, the tests to run, as patterns below `tests`, the number of changes, and which tests by marker."""
+class Target:
+    """Code to change and tests that should notice: patterns below `src/rightrank` and `tests`, the number of changes, and a marker of tests."""
 
     files: tuple[str, ...]
     tests: tuple[str, ...]
@@ -40,11 +40,11 @@ class Part:
 
 
 ADAPTER_TESTS = ("dense_updates", "truncation", "find_smallest", "rank_math", "inspect", "round_trips", "resize")
-PARTS = {
-    "decision": Part(("decision/*.py",), ("decision",), 120),
-    "search": Part(("search/*.py",), ("search",)),
-    "tables": Part(("tables/*.py",), ("tables",)),
-    "adapters": Part(
+TARGETS = {
+    "decision": Target(("decision/*.py",), ("decision",), 120),
+    "search": Target(("search/*.py",), ("search",)),
+    "tables": Target(("tables/*.py",), ("tables",)),
+    "adapters": Target(
         tuple(f"adapters/{name}.py" for name in ("truncation", "find_smallest", "resize", "rank_math")),
         tuple(f"adapters/test_{name}.py" for name in ADAPTER_TESTS),
         marker="",
@@ -95,15 +95,15 @@ def changes_text(lines: list[str]) -> bool:
     return "XX" in added or removed.lower() == added.lower()
 
 
-def measure_part(part: Part, commit: str, seed: int) -> dict[str, object]:
+def measure_target(target: Target, commit: str, seed: int) -> dict[str, object]:
     """Draw changes, run the tests, and return the counts and the changes that no test noticed."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         copy_commit(commit, folder)
         settings: dict[str, object] = {
-            "marker": part.marker,
-            "files": [f"src/rightrank/{pattern}" for pattern in part.files],
-            "tests": [f"tests/{pattern}" for pattern in part.tests],
+            "marker": target.marker,
+            "files": [f"src/rightrank/{pattern}" for pattern in target.files],
+            "tests": [f"tests/{pattern}" for pattern in target.tests],
             "others": [path.name for path in sorted(folder.iterdir()) if path.name not in ("src", "tests")],
         }
         with (folder / "pyproject.toml").open("a", encoding="utf-8") as file:
@@ -113,19 +113,19 @@ def measure_part(part: Part, commit: str, seed: int) -> dict[str, object]:
         if not names:
             raise SystemExit(printed)
         random.Random(seed).shuffle(names)
-        drawn = list(islice((name for name in names if not changes_text(show_change(folder, name))), part.changes))
+        drawn = list(islice((name for name in names if not changes_text(show_change(folder, name))), target.changes))
         printed = run_mutmut(folder, drawn)
         results = read_results(folder)
         if any(results[name] is None for name in drawn):
             raise SystemExit(f"the tests did not run under each change:\n{printed}")
         survivors = {name: show_change(folder, name) for name in drawn if results[name] in UNNOTICED}
     counts = {"possible": len(names), "drawn": len(drawn), "noticed": len(drawn) - len(survivors)}
-    return {"commit": commit, "seed": seed, "tests": part.tests, **counts, "survivors": survivors}
+    return {"commit": commit, "seed": seed, "tests": target.tests, **counts, "survivors": survivors}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="default: all")
+    parser.add_argument("targets", nargs="*", choices=[[], *TARGETS], help="default: all")
     parser.add_argument("--commit", default="HEAD")
     parser.add_argument("--seed", type=int, default=83)
     parser.add_argument("--files", nargs="+", help="patterns of a commit that has other names than now")
@@ -135,10 +135,10 @@ def main() -> None:
         ["git", "rev-parse", "--short=8", args.commit], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.strip()
     stored = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    for name in args.parts or PARTS:
-        part = PARTS[name]
-        files, tests = tuple(args.files or part.files), tuple(args.tests or part.tests)
-        row = measure_part(replace(part, files=files, tests=tests), commit, args.seed)
+    for name in args.targets or TARGETS:
+        target = TARGETS[name]
+        files, tests = tuple(args.files or target.files), tuple(args.tests or target.tests)
+        row = measure_target(replace(target, files=files, tests=tests), commit, args.seed)
         print(f"{name} at {commit}, seed {args.seed}: {row['noticed']} of {row['drawn']} noticed", flush=True)
         stored |= {"machine": describe_machine(), "mutmut": version("mutmut"), f"{name} {commit} {args.seed}": row}
         RESULTS.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")

@@ -96,11 +96,11 @@ def test_every_matrix_is_the_best_of_its_rank_and_its_error_is_stated(
     dropped = norms = 0.0
     for module in resized.modules:
         values = np.linalg.svd(old[module.name], compute_uv=False)
-        norm, least = (float(np.linalg.norm(values[start:])) for start in (0, module.rank))
+        norm, discarded = (float(np.linalg.norm(values[start:])) for start in (0, module.rank))
         assert module.rank == ranks[module.name]
-        assert np.linalg.norm(new[module.name] - old[module.name]) == pytest.approx(least, abs=1e-6 * norm)
-        assert module.relative_delta_error == pytest.approx(least / norm if norm else 0.0, abs=1e-6)
-        dropped, norms = dropped + least**2, norms + norm**2
+        assert np.linalg.norm(new[module.name] - old[module.name]) == pytest.approx(discarded, abs=1e-6 * norm)
+        assert module.relative_delta_error == pytest.approx(discarded / norm if norm else 0.0, abs=1e-6)
+        dropped, norms = dropped + discarded**2, norms + norm**2
     assert resized.relative_delta_error == pytest.approx(math.sqrt(dropped / norms) if norms else 0.0, abs=1e-6)
     write_uniform_adapter(adapter, root / "uniform")
     assert {module.rank for module in open_adapter(root / "uniform").modules} == {adapter.rank}

@@ -90,7 +90,7 @@ def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     [
         ((), "nothing.jsonl", "no such file or folder"),
         ((), ".", "contains no data file"),
-        (("dataset_info.json", "train.jsonl"), ".", "`datasets` saved"),
+        (("state.json", "train.jsonl"), ".", "`datasets` saved"),
         (("train.jsonl", "more.jsonl"), ".", r"more\.jsonl belongs to no split"),
     ],
 )

@@ -207,10 +207,10 @@ def test_the_next_lower_rank_is_enough_at_the_wider_margin() -> None:
 def test_the_provenance_of_an_adapter_names_all_that_is_known(
     rank: int, rate: float, steps: int, step: int | None, is_mean: bool, truncation: str | None
 ) -> None:
-    made = DrawnRun(0).top
+    trial = DrawnRun(0).top
     fields = {"learning_rate": rate, "steps": steps, "checkpoint_step": step, "checkpoint_is_mean": is_mean}
     text = format_provenance(
-        made.model_copy(update={"rank": rank, "truncation": truncation}), made.model_copy(update=fields)
+        trial.model_copy(update={"rank": rank, "truncation": truncation}), trial.model_copy(update=fields)
     )
     is_truncated = rank < 16
     assert {"learning rate 0.001" in text, "learning rate" in text} == {rate > 0}

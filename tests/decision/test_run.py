@@ -138,8 +138,8 @@ def test_a_run_is_decided_at_its_own_margin() -> None:
 
 def test_the_learning_rates_of_a_run_are_those_of_the_training_behind_its_adapter() -> None:
     records, recorded = make_run(), make_answered_run().adapters[0]
-    best, other = (min(records.list_finished(), key=lambda t: (t.rank != rank, t.value)) for rank in (64, 16))
-    for adapters, trained in (([], best), ([other], other)):
+    top, low = (min(records.list_finished(), key=lambda t: (t.rank != rank, t.value)) for rank in (64, 16))
+    for adapters, trained in (([], top), ([low], low)):
         records.adapters[:] = [
             recorded.model_copy(update={"answer": recorded.answer.model_copy(update={"trained_id": trial.trial_id})})
             for trial in adapters

@@ -108,11 +108,11 @@ def test_the_squared_reaches_of_both_differences_add_up_for_bounded_scores(seed:
     """Zou and Donner: the squared reach of (s - t) - share·(b - t) is that of s - t plus share² times that of b - t."""
     losses = {rank: (values > 2).astype(float) for rank, values in draw_losses(seed, 0.5, [0.05], noise=0.3).items()}
     comparison = compare(losses, "2%", metric="accuracy")
-    gain, worse, both = (
+    gain, loss, contrast = (
         comparison.compute_contrast(comparison.adapters["1"].cell, value) for value in (1.0, 0.0, share)
     )
     for name in ("low", "high"):
-        squares = [(getattr(bounds, name) - bounds.mean) ** 2 for bounds in (gain, worse, both)]
+        squares = [(getattr(bounds, name) - bounds.mean) ** 2 for bounds in (gain, loss, contrast)]
         assert squares[2] == pytest.approx(squares[1] + share**2 * (squares[0] - squares[1]))
 
 

@@ -67,7 +67,7 @@ def make_undecided_run() -> tuple[Records, Goal]:
     return set_settings(make_run((512, 1024), (1e-3,)), margin=0.0001), "training-rank"
 
 
-def make_run_out_of_budget() -> tuple[Records, Goal]:
+def make_run_beyond_its_budget() -> tuple[Records, Goal]:
     """Make a run whose budget ended before any truncation."""
     records = make_run((64,), (3e-3,))
     (trial,) = [trial for trial in records.list_finished() if trial.rank]
@@ -101,7 +101,7 @@ CASES: list[Case] = [
     make_no_gain_run,
     make_adapter_without_gain,
     make_undecided_run,
-    make_run_out_of_budget,
+    make_run_beyond_its_budget,
     make_custom_run,
 ]
 
@@ -160,7 +160,7 @@ def test_commands_and_paths_stay_whole_in_any_terminal() -> None:
         (make_no_gain_run, ["No gain shown: rank 64 gained +0 over the base", "next:    another learning rate:"]),
         (make_adapter_without_gain, ["No gain shown: rank 64 gained +0 over the base (95% bounds ", "Try learning rates beyond those tried, then more steps, then more data."]),
         (make_undecided_run, ["Undecided: no rank is "]),
-        (make_run_out_of_budget, ["The adapter is the one trained at rank 64; no truncation was compared.",
+        (make_run_beyond_its_budget, ["The adapter is the one trained at rank 64; no truncation was compared.",
                                   "next:    a larger budget:\n         rightrank select --out data-model --set budget_trainings=3"]),
         (make_custom_run, ["adapter: the trainer saved none", "next:    "]),
     ],

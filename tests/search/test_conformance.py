@@ -250,11 +250,11 @@ def test_the_learning_rate_is_the_best_at_a_quarter_that_finishes_or_the_best_of
     space = make_space(seeds=(0, 1, 2), criterion=Criterion("reward" if is_score else "loss", is_score, 0.01, "loss"))
     world, trials, drawn = World(can_stop_early=stops), Trials(space), random.Random(number)
     losses: dict[bool, dict[float, float]] = {True: {}, False: {}}  # of quarters, and at the end
-    found: list[float | None] = []
+    rates: list[float | None] = []
     requested: list[Arm] = []
 
     def search() -> Iterator[Sequence[Arm]]:
-        found.append((yield from find_learning_rate(trials, 16, seed=seed)))
+        rates.append((yield from find_learning_rate(trials, 16, seed=seed)))
 
     share = drawn.choice([0.1, 0.6, 0.9])
     for arms in search():
@@ -276,7 +276,7 @@ def test_the_learning_rate_is_the_best_at_a_quarter_that_finishes_or_the_best_of
     expected = order[0] if order else None
     if not has_begun:
         expected = min(at_end, key=lambda rate: at_end[rate], default=None)
-    assert found == [expected]
+    assert rates == [expected]
     whole_rates = [arm.learning_rate for arm in requested if arm.stop_at is arm.continue_from is None]
     assert whole_rates == ([] if has_begun else [*space.learning_rates])
 

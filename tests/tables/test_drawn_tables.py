@@ -148,10 +148,10 @@ def nest_row(row: Row, random: Random) -> Row:
     nested: Row = {}
     for title, cell in row.items():
         *outer, last = title.split(".") if random.random() < 0.5 else [title]
-        place = nested
+        objects = nested
         for name in outer:
-            place = place.setdefault(name, {})
-        place |= {last: cell} if cell is not None or random.random() < 0.5 else {}
+            objects = objects.setdefault(name, {})
+        objects |= {last: cell} if cell is not None or random.random() < 0.5 else {}
     return nested
 
 

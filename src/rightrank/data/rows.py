@@ -76,7 +76,7 @@ def read_rows(source: Path | Any) -> RowsBySplit:
         )
     if path_kind == "file":
         return {None: _read_file(source)}
-    if any((source / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+    if any((source / name).exists() for name in ("state.json", "dataset_dict.json")):
         raise DataError(
             f"{source}: a folder that `datasets` saved; give the object in Python, or save it with `to_parquet`"
         )

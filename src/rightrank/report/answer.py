@@ -532,10 +532,9 @@ class RunStatus:
     answers: Answers
 
     def build_document(self) -> dict[str, Any]:
-        """Return the object of `status --json`: the state, then the keys of `select --json`."""
+        """Return the object of `status --json`: the state, then the keys of decision.json."""
         names = ("run", "state", "running", "progress", "resume")
-        next_runs = [next_run.sentence for next_run in self.answers.next_runs]
-        return {name: getattr(self, name) for name in names} | self.answers.build_document() | {"next_runs": next_runs}
+        return {name: getattr(self, name) for name in names} | self.answers.build_document()
 
 
 def build_run_status(

@@ -71,6 +71,8 @@ def compare_adapters(
     Raises:
         InputError: A side, the model, the data or a metric can't be used.
     """
+    if base_b is not None and base_b.endswith("bit") and base_b not in BITS:
+        raise SettingsError(f"base_b: got {base_b!r}; give 4bit, 8bit, or another base of B")
     require_metric_functions(settings)
     comparisons: list[MetricComparison] = []
     cause: str | None = None
@@ -105,8 +107,6 @@ def _evaluate_sides(
         trained_on = len(all_splits.examples["validation"]) - len(splits.examples["validation"])
     else:
         splits, settings = run_splits, settings.model_copy(update={"ranks": (1,)})
-    if base_b is not None and base_b.endswith("bit") and base_b not in BITS:
-        raise SettingsError(f"base_b: got {base_b!r}; give 4bit, 8bit, or another base of B")
     bits = BITS.get(base_b or "")
     settings_b = settings if bits is None else settings.model_copy(update={bits: True})
     model_b = model if base_b is None or bits is not None else base_b

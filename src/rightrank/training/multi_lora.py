@@ -309,6 +309,10 @@ class AdapterKind(ABC):
     """One way in which PEFT adapts a layer. The defaults describe s·B·A with matrices A and B."""
 
     label: ClassVar[str]  # in messages, with its article: "an embedding"
+    can_share_pass: ClassVar[bool] = (
+        False  # whether several adapters run in one pass; if not, PEFT's own forward pass runs one
+    )
+    can_truncate: ClassVar[bool] = True
 
     @abstractmethod
     def can_adapt(self, module: Any) -> bool:
@@ -362,6 +366,7 @@ class Linear(AdapterKind):
     """A `torch.nn.Linear`, transformers' `Conv1D`, or a quantised linear layer."""
 
     label = "a linear layer"
+    can_share_pass = True
 
     def can_adapt(self, module: Any) -> bool:
         has_other_wrapper = type(module).__name__ in ("ParamWrapper", "MultiheadAttention")
@@ -393,8 +398,9 @@ class _Dora(AdapterKind):
         return bool(variants) and all(name.startswith("Dora") for name in variants)
 
 
-class UnknownKind(AdapterKind):
+class _UnknownKind(AdapterKind):
     label = "an adapter of an unknown kind"
+    can_truncate = False  # the meaning of its tensors is unknown
 
     def can_adapt(self, module: Any) -> bool:
         return True
@@ -427,7 +433,7 @@ class FusedExperts(AdapterKind):
 
 
 # The first kind that claims a module describes it; the last one claims any module.
-KINDS: tuple[AdapterKind, ...] = (FusedExperts(), _Dora(), _Embedding(), Linear(), UnknownKind())
+KINDS: tuple[AdapterKind, ...] = (FusedExperts(), _Dora(), _Embedding(), Linear(), _UnknownKind())
 
 
 def find_kind(module: Any) -> AdapterKind:

@@ -19,7 +19,7 @@ from rightrank.bases.base_models import find_device
 from rightrank.schema.errors import ModelError, get_first_line, suggest_name
 from rightrank.schema.settings import PeftFields, SelectSettings
 from rightrank.schema.trials import Arm
-from rightrank.training.multi_lora import AdapterKind, FusedExperts, Linear, UnknownKind, find_kind
+from rightrank.training.multi_lora import AdapterKind, FusedExperts, find_kind
 from rightrank.training.peft_models import suppress_peft_warnings
 
 ALL_LINEAR = "all-linear"
@@ -53,14 +53,14 @@ class Targets:
     @property
     def unshared_reason(self) -> str | None:
         """Return the reason why adapters of this kind cannot share a pass; None if they can."""
-        label = next((module.kind.label for module in self.modules if not isinstance(module.kind, Linear)), None)
+        label = next((module.kind.label for module in self.modules if not module.kind.can_share_pass), None)
         return None if label is None else f"{label} runs through PEFT's own forward pass, one adapter at a time"
 
     @property
     def untruncatable_reason(self) -> str | None:
         """Return the reason why adapters of this kind cannot be truncated; None if they can."""
-        is_unknown = any(isinstance(module.kind, UnknownKind) for module in self.modules)
-        return "an adapter of an unknown kind: the meaning of its tensors is unknown" if is_unknown else None
+        label = next((module.kind.label for module in self.modules if not module.kind.can_truncate), None)
+        return None if label is None else f"{label}: the meaning of its tensors is unknown"
 
 
 def find_targets(model: Any, settings: SelectSettings, is_classification: bool) -> Targets:
