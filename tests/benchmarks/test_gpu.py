@@ -31,7 +31,6 @@ ROOT = Path(__file__).parents[2]
 CASES = ("other ends", "dropout, accumulation", "classes", "pairs, frozen prefix", "DoRA")
 
 
-@pytest.mark.release
 def test_the_engine_trains_evaluates_and_refuses_there_as_on_the_cpu(tmp_path: Path) -> None:
     """Run in a separate process, because an installed device cannot be removed."""
     out = tmp_path / "out.json"

@@ -59,7 +59,6 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
         assert not [member.name for member in archive if member.issym() or member.islnk() or ".." in member.name]
 
 
-@pytest.mark.release
 @pytest.mark.skipif(find_spec("hatchling") is None, reason="the build backend is not installed: pip install hatchling")
 def test_the_wheel_alone_answers_without_the_packages_of_a_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
