@@ -26,6 +26,7 @@ from rightrank.adapters.adapter_files import AdapterFolder, open_adapter
 from rightrank.adapters.resize import list_candidate_ranks, require_plain_update
 from rightrank.bases.base_models import require_named_base
 from rightrank.schema.errors import ModelError, RunError, get_first_line, log_traceback
+from rightrank.training.device import set_training_mode
 from rightrank.training.multi_lora import Linear, find_kind
 from rightrank.training.peft_models import find_lora_modules, save_adapter, use_adapter
 
@@ -185,13 +186,13 @@ def preserve_state(model: Any, name: str, *loaders: Any) -> Iterator[None]:
     layers = [layer for layer in find_lora_modules(model).values() if name in layer.lora_A]
     factors = [factors[name].weight for layer in layers for factors in (layer.lora_A, layer.lora_B)]
     weights = [(factor, factor.detach().clone()) for factor in factors]
-    modes = [(module, module.training) for module in model.modules()]
+    # Setting each module's mode restores exactly what it was; `model.eval()` also sets the mode of kernels (transformers 5.25).
+    training_modules = [module for module in model.modules() if module.training]
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
         for parameter, _, _ in parameters:
             parameter.grad = None
-        model.eval()
-        with use_adapter(model, name), preserve_random_states(*loaders):
+        with set_training_mode(False, training_modules), use_adapter(model, name), preserve_random_states(*loaders):
             yield
     finally:
         with torch.no_grad():
@@ -200,8 +201,6 @@ def preserve_state(model: Any, name: str, *loaders: Any) -> Iterator[None]:
         for parameter, required, gradient in parameters:
             parameter.requires_grad_(required)
             parameter.grad = gradient
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager
