@@ -13,14 +13,14 @@ from peft.utils import ModulesToSaveWrapper
 
 from rightrank.bases.base_models import load_base
 from rightrank.data.splits import load_data
+from rightrank.evaluation.peft_models import ADAPTER, find_lora_modules
+from rightrank.evaluation.tokens import encode_splits
 from rightrank.schema.events import Event, Listener, StepDone
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial, TrialFinished, TrialOutcome
 from rightrank.training.loop import TrialFolders, train_trials
 from rightrank.training.multi_lora import MultiLora
-from rightrank.training.peft_models import ADAPTER, find_lora_modules
 from rightrank.training.runtime import Runtime
-from rightrank.training.tokens import encode_splits
 from tests.watch import Watch
 
 

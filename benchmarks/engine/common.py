@@ -11,10 +11,10 @@ from benchmarks.machine import describe_machine as plain_machine
 from rightrank.bases.base_models import load_base
 from rightrank.data.splits import load_data
 from rightrank.data.token_store import TokenStore
+from rightrank.evaluation.tokens import EncodedData, encode_splits
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName
 from rightrank.training.runtime import Runtime
-from rightrank.training.tokens import EncodedData, encode_splits
 
 DEFAULTS: dict[str, Any] = {
     "ranks": (1, 16),

@@ -30,10 +30,10 @@ import torch
 from peft import get_peft_model
 
 from benchmarks.engine.common import build_trainer_rows, describe_machine, limit_to_one_pass, make_runtime
+from rightrank.evaluation import fast_paths
+from rightrank.evaluation.device import read_peak_bytes, reset_peak_memory
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.training import runtime as training_runtime
-from rightrank.training.device import read_peak_bytes, reset_peak_memory
 from rightrank.training.loop import TrialFolders, train_trials
 from rightrank.training.runtime import Runtime
 from rightrank.training.targets import make_lora_config
@@ -180,13 +180,13 @@ def train_with_trainer(
 
 def train_ours_padded(job: Job, dtype: str) -> Measured:
     """Train ours on padded batches of the same examples, to measure what joining them saves."""
-    with patch.object(training_runtime, "FUSED_ATTENTION", None):
+    with patch.object(fast_paths, "FUSED_ATTENTION", None):
         return train_ours(job, dtype, 1)
 
 
 def train_ours_plain_attention(job: Job) -> Measured:
     """Train ours in bfloat16 with attention also in bfloat16, to measure the difference."""
-    with patch.object(training_runtime, "use_float32_attention", nullcontext):
+    with patch.object(fast_paths, "use_float32_attention", nullcontext):
         return train_ours(job, "bfloat16", 1)
 
 

@@ -20,12 +20,12 @@ from rightrank.bases.safetensors_files import find_shards, open_tensors
 from rightrank.cli.options import gather_settings
 from rightrank.data.rows import FILE_TYPES
 from rightrank.data.splits import load_data
+from rightrank.evaluation.tokens import encode_splits
 from rightrank.report.answer import build_answers, format_decision
 from rightrank.report.html import render_report
 from rightrank.runs.folder import RunFolder, seal
 from rightrank.schema.errors import InputError
 from rightrank.schema.settings import PlanSettings, SelectSettings
-from rightrank.training.tokens import encode_splits
 
 PART = b"\n--part--\n"  # between the files of one input
 

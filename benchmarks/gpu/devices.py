@@ -39,6 +39,7 @@ from benchmarks.tiny import (
     write_pairs,
 )
 from rightrank.bases import base_models
+from rightrank.evaluation.loss import chunked_cross_entropy
 from rightrank.runs import prepare as preparation
 from rightrank.runs.selection import SelectionRequest
 from rightrank.schema.errors import InterruptedRun, SettingsError
@@ -46,7 +47,6 @@ from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialDiverged, TrialFailed, TrialFinished, TrialOutcome
 from rightrank.training import targets
 from rightrank.training.loop import TrialFolders, train_trials
-from rightrank.training.loss import chunked_cross_entropy
 from rightrank.training.pace import choose_adapters_per_pass, measure_pace
 from rightrank.training.runtime import Runtime
 

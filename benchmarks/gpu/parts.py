@@ -29,10 +29,10 @@ from benchmarks.gpu.plain import compute_example_losses, train_plain_loop
 from benchmarks.plan import gpu as plan_cases
 from benchmarks.plan.architectures import SMALL_CONFIGS
 from rightrank import select_rank
+from rightrank.evaluation import fast_paths
 from rightrank.runs.folder import RunFolder
 from rightrank.schema.events import Event, Listener, Notice
 from rightrank.schema.trials import Arm, Trial, TrialFinished
-from rightrank.training import runtime as training_runtime
 from rightrank.training.loop import TrialFolders, train_trials
 from rightrank.training.pace import find_multi_lora_obstacle
 from rightrank.training.runtime import Runtime
@@ -137,9 +137,7 @@ def measure_attention(job: Job) -> Iterator[Row]:
     for dtype in ("float32", "bfloat16"):
         rows = {}
         for name, joined in (("joined", True), ("padded", False)):
-            with patch.object(
-                training_runtime, "FUSED_ATTENTION", training_runtime.FUSED_ATTENTION if joined else None
-            ):
+            with patch.object(fast_paths, "FUSED_ATTENTION", fast_paths.FUSED_ATTENTION if joined else None):
                 runtime = job.runtime(f"attention {dtype} {name}", dtype=dtype)
             job.train(f"{dtype} {name} first", runtime, job.arms(1), 1, Listener())  # loads the kernels
             rows[name] = job.train(f"{dtype} {name}", runtime, job.arms(1), 1, Listener())

@@ -12,10 +12,10 @@ from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
+from rightrank.evaluation.peft_models import ADAPTER, find_lora_modules, suppress_peft_warnings
 from rightrank.schema.trials import Arm
 from rightrank.training.multi_lora import MultiLora
 from rightrank.training.optimizer import make_schedule
-from rightrank.training.peft_models import ADAPTER, find_lora_modules, suppress_peft_warnings
 from rightrank.training.runtime import Runtime
 
 

@@ -18,11 +18,11 @@ from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
+from rightrank.evaluation.batches import Batch
+from rightrank.evaluation.device import enable_gradient_checkpointing
+from rightrank.evaluation.loss import OutputHead, chunked_cross_entropy, classification_loss, head_loss
 from rightrank.schema.settings import PlanSettings, SelectSettings
 from rightrank.schema.trials import Arm
-from rightrank.training.batches import Batch
-from rightrank.training.device import enable_gradient_checkpointing
-from rightrank.training.loss import OutputHead, chunked_cross_entropy, classification_loss, head_loss
 from rightrank.training.multi_lora import ArmBatch, MultiLora
 from rightrank.training.targets import find_targets, make_lora_config
 

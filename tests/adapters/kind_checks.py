@@ -22,15 +22,15 @@ from rightrank import inspect, resize
 from rightrank.adapters.adapter_files import open_adapter
 from rightrank.bases.base_models import prepare_model
 from rightrank.data.splits import load_data
+from rightrank.evaluation.peft_models import suppress_peft_warnings
+from rightrank.evaluation.tokens import encode_splits
 from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.events import Listener, StepDone
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.training.loop import TrialFolders
 from rightrank.training.pace import find_multi_lora_obstacle
-from rightrank.training.peft_models import suppress_peft_warnings
 from rightrank.training.runtime import Runtime
-from rightrank.training.tokens import encode_splits
 from tests.helpers import attach_fresh_adapter, list_trainable_parameters, run_trial
 from tests.tiny import GPT2_SIZES, SIZES, build_small_settings, make_tokenizer, write_completions
 from tests.watch import Watch

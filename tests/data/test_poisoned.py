@@ -13,10 +13,10 @@ import pyarrow.parquet
 import pytest
 
 from rightrank.data.splits import load_data
+from rightrank.evaluation.tokens import EncodedData, encode_splits
 from rightrank.report.answer import build_answers
 from rightrank.report.html import render_report
 from rightrank.report.progress import format_plan
-from rightrank.training.tokens import EncodedData, encode_splits
 from tests.commands import run
 from tests.report.runs import make_run
 from tests.tiny import build_small_settings, generate_sentences, make_tokenizer

@@ -18,11 +18,12 @@ import pytest
 from peft import AutoPeftModelForCausalLM
 
 from rightrank.cli import main
+from rightrank.evaluation import peft_models
 from rightrank.report import html
 from rightrank.runs import run as job
 from rightrank.runs.folder import Journal, RunFolder
 from rightrank.schema.trials import TrialFinished, TrialStarted
-from rightrank.training import loop, optimizer, peft_models
+from rightrank.training import loop, optimizer
 from rightrank.training.runtime import Runtime
 from tests.commands import (
     SMALL,

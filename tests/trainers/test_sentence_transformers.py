@@ -12,9 +12,9 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 
 from rightrank import SmallestAdapter
+from rightrank.evaluation.peft_models import set_update_to_zero
 from rightrank.schema.errors import DataError, SettingsError
 from rightrank.trainers.trainer_batches import find_adapted_model
-from rightrank.training.peft_models import set_update_to_zero
 from tests.tiny import generate_sentences, make_tokenizer
 
 pytest.importorskip("sentence_transformers")

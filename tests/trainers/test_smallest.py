@@ -31,14 +31,14 @@ from rightrank import SelectSettings, SmallestAdapter, compare
 from rightrank.adapters.adapter_files import open_adapter
 from rightrank.adapters.resize import list_candidate_ranks
 from rightrank.decision.comparison import INDEPENDENCE_NOTE
+from rightrank.evaluation.peft_models import set_update_to_zero
+from rightrank.evaluation.scores import Scores
 from rightrank.runs.resize_by_data import measure_truncations
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.trials import SplitName
 from rightrank.trainers.measurement import InMemoryAdapter
 from rightrank.trainers.trainer_batches import compute_batch_loss
 from rightrank.training.adapter_runtime import attach_adapter, gather_unseen_moments
-from rightrank.training.loss import Scores
-from rightrank.training.peft_models import set_update_to_zero
 from tests.commands import run
 from tests.helpers import make_runtime
 from tests.tiny import build_small_settings, write_completions, write_pairs

@@ -10,11 +10,11 @@ import transformers
 
 from rightrank.bases.base_models import prepare_model
 from rightrank.data.splits import load_data
+from rightrank.evaluation.tokens import encode_splits
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.training.loop import TrialFolders, train_trials
 from rightrank.training.runtime import Runtime
-from rightrank.training.tokens import encode_splits
 from tests.tiny import GPT2_SIZES, build_small_settings, make_tokenizer
 from tests.tiny import SIZES as BARE_SIZES
 

@@ -15,8 +15,8 @@ from jinja2 import TemplateError
 from rightrank.bases.base_models import load_base
 from rightrank.data.splits import load_data
 from rightrank.data.token_store import IGNORED
+from rightrank.evaluation.tokens import encode_splits
 from rightrank.schema.errors import DataError
-from rightrank.training.tokens import encode_splits
 from tests.tiny import CHAT_TEMPLATE, ON_CPU, build_small_settings, generate_sentences, make_tokenizer, write_jsonl
 from tests.training.chat_templates import MARKED, OTHERWISE, PLAIN, REASONED, REWRITING, trl_templates
 

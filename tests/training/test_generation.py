@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from rightrank.evaluation.tokens import Chat
 from rightrank.schema.trials import Arm
 from rightrank.training.answers import generate_answers
 from rightrank.training.multi_lora import MultiLora, Routing
 from rightrank.training.runtime import Runtime
-from rightrank.training.tokens import Chat
 from tests.helpers import make_runtime
 from tests.tiny import build_small_settings, make_tokenizer
 from tests.training.chat_templates import PLAIN, REWRITING

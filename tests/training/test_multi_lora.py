@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from rightrank.evaluation.loss import BatchLoss
 from rightrank.schema.errors import InterruptedRun
 from rightrank.schema.events import Listener, StepDone
 from rightrank.schema.trials import Arm, Trial, TrialDiverged, TrialFinished, TrialOutcome
 from rightrank.training.loop import TrialFolders, train_trials
-from rightrank.training.loss import BatchLoss
 from rightrank.training.pace import find_multi_lora_obstacle
 from rightrank.training.runtime import Runtime
 from tests.helpers import make_runtime

@@ -12,9 +12,8 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from rightrank.schema.trials import Arm
-from rightrank.training.batches import plan_batches
 from rightrank.training.multi_lora import ArmBatch, MultiLora
-from rightrank.training.runtime import Runtime
+from rightrank.training.runtime import Runtime, plan_batches
 from tests.helpers import make_runtime
 from tests.tiny import build_small_settings, make_tokenizer
 from tests.training.architectures import SIZES, make_model_runtime

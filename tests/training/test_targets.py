@@ -13,10 +13,10 @@ import transformers
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 
+from rightrank.evaluation.peft_models import suppress_peft_warnings
 from rightrank.schema.errors import ModelError
 from rightrank.schema.settings import PEFT_OPTIONS, PlanSettings, SelectSettings
 from rightrank.schema.trials import Arm
-from rightrank.training.peft_models import suppress_peft_warnings
 from rightrank.training.targets import find_targets, make_lora_config, require_targets
 from tests.tiny import GPT2_SIZES, build_small_settings, make_tokenizer
 from tests.training.architectures import BERT, MODELS, make_model

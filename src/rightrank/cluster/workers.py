@@ -158,7 +158,7 @@ def open_pool(prepared: LoadedSelection, folder: RunFolder, listener: Listener) 
 
     The driver's base is on the CPU while workers use the accelerator.
     """
-    from rightrank.training.device import free_memory
+    from rightrank.evaluation.device import free_memory
 
     settings, runtime = prepared.request.settings, prepared.runtime
     device, is_movable = runtime.loaded.device, settings.weight_bits is None  # Quantised weights cannot be moved.

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from rightrank.bases.base_models import LoadedModel, is_supported, read_device_memory
+from rightrank.evaluation.tokens import EncodedData
 from rightrank.planning.estimate import Estimator, SharedPassError, UntraceableError, estimate_context_bytes
 from rightrank.report.format import format_bytes
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.results import Plan
 from rightrank.schema.settings import MAX_ADAPTERS_PER_PASS, STEP_OF_SELECT, PlanSettings, SelectSettings
 from rightrank.training.targets import require_ranks
-from rightrank.training.tokens import EncodedData
 
 # The relative error of a predicted peak. The largest measured error is 0.06% on a CPU (76 cases against torch's profiler)
 # and 1.6% on CUDA (three published peaks). There, and with weights in 4 or 8 bits, the fragmentation of the allocator varies: a model of it

@@ -34,10 +34,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from rightrank.bases.base_models import DTYPES, build_meta_model, load_model_config
+from rightrank.evaluation.device import enable_gradient_checkpointing
+from rightrank.evaluation.loss import OutputHead, chunked_cross_entropy
 from rightrank.schema.errors import ModelError, get_first_line
 from rightrank.schema.settings import PlanSettings
-from rightrank.training.device import enable_gradient_checkpointing
-from rightrank.training.loss import OutputHead, chunked_cross_entropy
 from rightrank.training.multi_lora import Routing, install_forward
 from rightrank.training.targets import (
     ALL_LINEAR,

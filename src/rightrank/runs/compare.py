@@ -24,6 +24,8 @@ from rightrank.bases.safetensors_files import open_tensors
 from rightrank.data.files import read_json_object
 from rightrank.data.splits import DataSplits, load_data, load_held_out
 from rightrank.decision.adapter import Criterion, ReferenceComparison, format_margin
+from rightrank.evaluation.scores import Scores
+from rightrank.evaluation.tokens import encode_splits
 from rightrank.runs.folder import Journal
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.events import EvaluationProgress, RunStarted
@@ -32,9 +34,7 @@ from rightrank.schema.results import AdapterComparison, ComparisonVerdict, Metri
 from rightrank.schema.settings import SPLIT_SETTINGS, SelectSettings
 from rightrank.training.adapter_runtime import attach_adapter, report_evaluation_progress, require_matching_base
 from rightrank.training.answers import measure_metrics, require_metric_functions
-from rightrank.training.loss import Scores
 from rightrank.training.runtime import Runtime
-from rightrank.training.tokens import encode_splits
 
 BITS = {"4bit": "load_in_4bit", "8bit": "load_in_8bit"}  # the settings for values of `--base-b`
 VERDICTS: dict[bool | None, ComparisonVerdict] = {True: "not_worse", None: "cannot_tell", False: "worse"}

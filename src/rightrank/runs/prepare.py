@@ -23,6 +23,9 @@ from rightrank.bases.base_models import (
 )
 from rightrank.data.forms import DataForm
 from rightrank.data.splits import DataSplits, load_data
+from rightrank.evaluation.device import describe_environment
+from rightrank.evaluation.scores import MetricResults
+from rightrank.evaluation.tokens import EncodedData, encode_splits
 from rightrank.planning.planner import MemoryPlan, plan_loaded
 from rightrank.runs.folder import RunFolder
 from rightrank.runs.selection import Executor, PreparedSelection, SelectionRequest
@@ -34,13 +37,10 @@ from rightrank.search.protocol import build_space
 from rightrank.search.strategies import make_strategy
 from rightrank.training.adapter_runtime import attach_adapter
 from rightrank.training.answers import measure_metrics, require_metric_functions
-from rightrank.training.device import describe_environment
 from rightrank.training.loop import TrialFolders, train_trials
-from rightrank.training.loss import MetricResults
 from rightrank.training.pace import choose_adapters_per_pass
 from rightrank.training.runtime import Runtime
 from rightrank.training.targets import Targets, find_targets
-from rightrank.training.tokens import EncodedData, encode_splits
 
 Notice: TypeAlias = Callable[[str], None]
 OpenWorkers: TypeAlias = Callable[["LoadedSelection", RunFolder, Listener], AbstractContextManager[Executor]]

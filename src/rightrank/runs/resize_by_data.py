@@ -28,6 +28,8 @@ from rightrank.adapters.truncation import Moments
 from rightrank.data.rows import read_rows
 from rightrank.data.splits import DataSplits, load_data, load_held_out
 from rightrank.decision.adapter import Criterion, ScoredAdapter, format_margin
+from rightrank.evaluation.peft_models import GatheredMoments
+from rightrank.evaluation.scores import Scores
 from rightrank.runs.compare import load_run_splits, read_labels
 from rightrank.schema.errors import DataError
 from rightrank.schema.events import EvaluationProgress, Notice
@@ -40,8 +42,6 @@ from rightrank.training.adapter_runtime import (
     make_adapter_runtime,
     report_evaluation_progress,
 )
-from rightrank.training.loss import Scores
-from rightrank.training.peft_models import GatheredMoments
 from rightrank.training.runtime import Runtime
 
 

@@ -25,10 +25,10 @@ from torch.distributed.tensor import DTensor
 from rightrank.adapters.adapter_files import AdapterFolder, open_adapter
 from rightrank.adapters.resize import list_candidate_ranks, require_plain_update
 from rightrank.bases.base_models import require_named_base
+from rightrank.evaluation.device import set_training_mode
+from rightrank.evaluation.peft_models import find_lora_modules, save_adapter, use_adapter
 from rightrank.schema.errors import ModelError, RunError, get_first_line, log_traceback
-from rightrank.training.device import set_training_mode
 from rightrank.training.multi_lora import Linear, find_kind
-from rightrank.training.peft_models import find_lora_modules, save_adapter, use_adapter
 
 log = logging.getLogger("rightrank")
 

@@ -27,6 +27,15 @@ from rightrank.adapters.resize import RankedAdapter, list_candidate_ranks, write
 from rightrank.bases.base_models import compute_base_identity
 from rightrank.data.files import replace_folder, write_text
 from rightrank.decision.adapter import Criterion, ScoredAdapter
+from rightrank.evaluation.loss import BatchLoss
+from rightrank.evaluation.peft_models import (
+    MOMENT_TOKENS,
+    GatheredMoments,
+    accumulate_moments,
+    find_lora_modules,
+    set_update_to_zero,
+)
+from rightrank.evaluation.scores import Scores
 from rightrank.report.format import format_training_settings
 from rightrank.schema.errors import DataError, NotFiniteError, RunFolderError, SettingsError
 from rightrank.schema.metrics import LossKind, Margin
@@ -51,14 +60,6 @@ from rightrank.trainers.trainer_batches import (
     count_positions,
     has_class_labels,
     read_batch,
-)
-from rightrank.training.loss import BatchLoss, Scores
-from rightrank.training.peft_models import (
-    MOMENT_TOKENS,
-    GatheredMoments,
-    accumulate_moments,
-    find_lora_modules,
-    set_update_to_zero,
 )
 
 log = logging.getLogger("rightrank")

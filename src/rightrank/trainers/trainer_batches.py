@@ -1,7 +1,7 @@
 """Read the rows and batches of another trainer without affecting the training, and score their examples.
 
 A batch is the output of the trainer's own collator. Its tensors show its form: `completion_mask` for TRL's preference pairs, one label per
-row for classification, else one label per token. The losses are those of `training/loss.py`. Labels are never passed to the model, because
+row for classification, else one label per token. The losses are those of `evaluation/loss.py`. Labels are never passed to the model, because
 fused losses then return no logits.
 
 Rerankers and embedding models of sentence-transformers are scored by the loss of their trainer. If the loss of a batch is the mean of the
@@ -31,9 +31,7 @@ from torch.utils.data import IterableDataset, Subset
 from rightrank.adapters.adapter_folders import PEFT_PREFIX, WEIGHTS_FILE
 from rightrank.data.rows import are_instructions, sample_indices
 from rightrank.data.token_store import IGNORED
-from rightrank.schema.errors import DataError, ModelError, RightrankError, describe_error, get_first_line, log_traceback
-from rightrank.trainers.in_memory import gather_objects, get_process_index, get_world_size, sync_errors
-from rightrank.training.loss import (
+from rightrank.evaluation.loss import (
     BatchLoss,
     Likelihood,
     PreferenceLoss,
@@ -41,7 +39,9 @@ from rightrank.training.loss import (
     compute_native_pass_losses,
     get_base_model,
 )
-from rightrank.training.peft_models import MOMENT_TOKENS, use_adapter
+from rightrank.evaluation.peft_models import MOMENT_TOKENS, use_adapter
+from rightrank.schema.errors import DataError, ModelError, RightrankError, describe_error, get_first_line, log_traceback
+from rightrank.trainers.in_memory import gather_objects, get_process_index, get_world_size, sync_errors
 
 Batch: TypeAlias = Mapping[str, Any]  # as the trainer's collator makes it
 BETA = 0.1  # of the loss of preference pairs, TRL's default

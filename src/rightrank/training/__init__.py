@@ -1,1 +1,1 @@
-"""How arms train: the base in memory, tokens, batches, losses, the loop, evaluation. What is trained next belongs to `search`."""
+"""How arms train: targets, the adapters that share a pass, the optimizer, the loop. What is trained next belongs to `search`."""

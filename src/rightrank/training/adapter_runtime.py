@@ -22,13 +22,8 @@ from rightrank.bases.model_sources import normalize_model_name, require_model
 from rightrank.data.files import replace_file
 from rightrank.data.rows import sample_indices
 from rightrank.data.splits import DataSplits
-from rightrank.schema.errors import ModelError, SettingsError, get_first_line, quote_value
-from rightrank.schema.events import EvaluationProgress
-from rightrank.schema.settings import SelectSettings
-from rightrank.schema.trials import Arm
-from rightrank.training.device import catch_memory_errors
-from rightrank.training.multi_lora import Linear, find_kind
-from rightrank.training.peft_models import (
+from rightrank.evaluation.device import catch_memory_errors
+from rightrank.evaluation.peft_models import (
     ADAPTER,
     MOMENT_TOKENS,
     GatheredMoments,
@@ -38,8 +33,13 @@ from rightrank.training.peft_models import (
     suppress_peft_warnings,
     unwrap_base,
 )
+from rightrank.evaluation.tokens import encode_splits
+from rightrank.schema.errors import ModelError, SettingsError, get_first_line, quote_value
+from rightrank.schema.events import EvaluationProgress
+from rightrank.schema.settings import SelectSettings
+from rightrank.schema.trials import Arm
+from rightrank.training.multi_lora import Linear, find_kind
 from rightrank.training.runtime import Runtime
-from rightrank.training.tokens import encode_splits
 
 MAX_TOKEN_FRACTION = 0.1  # largest fraction of a training's tokens to read for moments
 LENGTH_SAMPLE_SIZE = 256  # examples from which the mean length is estimated

@@ -26,14 +26,14 @@ from transformers import GenerationConfig
 
 from rightrank.data.files import replace_file
 from rightrank.data.forms import Example, select_template_inputs
+from rightrank.evaluation.device import enable_kv_cache
+from rightrank.evaluation.scores import MetricResults
+from rightrank.evaluation.tokens import Chat
 from rightrank.schema.errors import DataError, MetricError, SettingsError, is_out_of_memory, log_traceback, quote_value
 from rightrank.schema.metrics import MetricSpec
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName
-from rightrank.training.device import enable_kv_cache
-from rightrank.training.loss import MetricResults
 from rightrank.training.runtime import Runtime
-from rightrank.training.tokens import Chat
 
 
 @dataclass(frozen=True, slots=True)

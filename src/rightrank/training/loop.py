@@ -25,6 +25,10 @@ from peft import LoraConfig, set_peft_model_state_dict
 from rightrank.adapters.resize import truncate_tensors
 from rightrank.adapters.truncation import load_moments
 from rightrank.bases.safetensors_files import BFLOAT16
+from rightrank.evaluation.batches import Batch
+from rightrank.evaluation.device import catch_memory_errors, free_memory, read_peak_bytes, reset_peak_memory
+from rightrank.evaluation.peft_models import save_adapter
+from rightrank.evaluation.scores import MetricResults, Scores
 from rightrank.schema.errors import InterruptedRun, MetricError
 from rightrank.schema.events import Listener, StepDone
 from rightrank.schema.settings import EVAL_SUBSET_SIZE
@@ -39,9 +43,6 @@ from rightrank.schema.trials import (
 )
 from rightrank.training.adapter_runtime import attach_adapter, ensure_moments
 from rightrank.training.answers import measure_metrics
-from rightrank.training.batches import Batch
-from rightrank.training.device import catch_memory_errors, free_memory, read_peak_bytes, reset_peak_memory
-from rightrank.training.loss import MetricResults, Progress, Scores, build_finished_trial
 from rightrank.training.multi_lora import ArmBatch, MultiLora, Routing
 from rightrank.training.optimizer import (
     ArmOptimizer,
@@ -52,7 +53,7 @@ from rightrank.training.optimizer import (
     save_checkpoint,
     take_step,
 )
-from rightrank.training.peft_models import save_adapter
+from rightrank.training.progress import TrainingProgress, build_finished_trial
 from rightrank.training.runtime import Runtime
 
 CHECKPOINT_SECONDS = 60.0  # between checkpoints of a running trial
@@ -153,7 +154,7 @@ class ArmTraining:
         return None
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> TrainingProgress:
         return self.optimizer.progress
 
     @property
@@ -399,7 +400,7 @@ def _evaluate_base(runtime: Runtime, trial: Trial, folders: TrialFolders) -> Tri
     scores = runtime.evaluate("validation")
     metric_results = measure_metrics(runtime, "validation", folders.answers)
     metric_results.require_values(list(metric_results.failures))
-    progress = Progress(eval_seconds=time.perf_counter() - start_time)
+    progress = TrainingProgress(eval_seconds=time.perf_counter() - start_time)
     record = build_finished_trial(trial, runtime.settings.metric_name, scores, metric_results, progress)
     return record.model_copy(update={"peak_bytes": read_peak_bytes(runtime.loaded.device)})
 

@@ -54,12 +54,12 @@ from peft.utils import ModulesToSaveWrapper
 
 from rightrank.adapters.adapter_folders import name_experts
 from rightrank.data.token_store import IGNORED
+from rightrank.evaluation.batches import Batch
+from rightrank.evaluation.device import set_training_mode
+from rightrank.evaluation.peft_models import ADAPTER, find_lora_modules, suppress_peft_warnings, unwrap_base
 from rightrank.schema.errors import MultiLoraError
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm
-from rightrank.training.batches import Batch
-from rightrank.training.device import set_training_mode
-from rightrank.training.peft_models import ADAPTER, find_lora_modules, suppress_peft_warnings, unwrap_base
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,9 @@ from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
 from rightrank.data.files import UnreadableError, parse_json, replace_file
+from rightrank.evaluation.batches import Batch
 from rightrank.schema.settings import SelectSettings
-from rightrank.training.batches import Batch
-from rightrank.training.loss import Progress
+from rightrank.training.progress import TrainingProgress
 from rightrank.training.runtime import Runtime
 
 BEST_PREFIX = "best."  # prefix of the best parameters among a checkpoint's tensors
@@ -77,7 +77,7 @@ class ArmOptimizer:
     def __post_init__(self) -> None:
         self._parameters = list(self.named_parameters.values())
         self._optimizer = _make_optimizer(self._parameters, self._learning_rate, self._runtime)
-        self.progress = Progress()
+        self.progress = TrainingProgress()
         self.best: Mapping[str, torch.Tensor] = {}  # the parameters at the best evaluation so far
         self.means = {name: RunningMean(self.named_parameters, start) for name, start in self.mean_starts.items()}
         # These belong to the current step.
@@ -130,7 +130,7 @@ class ArmOptimizer:
         self.best = {
             name.removeprefix(BEST_PREFIX): value for name, value in tensors.items() if name.startswith(BEST_PREFIX)
         }
-        self.progress = Progress.model_validate(state)
+        self.progress = TrainingProgress.model_validate(state)
 
     def keep_best(self, mean: MeanName | None) -> None:
         """Keep a mean of the parameters as the best so far, or the parameters themselves if the mean is None."""

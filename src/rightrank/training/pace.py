@@ -16,11 +16,11 @@ from typing import TypeVar
 import torch
 
 from rightrank.data.splits import HELD_OUT
+from rightrank.evaluation.batches import Batch, batch_by_length
+from rightrank.evaluation.device import catch_memory_errors, free_memory
 from rightrank.schema.errors import MultiLoraError
 from rightrank.schema.settings import EVAL_SUBSET_SIZE, MAX_ADAPTERS_PER_PASS
 from rightrank.schema.trials import Arm
-from rightrank.training.batches import Batch, batch_by_length
-from rightrank.training.device import catch_memory_errors, free_memory
 from rightrank.training.multi_lora import ArmBatch, MultiLora
 from rightrank.training.optimizer import ArmOptimizer, make_schedule, take_step
 from rightrank.training.runtime import Runtime

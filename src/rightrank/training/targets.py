@@ -16,11 +16,11 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from rightrank.adapters.adapter_folders import WRAPPER_SUFFIX
 from rightrank.adapters.rank_math import convert_scaling
 from rightrank.bases.base_models import find_device
+from rightrank.evaluation.peft_models import suppress_peft_warnings
 from rightrank.schema.errors import ModelError, get_first_line, suggest_name
 from rightrank.schema.settings import PeftFields, SelectSettings
 from rightrank.schema.trials import Arm
 from rightrank.training.multi_lora import AdapterKind, FusedExperts, find_kind
-from rightrank.training.peft_models import suppress_peft_warnings
 
 ALL_LINEAR = "all-linear"
 

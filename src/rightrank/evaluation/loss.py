@@ -1,4 +1,4 @@
-"""The loss of a batch per example, and the held-out scores of a split, with the metrics that are measured with them.
+"""The loss of a batch, per example.
 
 For language models the output head runs only at label positions and in chunks. The forward pass already computes the
 gradient with respect to the hidden states of each chunk, so no batch × length × vocabulary tensor exists. This is the
@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import add
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -29,15 +28,11 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from pydantic import BaseModel
 from torch.utils.checkpoint import checkpoint
 
 from rightrank.data.token_store import IGNORED
-from rightrank.decision.adapter import Criterion, ScoredAdapter
-from rightrank.schema.errors import MetricError
-from rightrank.schema.results import AdapterMethod
-from rightrank.schema.trials import EvalPoint, SplitName, Trial, TrialFinished
-from rightrank.training.batches import Batch, CacheBatches
+from rightrank.evaluation.batches import Batch, CacheBatches
+from rightrank.schema.trials import SplitName
 
 MAX_CHUNK_LOGITS = 2**24  # elements of a chunk's logits: 64 MiB in float32
 HEAD_TOLERANCE = 1e-3  # relative, between the head's loss and the model's own, in the model's dtype
@@ -381,109 +376,3 @@ class Reference:
         """Return the log-probabilities [2b] of the chosen and the rejected answer of each pair, in float64 on the CPU."""
         deque(self.compute_missing(split, indices), maxlen=0)
         return torch.from_numpy(self._values[split][list(indices)]).flatten()
-
-
-@dataclass(frozen=True, slots=True)
-class MetricResults:
-    """Values of metrics by name, the example scores of which they are the means, and the reasons why metrics failed."""
-
-    values: dict[str, float] = field(default_factory=dict)
-    example_scores: dict[str, list[float]] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-
-    def require_values(self, names: Sequence[str]) -> None:
-        """Check that these metrics have a value.
-
-        Raises:
-            MetricError: one of them failed.
-        """
-        reason = next((self.failures[name] for name in names if name in self.failures), None)
-        if reason is not None:
-            raise MetricError(f"{reason}; the trained adapters are saved: fix the cause and run the same command again")
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """Scores of a split's examples, in the order of the split."""
-
-    losses: list[float]  # nats, summed over the example's label tokens
-    tokens: list[int]  # label tokens of the example; 1 if the loss is one of the complete example
-    example_metrics: dict[str, list[float]] = field(default_factory=dict)  # metric → its value for each example
-    groups: list[int] | None = None  # the group of each example; None: no groups
-
-    def to_record_fields(self, metric_results: MetricResults) -> dict[str, Any]:
-        """Return the fields of a trial record that contain scores by example, including those of `metric_results`."""
-        by_example = dict(self.example_metrics)
-        accuracy = by_example.pop("accuracy", None)  # accuracy exists for classification only and has its own field
-        return {
-            "example_losses": self.losses,
-            "example_tokens": self.tokens,
-            "example_correct": None if accuracy is None else [round(value) for value in accuracy],
-            "example_metrics": by_example | metric_results.example_scores,
-            "example_groups": self.groups,
-        }
-
-    def build_scored_adapter(
-        self, name: str, rank: int, criterion: Criterion, *, method: AdapterMethod = "truncated"
-    ) -> ScoredAdapter:
-        metric = criterion.metric
-        scores = self.losses if metric == "loss" else self.example_metrics[metric]
-        weights = self.tokens if metric == "loss" else [1] * len(scores)
-        return ScoredAdapter.from_scores(
-            name, rank, self.metrics[metric], (scores, weights), criterion, method=method, groups=self.groups
-        )
-
-    def merge(self, extra_scores: Scores) -> Scores:
-        """Merge the scores of two disjoint sets of examples. Examples without a score have zeros."""
-        by_example = {
-            name: list(map(add, each, extra_scores.example_metrics[name]))
-            for name, each in self.example_metrics.items()
-        }
-        losses, tokens = (
-            list(map(add, *pair)) for pair in ((self.losses, extra_scores.losses), (self.tokens, extra_scores.tokens))
-        )
-        return Scores(losses, tokens, by_example, self.groups)
-
-    def take_first(self, count: int) -> Scores:
-        by_example = {name: each[:count] for name, each in self.example_metrics.items()}
-        return Scores(self.losses[:count], self.tokens[:count], by_example)
-
-    @property
-    def loss(self) -> float:
-        """Return the token-weighted mean loss in nats per label."""
-        return sum(self.losses) / sum(self.tokens)
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        return {"loss": self.loss} | {name: sum(each) / len(each) for name, each in self.example_metrics.items()}
-
-
-class Progress(BaseModel):
-    """The progress of a training, which a checkpoint stores with the tensors."""
-
-    step: int = 0
-    train_losses: list[float] = []  # nats per label, one per step
-    points: list[EvalPoint] = []
-    train_seconds: float = 0.0
-    train_tokens: int = 0
-    eval_seconds: float = 0.0
-
-
-def build_finished_trial(
-    trial: Trial, metric: str, scores: Scores, metric_results: MetricResults, progress: Progress
-) -> TrialFinished:
-    """Build the record of a trial that trained nothing, such as the base.
-
-    If `metric` was not measured, the value is the loss.
-    """
-    metrics = scores.metrics | metric_results.values
-    return TrialFinished(
-        **trial.fields,
-        value=metrics.get(metric, scores.loss),
-        value_metric=None if metric in metrics else "loss",
-        metrics=metrics,
-        **scores.to_record_fields(metric_results),
-        failed_metrics=metric_results.failures,
-        train_value=progress.points[-1].train_value if progress.points else None,
-        **progress.model_dump(exclude={"step"}),
-    )

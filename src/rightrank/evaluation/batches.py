@@ -1,13 +1,11 @@
-"""The training batches and their order, which are the same for every arm of a seed.
-
-Each pass over the data is a new permutation of the examples, which is divided into batches in that order.
+"""Batches of examples: padded, or packed in one row.
 
 Sequence packing joins the examples of a batch in one row, without padding and with attention limited to each example.
 
 Everything in a transformer except attention works position by position, so packing does not change an example's values.
 Position ids restart at every example. Attention runs torch's fused kernel on each example, and no mask is built.
 
-`runtime.py` checks on real data whether a model supports packing: some models carry state from token to token by other
+`fast_paths.py` checks on real data whether a model supports packing: some models carry state from token to token by other
 means than attention, or use an attention window that is shorter than an example.
 """
 
@@ -66,18 +64,6 @@ class Batch:
             sum(self.lengths),
         )  # giving the size avoids a device synchronisation
         return numbers.repeat_interleave(repeats, output_size=size)[None]
-
-
-def plan_batches(examples: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
-    """Draw `steps` batches of `batch_size` example indices in passes over all examples.
-
-    If a pass ends within a batch, the next pass completes the batch.
-    """
-    generator = np.random.default_rng([seed, 0x8A7C])
-    needed = batch_size * steps
-    order = np.concatenate([generator.permutation(examples)[:needed] for _ in range(-(-needed // examples))])
-    plan: list[list[int]] = order[:needed].reshape(steps, batch_size).tolist()
-    return plan
 
 
 def collate(examples: Sequence[EncodedExample], indices: Sequence[int], pad_id: int, device: torch.device) -> Batch:
