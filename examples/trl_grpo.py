@@ -24,8 +24,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from rightrank import EvalPoint, TrialResult, TrialTask, select_rank_with
 from rightrank.decision.table import find_best_point
+from rightrank.evaluation.answers import score_token_f1
 from rightrank.schema.errors import ReportError
-from rightrank.training.answers import score_token_f1
 
 RewardFunction: TypeAlias = Callable[..., Sequence[float | None]]
 Rows: TypeAlias = Any  # a `datasets.Dataset`, or a list of rows

@@ -20,7 +20,7 @@ from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial, TrialFinished, TrialOutcome
 from rightrank.training.loop import TrialFolders, train_trials
 from rightrank.training.multi_lora import MultiLora
-from rightrank.training.runtime import Runtime
+from rightrank.training.runtime import Runtime, build_runtime
 from tests.watch import Watch
 
 
@@ -29,7 +29,7 @@ def make_runtime(model: Path, data: Path, settings: SelectSettings, cache: Path 
     splits = load_data(data, settings)
     loaded = load_base(str(model), settings, splits.summary.classes)
     encoded = encode_splits(splits, loaded, settings)
-    return Runtime(loaded, encoded, settings, settings.count_training_steps(len(encoded.splits["train"])), cache)
+    return build_runtime(loaded, encoded, settings, settings.count_training_steps(len(encoded.splits["train"])), cache)
 
 
 def run_trial(

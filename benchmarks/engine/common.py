@@ -14,7 +14,7 @@ from rightrank.data.token_store import TokenStore
 from rightrank.evaluation.tokens import EncodedData, encode_splits
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName
-from rightrank.training.runtime import Runtime
+from rightrank.training.runtime import Runtime, build_runtime
 
 DEFAULTS: dict[str, Any] = {
     "ranks": (1, 16),
@@ -35,7 +35,7 @@ def make_runtime(model: str, data: Path, steps: int, cache: Path | None, **chang
     settings = SelectSettings(**DEFAULTS | changes)
     splits = load_data(data, settings)
     loaded = load_base(model, settings, splits.summary.classes)
-    return Runtime(loaded, encode_splits(splits, loaded, settings), settings, steps, cache)
+    return build_runtime(loaded, encode_splits(splits, loaded, settings), settings, steps, cache)
 
 
 def limit_to_one_pass(runtime: Runtime, cache: Path | None) -> Runtime:
@@ -43,7 +43,7 @@ def limit_to_one_pass(runtime: Runtime, cache: Path | None) -> Runtime:
     needed = runtime.steps * runtime.settings.examples_per_step
     splits = dict(runtime.data.splits) | {"train": TokenStore(runtime.data.splits["train"][:needed], None)}
     short = EncodedData(splits, runtime.data.texts, runtime.data.summary)
-    return Runtime(runtime.loaded, short, runtime.settings, runtime.steps, cache)
+    return build_runtime(runtime.loaded, short, runtime.settings, runtime.steps, cache)
 
 
 def build_trainer_rows(runtime: Runtime, split: SplitName) -> list[dict[str, list[int]]]:

@@ -175,7 +175,9 @@ def train_with_trainer(
     built.train()
     built.evaluate()
     elapsed, peak = begun.measure_elapsed(), read_peak_bytes(runtime.loaded.device)
-    return Measured(*elapsed, runtime.evaluate("validation").loss, peak)  # the same measure for every contender
+    return Measured(
+        *elapsed, runtime.evaluator.evaluate("validation").loss, peak
+    )  # the same measure for every contender
 
 
 def train_ours_padded(job: Job, dtype: str) -> Measured:

@@ -100,8 +100,8 @@ def run_case(name: str, device: str, folder: Path) -> dict[str, Any]:
     prepared = preparation.prepare_selection(request, folder / "cache")
     runtime = prepared.runtime
     arms = [Arm(rank=rank, learning_rate=1e-2, lora_alpha=16.0, seed=rank, steps=STEPS) for rank in (2, 4)]
-    paths = runtime.fast_paths
-    results: dict[str, Any] = {"base": runtime.evaluate("validation").losses}
+    paths = runtime.evaluator.fast_paths
+    results: dict[str, Any] = {"base": runtime.evaluator.evaluate("validation").losses}
     results["taken"] = [paths.sequence_packing, paths.last_block is not None, paths.prefix is not None]
     base_loss = sum(results["base"])
     for mode, count in (("alone", 1), *([] if runtime.targets.unshared_reason else [("together", 2)])):

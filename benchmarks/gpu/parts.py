@@ -278,14 +278,14 @@ def _limit_memory(job: Job, runtime: Runtime, peak: int) -> Any:
     """Limit the memory to about two arms: with a limit of the allocator on a GPU, otherwise with an error at four arms' rows."""
     if job.device.startswith("cuda"):
         return _MemoryLimit(1.5 * peak / torch.cuda.get_device_properties(0).total_memory)
-    real, max_rows = runtime.objective, 2 * runtime.settings.batch_size
+    real, max_rows = runtime.evaluator.objective, 2 * runtime.settings.batch_size
 
     def hungry(model: Any, batch: Any, scale: Any) -> Any:
         if torch.is_grad_enabled() and len(batch.indices) > max_rows:
             raise torch.OutOfMemoryError("no room")
         return real(model, batch, scale)
 
-    return patch.object(runtime, "objective", hungry)
+    return patch.object(runtime.evaluator, "objective", hungry)
 
 
 class _MemoryLimit:

@@ -61,7 +61,7 @@ def train_plain_loop(runtime: Runtime, arm: Arm) -> list[float]:
     factor = make_schedule(settings, arm.steps)
     losses: list[float] = []
     for step, indices in enumerate(runtime.plan_batches(arm.seed)):
-        batch = runtime.make_batch("train", indices)
+        batch = runtime.evaluator.make_batch("train", indices)
         for group, rate in zip(optimizer.param_groups, first, strict=True):
             group["lr"] = rate * factor(step)
         loss = peft_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
@@ -78,7 +78,7 @@ def compute_example_losses(model: Any, runtime: Runtime) -> list[float]:
     """Return the summed label losses of each validation example, one at a time, from transformers' own loss."""
     losses = []
     for index in range(len(runtime.data.splits["validation"])):
-        batch = runtime.make_batch("validation", [index])
+        batch = runtime.evaluator.make_batch("validation", [index])
         loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
         losses.append(float(loss.detach()) * int((batch.labels[:, 1:] != -100).sum()))
     return losses

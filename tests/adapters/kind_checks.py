@@ -30,7 +30,7 @@ from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.training.loop import TrialFolders
 from rightrank.training.pace import find_multi_lora_obstacle
-from rightrank.training.runtime import Runtime
+from rightrank.training.runtime import Runtime, build_runtime
 from tests.helpers import attach_fresh_adapter, list_trainable_parameters, run_trial
 from tests.tiny import GPT2_SIZES, SIZES, build_small_settings, make_tokenizer, write_completions
 from tests.watch import Watch
@@ -90,7 +90,7 @@ def make_runtime(case: Case, folder: Path) -> Runtime:
     model.save_pretrained(folder / "base")
     loaded = prepare_model(model, tokenizer, str(folder / "base"), torch.device("cpu"))
     data = write_completions(folder / "data.jsonl", 120)
-    return Runtime(
+    return build_runtime(
         loaded, encode_splits(load_data(data, settings), loaded, settings), settings, STEPS, folder / "cache"
     )
 
@@ -281,7 +281,7 @@ def train_plain_loop(
     schedule = get_scheduler(settings.lr_scheduler_type, optimizer, warmup_steps, arm.steps)
     losses: list[float] = []
     for indices in runtime.plan_batches(arm.seed):
-        batch = runtime.make_batch("train", indices)
+        batch = runtime.evaluator.make_batch("train", indices)
         if compute_loss is not None:
             loss = compute_loss(peft_model, batch)
         else:
@@ -300,7 +300,7 @@ def compute_example_losses(model: Any, runtime: Runtime) -> list[float]:
     """Compute the summed label losses of each validation example, one at a time, by transformers' own loss."""
     losses = []
     for index in range(len(runtime.data.splits["validation"])):
-        batch = runtime.make_batch("validation", [index])
+        batch = runtime.evaluator.make_batch("validation", [index])
         loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
         labels = 1 if runtime.data.is_classification else int((batch.labels[:, 1:] != -100).sum())
         losses.append(float(loss.detach()) * labels)

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rightrank.bases.base_models import load_base
+from rightrank.evaluation.attached_adapters import require_matching_base
 from rightrank.schema.errors import ModelError
-from rightrank.training.adapter_runtime import require_matching_base
 from tests.adapters.adapters import edit_config, make_adapter, make_base
 from tests.commands import run
 from tests.tiny import ON_CPU, make_tokenizer, write_completions

@@ -20,13 +20,14 @@ from rightrank.adapters.resize import cap_ranks, choose_uniform_rank, resize_ada
 from rightrank.adapters.truncation import Moments, allocate_ranks, decompose_update
 from rightrank.cli import main
 from rightrank.data.splits import load_data
-from rightrank.runs.resize_by_data import load_evaluation_data
+from rightrank.evaluation.attached_adapters import attach_adapter
+from rightrank.runs.resize_by_data import build_adapter_evaluator, load_evaluation_data
 from rightrank.schema.errors import DataError, SettingsError
 from rightrank.schema.events import Listener
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, Trial
-from rightrank.training.adapter_runtime import attach_adapter, gather_unseen_moments, make_adapter_runtime
 from rightrank.training.loop import TrialFolders
+from rightrank.training.moments import gather_unseen_moments
 from tests.adapters.adapters import (
     compute_deltas,
     load_strictly,
@@ -92,10 +93,11 @@ def test_the_written_adapter_is_truncated_by_k_fac(trained: Path, completion_fil
     )
     assert any("K-FAC over" in note for note in resized.notes)
     adapter = open_adapter(trained)
-    runtime = make_adapter_runtime(adapter, None, load_data(completion_file, settings), settings, tmp_path / "cache")
-    steps = settings.count_training_steps(len(runtime.data.splits["train"]))
-    with attach_adapter(runtime, trained) as peft_model:
-        moments = gather_unseen_moments(runtime, peft_model, 0, steps).moments
+    splits = load_data(completion_file, settings)
+    evaluator = build_adapter_evaluator(adapter, None, splits, settings, tmp_path / "cache")
+    steps = settings.count_training_steps(len(evaluator.data.splits["train"]))
+    with attach_adapter(evaluator, trained) as peft_model:
+        moments = gather_unseen_moments(evaluator, settings, peft_model, 0, steps).moments
     chosen = cap_ranks(adapter, 2, moments)
     assert resized.rank == 2 < max(chosen.values()) <= 8
     assert resized.parameters_after <= 2 * sum(module.rows + module.columns for module in adapter.modules)
@@ -114,13 +116,13 @@ def test_the_reported_value_is_that_of_the_written_folder(
     resized = resize(trained, tmp_path / "small", data=completion_file, settings=settings, train=completion_file)
     adapter = open_adapter(tmp_path / "small")
     splits, _, _ = load_evaluation_data(adapter, completion_file, completion_file, settings)
-    runtime = make_adapter_runtime(adapter, None, splits, settings, tmp_path / "cache")
-    base_loss = runtime.evaluate("validation").loss
-    with attach_adapter(runtime, tmp_path / "small"):
-        loss = runtime.evaluate("validation").loss
+    evaluator = build_adapter_evaluator(adapter, None, splits, settings, tmp_path / "cache")
+    base_loss = evaluator.evaluate("validation").loss
+    with attach_adapter(evaluator, tmp_path / "small"):
+        loss = evaluator.evaluate("validation").loss
     by_rank = {entry.rank: entry.value for entry in resized.answer.candidates}
     assert loss == pytest.approx(by_rank[resized.rank or 0], rel=1e-5)
-    assert runtime.evaluate("validation").loss == base_loss
+    assert evaluator.evaluate("validation").loss == base_loss
     assert base_loss == pytest.approx(by_rank[8] + resized.answer.gain.mean, rel=1e-6)
     load_strictly(model_folder, tmp_path / "small")
 

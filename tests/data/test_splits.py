@@ -174,9 +174,7 @@ def test_held_out_rows_that_differ_in_space_or_case_from_training_rows_are_found
     splits = {"train": rows[:40], "validation": [*leaked, *rows[7:10], *rows[40:50]], "test": rows[50:]}
     summary = load_data(splits, build_small_settings(max_eval_examples=1000)).summary
     assert (summary.duplicates_across_splits, summary.near_duplicates_across_splits) == (3, len(leaked))
-    held_out, _ = load_held_out(
-        write_jsonl(tmp_path_factory.mktemp("held") / "d.jsonl", similar), build_small_settings()
-    )
+    held_out = load_held_out(write_jsonl(tmp_path_factory.mktemp("held") / "d.jsonl", similar), build_small_settings())
     trained = load_data({**splits, "validation": rows[40:50]}, build_small_settings()).examples["train"]
     unseen = held_out.exclude_training_examples(trained, Path("d.jsonl")).examples["test"]
     assert {example.content["completion"] for example in unseen} == {f"yes {number}" for number in range(40, 60)}

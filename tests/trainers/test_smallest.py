@@ -31,6 +31,7 @@ from rightrank import SelectSettings, SmallestAdapter, compare
 from rightrank.adapters.adapter_files import open_adapter
 from rightrank.adapters.resize import list_candidate_ranks
 from rightrank.decision.comparison import INDEPENDENCE_NOTE
+from rightrank.evaluation.attached_adapters import attach_adapter
 from rightrank.evaluation.peft_models import set_update_to_zero
 from rightrank.evaluation.scores import Scores
 from rightrank.runs.resize_by_data import measure_truncations
@@ -38,7 +39,7 @@ from rightrank.schema.errors import SettingsError
 from rightrank.schema.trials import SplitName
 from rightrank.trainers.measurement import InMemoryAdapter
 from rightrank.trainers.trainer_batches import compute_batch_loss
-from rightrank.training.adapter_runtime import attach_adapter, gather_unseen_moments
+from rightrank.training.moments import gather_unseen_moments
 from tests.commands import run
 from tests.helpers import make_runtime
 from tests.tiny import build_small_settings, write_completions, write_pairs
@@ -145,13 +146,15 @@ def test_the_answer_is_that_of_resize_data_on_the_saved_folder(
     model.save_pretrained(tmp_path / "trained")
     adapter = open_adapter(tmp_path / "trained")
     runtime = make_runtime(model_folder, completion_file, build_small_settings(margin=0.1), tmp_path / "cache")
-    smallest, _ = measure_truncations(adapter, runtime, list_candidate_ranks(adapter), tmp_path / "folder")
+    smallest, _ = measure_truncations(
+        adapter, runtime.evaluator, runtime.settings, list_candidate_ranks(adapter), tmp_path / "folder"
+    )
     folder_answer = smallest.answer
     steps = runtime.settings.count_training_steps(len(runtime.data.splits["train"]))
     seed = runtime.settings.seeds[0]
     order = [index for batch in runtime.plan_batches(seed, 2 * steps)[steps:] for index in batch]
-    with attach_adapter(runtime, adapter.path) as attached_model:
-        tokens = gather_unseen_moments(runtime, attached_model, seed, steps).tokens
+    with attach_adapter(runtime.evaluator, adapter.path) as attached_model:
+        tokens = gather_unseen_moments(runtime.evaluator, runtime.settings, attached_model, seed, steps).tokens
     totals = np.cumsum(runtime.data.splits["train"].lengths[order]).tolist()
     read = order[: totals.index(tokens) + 1]
 

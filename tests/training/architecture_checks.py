@@ -100,7 +100,7 @@ def _check(case: Case, tokenizer: Any, folder: Path, row: Row) -> None:
     base, request = _saved(case, tokenizer, folder)
     prepared = prepare_selection(request, folder / "cache")
     runtime = prepared.runtime
-    paths = runtime.fast_paths
+    paths = runtime.evaluator.fast_paths
     seconds_by_check = {
         "joined": paths.sequence_packing,
         "label rows": paths.last_block is not None,

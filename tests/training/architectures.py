@@ -14,7 +14,7 @@ from rightrank.evaluation.tokens import encode_splits
 from rightrank.schema.events import Listener
 from rightrank.schema.trials import Arm, Trial, TrialFinished
 from rightrank.training.loop import TrialFolders, train_trials
-from rightrank.training.runtime import Runtime
+from rightrank.training.runtime import Runtime, build_runtime
 from tests.tiny import GPT2_SIZES, build_small_settings, make_tokenizer
 from tests.tiny import SIZES as BARE_SIZES
 
@@ -58,7 +58,7 @@ def make_runtime(name: str, data: Path, cache: Path) -> Runtime:
 def make_model_runtime(model: Any, tokenizer: Any, data: Path, cache: Path, **changes: Any) -> Runtime:
     settings = build_small_settings(**{"max_steps": STEPS, "num_evaluations": 1} | changes)
     loaded = prepare_model(model, tokenizer, type(model).__name__, torch.device("cpu"))
-    return Runtime(loaded, encode_splits(load_data(data, settings), loaded, settings), settings, STEPS, cache)
+    return build_runtime(loaded, encode_splits(load_data(data, settings), loaded, settings), settings, STEPS, cache)
 
 
 def run(runtime: Runtime, arms: list[Arm], folder: Path, size: int) -> list[TrialFinished]:

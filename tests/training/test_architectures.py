@@ -64,10 +64,12 @@ def test_a_classifier_pads_as_its_batches_do(class_file: Path, tmp_path: Path) -
     tokenizer = make_tokenizer()
     classifier = made("LlamaForSequenceClassification", "LlamaConfig", tokenizer, **SIZES | {"pad_token_id": 5})
     runtime = make_model_runtime(classifier, tokenizer, class_file, tmp_path / "cache")
-    batch_losses = runtime.evaluate("validation").losses
+    batch_losses = runtime.evaluator.evaluate("validation").losses
     for index in range(3):
         with torch.no_grad():
-            alone = runtime.compute_losses("validation", runtime.make_batch("validation", [index]), 1.0).example_losses
+            alone = runtime.evaluator.compute_losses(
+                "validation", runtime.evaluator.make_batch("validation", [index]), 1.0
+            ).example_losses
         assert float(alone[0]) == pytest.approx(batch_losses[index], rel=1e-4)
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from rightrank.training.adapter_runtime import gather_moments
+from rightrank.evaluation.evaluator import Evaluator
+from rightrank.training.moments import gather_moments
 from rightrank.training.runtime import Runtime
 from tests.helpers import make_runtime
 from tests.tiny import build_small_settings
@@ -55,7 +56,7 @@ def test_they_are_the_whole_covariances_seen_by_the_factors(runtime: Runtime) ->
         output.register_hook(lambda gradient: keep(x, gradient))
 
     handle = module.register_forward_hook(hook)
-    gathered = gather_moments(runtime, peft_model, EXAMPLES, 10**6)
+    gathered = gather_moments(runtime.evaluator, runtime.settings, peft_model, EXAMPLES, 10**6)
     handle.remove()
     x, g = torch.cat(inputs).double(), torch.cat(gradients).double()
     is_active = g.abs().amax(dim=1) > 1e-6 * g.abs().max()
@@ -80,11 +81,11 @@ def test_moments_that_cannot_be_gathered_are_a_notice(
 
     peft_model = add_adapter(runtime, use_dora=cause == "DoRA")
     if cause == "memory":
-        monkeypatch.setattr(Runtime, "compute_losses", fails)
+        monkeypatch.setattr(Evaluator, "compute_losses", fails)
     if cause == "infinite gradient":
         with torch.no_grad():
             runtime.model.get_submodule("model.layers.1.mlp.down_proj").lora_B["default"].weight.fill_(float("inf"))
-    gathered = gather_moments(runtime, peft_model, EXAMPLES)
+    gathered = gather_moments(runtime.evaluator, runtime.settings, peft_model, EXAMPLES)
     assert gathered.moments == {}
     expected = {"DoRA": "plain SVD", "memory": "out of memory.*plain SVD", "infinite gradient": "not finite"}
     assert re.search(expected[cause], gathered.notices[0])

@@ -58,7 +58,7 @@ def test_losses_agree_with_a_plain_peft_loop(
     runtime = make_runtime(
         model_folder, completion_file, build_small_settings(checkpoint="last", **changes), tmp_path / "cache"
     )
-    assert (runtime.fast_paths.prefix is not None) == ("layers_to_transform" in changes)
+    assert (runtime.evaluator.fast_paths.prefix is not None) == ("layers_to_transform" in changes)
     _, ours, adapter = train_ours(runtime, ARM, tmp_path)
     plain, peft_model = train_plainly(runtime, ARM, model_folder)
     assert ours == pytest.approx(plain, rel=1e-5, abs=1e-5)
@@ -66,7 +66,7 @@ def test_losses_agree_with_a_plain_peft_loop(
 
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     loaded: Any = PeftModel.from_pretrained(base, str(adapter)).eval()
-    batch = runtime.make_batch("test", range(4))
+    batch = runtime.evaluator.make_batch("test", range(4))
     with torch.no_grad():
         theirs = peft_model.eval()(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         reloaded = loaded(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
@@ -75,10 +75,10 @@ def test_losses_agree_with_a_plain_peft_loop(
 
 def test_loss_is_transformers_own(model_folder: Path, completion_file: Path, tmp_path: Path) -> None:
     runtime = make_runtime(model_folder, completion_file, build_small_settings(checkpoint="last"), tmp_path)
-    batch = runtime.make_batch("validation", range(6))
+    batch = runtime.evaluator.make_batch("validation", range(6))
     with torch.no_grad():
         theirs = runtime.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
-        ours = runtime.compute_losses("validation", batch, 1.0)
+        ours = runtime.evaluator.compute_losses("validation", batch, 1.0)
     assert float(ours.example_losses.sum() / ours.example_tokens.sum()) == pytest.approx(float(theirs), rel=1e-5)
     assert int(ours.example_tokens.sum()) == int((batch.labels[:, 1:] != -100).sum())
 

@@ -140,7 +140,7 @@ def test_arms_in_one_pass_equal_each_alone_under_every_setting(
 
 
 def test_a_diverged_arm_touches_no_other(runtime: Runtime, tmp_path: Path) -> None:
-    base_loss = runtime.evaluate("validation").loss
+    base_loss = runtime.evaluator.evaluate("validation").loss
     good = [arm(2), arm(8, seed=1)]
     arms = [good[0], arm(4, rate=1e20), good[1], arm(4, rate=1e30)]
     ours = run(runtime, arms, tmp_path / "together", 4, base_loss)
@@ -161,7 +161,7 @@ def test_out_of_memory_halves_the_adapters_per_pass_and_loses_nothing(
 ) -> None:
     arms = [arm(rank, seed=seed) for rank in (2, 4) for seed in (0, 1)]
     theirs = run_alone(runtime, arms, tmp_path / "alone")
-    real = runtime.objective
+    real = runtime.evaluator.objective
     limit = 2 * max(runtime.settings.batch_size, runtime.settings.eval_batch_size)
 
     def hungry(model: Any, batch: Any, scale: Any) -> BatchLoss:
@@ -169,7 +169,7 @@ def test_out_of_memory_halves_the_adapters_per_pass_and_loses_nothing(
             raise torch.OutOfMemoryError("no room")
         return real(model, batch, scale)
 
-    monkeypatch.setattr(runtime, "objective", hungry)
+    monkeypatch.setattr(runtime.evaluator, "objective", hungry)
     notices: list[str] = []
     ours = run(runtime, arms, tmp_path / "together", 4, notices=notices)
     assert notices == ["4 adapters per pass ran out of memory on cpu: continuing with 2"]

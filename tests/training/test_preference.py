@@ -51,8 +51,8 @@ def test_a_training_is_a_plain_loop_over_the_formula(
 ) -> None:
     settings = build_small_settings(checkpoint="last", beta=0.3, **changes)
     runtime = make_runtime(model_folder, pair_file, settings, tmp_path / "cache")
-    assert (runtime.fast_paths.prefix is not None) == ("layers_to_transform" in changes)
-    assert runtime.fast_paths.sequence_packing
+    assert (runtime.evaluator.fast_paths.prefix is not None) == ("layers_to_transform" in changes)
+    assert runtime.evaluator.fast_paths.sequence_packing
     finished, ours, _ = train_ours(runtime, ARM, tmp_path)
 
     def compute_loss(model: Any, batch: Any) -> torch.Tensor:
@@ -62,7 +62,7 @@ def test_a_training_is_a_plain_loop_over_the_formula(
 
     with attach_fresh_adapter(runtime, ARM) as model:
         plain = train_plain_loop(runtime, ARM, model, compute_loss)
-        held_out = runtime.make_batch("validation", range(len(runtime.data.splits["validation"])))
+        held_out = runtime.evaluator.make_batch("validation", range(len(runtime.data.splits["validation"])))
         with torch.no_grad():
             losses = compute_dpo_loss(model, held_out, held_out.reference.float(), 0.3)
     assert ours == pytest.approx(plain, abs=2e-5)

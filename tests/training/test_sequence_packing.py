@@ -56,13 +56,13 @@ def test_packed_sequences_have_the_losses_and_gradients_of_padded_ones(
     model_folder: Path, completion_file: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     runtime = make_runtime(model_folder, completion_file, build_small_settings(**changes), tmp_path / "cache")
-    assert runtime.fast_paths.sequence_packing
+    assert runtime.evaluator.fast_paths.sequence_packing
     with add_random_arms(runtime, ARMS[1:2]) as (multi_lora, named), runtime.use_gradient_checkpointing():
-        batch = runtime.make_batch("train", range(7))
+        batch = runtime.evaluator.make_batch("train", range(7))
         assert len(set(batch.attention_mask.sum(1).tolist())) > 1
         arm_batches = [ArmBatch("a0", batch, 0.1, None)]
         ours, gradients = compute_gradients(runtime, multi_lora, arm_batches, named["a0"])
-        runtime.fast_paths.sequence_packing = False
+        runtime.evaluator.fast_paths.sequence_packing = False
         theirs, expected = compute_gradients(runtime, multi_lora, arm_batches, named["a0"])
     assert torch.allclose(ours[0], theirs[0], rtol=1e-5)
     for gradient, reference in zip(gradients, expected, strict=True):
@@ -79,7 +79,9 @@ def test_an_arm_in_a_shared_pass_computes_what_it_computes_alone(
         model_folder, completion_file, build_small_settings(dtype=dtype, lora_dropout=0.1), tmp_path / "cache"
     )
     with add_random_arms(runtime, ARMS) as (multi_lora, named):
-        batches = [runtime.make_batch("train", indices) for indices in ([0, 1, 2, 3], [4, 5, 6], [7, 8, 9, 10])]
+        batches = [
+            runtime.evaluator.make_batch("train", indices) for indices in ([0, 1, 2, 3], [4, 5, 6], [7, 8, 9, 10])
+        ]
         arm_batches = [ArmBatch(f"a{number}", batch, 0.1, number) for number, batch in enumerate(batches)]
         for number, arm_batch in enumerate(arm_batches):
             shared_losses, shared_gradients = compute_gradients(
@@ -97,7 +99,9 @@ def test_a_model_whose_attention_window_is_shorter_than_its_examples_is_padded(
 ) -> None:
     tokenizer = make_tokenizer()
     model = MistralForCausalLM(MistralConfig(vocab_size=len(tokenizer), sliding_window=window, **SIZES))
-    assert make_model_runtime(model, tokenizer, completion_file, tmp_path).fast_paths.sequence_packing is joins
+    assert (
+        make_model_runtime(model, tokenizer, completion_file, tmp_path).evaluator.fast_paths.sequence_packing is joins
+    )
 
 
 def test_every_example_is_seen_once_per_pass() -> None:

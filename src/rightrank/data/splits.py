@@ -224,10 +224,8 @@ def load_data(
     )
 
 
-def load_held_out(
-    source: Path, settings: SelectSettings, classes: Sequence[str] | None = None
-) -> tuple[DataSplits, SelectSettings]:
-    """Load every row as a held-out example, the same ones in each split, with settings that evaluate all of them.
+def load_held_out(source: Path, settings: SelectSettings, classes: Sequence[str] | None = None) -> DataSplits:
+    """Load every row as a held-out example, the same ones in each split.
 
     If the data has splits, the test rows are used, or the validation rows if there is no test split.
 
@@ -239,10 +237,9 @@ def load_held_out(
     rows = [row.fields for row in (chain.from_iterable(by_split.values()) if held_out is None else held_out)]
     if len(rows) < 2:
         raise DataError(f"{source}: {len(rows)} rows; give 2 or more, which are needed to tell a difference from noise")
-    settings = settings.model_copy(update={"max_eval_examples": len(rows), "ranks": (1,)})
     rows_by_split = {"train": rows, "validation": rows, "test": rows}
-    splits = load_data(rows_by_split, settings.model_copy(update=NO_SPLIT_OVERRIDES), classes=classes)
-    return splits, settings
+    all_rows = settings.model_copy(update=NO_SPLIT_OVERRIDES | {"max_eval_examples": len(rows)})
+    return load_data(rows_by_split, all_rows, classes=classes)
 
 
 class _ExampleReader:

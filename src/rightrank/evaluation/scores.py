@@ -40,6 +40,11 @@ class Scores:
     example_metrics: dict[str, list[float]] = field(default_factory=dict)  # metric → its value for each example
     groups: list[int] | None = None  # the group of each example; None: no groups
 
+    @classmethod
+    def make_empty(cls, count: int, metrics: Sequence[str], groups: list[int] | None) -> Scores:
+        """Return zeros for `count` examples, to be filled in."""
+        return cls([0.0] * count, [0] * count, {name: [0.0] * count for name in metrics}, groups)
+
     def to_record_fields(self, metric_results: MetricResults) -> dict[str, Any]:
         """Return the fields of a trial record that contain scores by example, including those of `metric_results`."""
         by_example = dict(self.example_metrics)

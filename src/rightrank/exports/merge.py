@@ -14,13 +14,13 @@ from rightrank.adapters.adapter_files import ensure_peft_format
 from rightrank.bases.base_models import load_base
 from rightrank.data.files import replace_folder, write_text
 from rightrank.data.splits import DataSplits, load_data
+from rightrank.evaluation.attached_adapters import require_matching_base
 from rightrank.evaluation.peft_models import suppress_peft_warnings
 from rightrank.exports.servers import MERGED, ExportResult
 from rightrank.runs.compare import compare_adapters, read_labels
 from rightrank.schema.errors import DataError, ModelError, SettingsError, get_first_line
 from rightrank.schema.events import EvaluationProgress
 from rightrank.schema.settings import SelectSettings
-from rightrank.training.adapter_runtime import require_matching_base
 
 VALUE_TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 

@@ -24,6 +24,9 @@ from rightrank.bases.safetensors_files import open_tensors
 from rightrank.data.files import read_json_object
 from rightrank.data.splits import DataSplits, load_data, load_held_out
 from rightrank.decision.adapter import Criterion, ReferenceComparison, format_margin
+from rightrank.evaluation.answers import measure_metrics, require_metric_functions
+from rightrank.evaluation.attached_adapters import attach_adapter, report_evaluation_progress, require_matching_base
+from rightrank.evaluation.evaluator import Evaluator, build_evaluator
 from rightrank.evaluation.scores import Scores
 from rightrank.evaluation.tokens import encode_splits
 from rightrank.runs.folder import Journal
@@ -32,9 +35,6 @@ from rightrank.schema.events import EvaluationProgress, RunStarted
 from rightrank.schema.metrics import get_margin_share
 from rightrank.schema.results import AdapterComparison, ComparisonVerdict, MetricComparison
 from rightrank.schema.settings import SPLIT_SETTINGS, SelectSettings
-from rightrank.training.adapter_runtime import attach_adapter, report_evaluation_progress, require_matching_base
-from rightrank.training.answers import measure_metrics, require_metric_functions
-from rightrank.training.runtime import Runtime
 
 BITS = {"4bit": "load_in_4bit", "8bit": "load_in_8bit"}  # the settings for values of `--base-b`
 VERDICTS: dict[bool | None, ComparisonVerdict] = {True: "not_worse", None: "cannot_tell", False: "worse"}
@@ -49,8 +49,8 @@ class _ComparedSide:
     """One side of a comparison on all examples of a data set: its source and its scores by every metric of the settings."""
 
     source: str
-    runtime: Runtime
-    adapter: Path | None  # on the base of `runtime`; None: the base model or a full model
+    evaluator: Evaluator
+    adapter: Path | None  # on the base of `evaluator`; None: the base model or a full model
     scores: Scores
 
 
@@ -79,7 +79,7 @@ def compare_adapters(
     for path in data:
         first, second, trained_on = _evaluate_sides(sides, model, path, settings, on_event, base_b, run_splits)
         has_base = first.adapter is not None and get_margin_share(settings.margin) is not None
-        base = _evaluate_adapter(first.runtime, first.adapter, is_zero=True) if has_base else None
+        base = _evaluate_adapter(first.evaluator, first.adapter, is_zero=True) if has_base else None
         for spec in settings.metric_specs:
             comparison = _compare_sides(first, second, spec.name, str(path), settings, base)
             comparisons.append(comparison.model_copy(update={"trained_on": trained_on}))
@@ -102,32 +102,32 @@ def _evaluate_sides(
     """Evaluate both sides, and count the rows that an adapter was trained on, which are left out."""
     trained_on = 0
     if run_splits is None:
-        all_splits, settings = load_held_out(data, settings, find_shared_labels(sides))
+        all_splits = load_held_out(data, settings, find_shared_labels(sides))
         splits = _drop_training_examples(all_splits, sides, settings, data)
         trained_on = len(all_splits.examples["validation"]) - len(splits.examples["validation"])
     else:
-        splits, settings = run_splits, settings.model_copy(update={"ranks": (1,)})
+        splits = run_splits
     bits = BITS.get(base_b or "")
     settings_b = settings if bits is None else settings.model_copy(update={bits: True})
     model_b = model if base_b is None or bits is not None else base_b
     compared_sides: list[_ComparedSide] = []
-    runtimes: dict[tuple[str, int | None], Runtime] = {}  # by model and its quantization
+    evaluators: dict[tuple[str, int | None], Evaluator] = {}  # by model and its quantization
     for side_name, base, side_settings in zip(sides, (model, model_b), (settings, settings_b), strict=True):
         folder = Path(side_name)
         adapter = folder if (folder / CONFIG_FILE).is_file() else None
         key = side_name if adapter is None and side_name != BASE_SIDE else base, side_settings.weight_bits
-        if key not in runtimes:
+        if key not in evaluators:
             loaded = load_base(key[0], side_settings, splits.summary.classes)
-            runtimes[key] = Runtime(loaded, encode_splits(splits, loaded, side_settings), side_settings, 1, None)
-        runtime = runtimes[key]
+            evaluators[key] = build_evaluator(loaded, encode_splits(splits, loaded, side_settings), side_settings)
+        evaluator = evaluators[key]
         if adapter is not None and base == model:
-            require_matching_base(adapter, runtime.loaded)
+            require_matching_base(adapter, evaluator.loaded)
         if adapter is not None and not (adapter / MLX_FILE).is_file():
             open_tensors(adapter / WEIGHTS_FILE)  # raises a clear error for a damaged file, before PEFT fails on it
         label = f"{'AB'[len(compared_sides)]} ({folder.name}) on {data.name}"
-        report_evaluation_progress(runtime, label, on_event, 2 - len(compared_sides))
-        scores = _evaluate_adapter(runtime, adapter)
-        compared_sides.append(_ComparedSide(side_name, runtime, adapter, scores))
+        report_evaluation_progress(evaluator, label, on_event, 2 - len(compared_sides))
+        scores = _evaluate_adapter(evaluator, adapter)
+        compared_sides.append(_ComparedSide(side_name, evaluator, adapter, scores))
     return compared_sides[0], compared_sides[1], trained_on
 
 
@@ -179,7 +179,7 @@ def _is_adapter_dropped(a: _ComparedSide, b: _ComparedSide) -> bool:
     """Return whether B, a full model that was made from the adapter A, has the losses of the base model."""
     if a.adapter is None or b.adapter is not None or b.source == BASE_SIDE:
         return False
-    base_losses = np.array(a.runtime.evaluate("validation").losses)
+    base_losses = np.array(a.evaluator.evaluate("validation").losses)
     adapter_losses, losses = np.array(a.scores.losses), np.array(b.scores.losses)
     if losses.shape != base_losses.shape:
         return False
@@ -190,10 +190,11 @@ def _is_adapter_dropped(a: _ComparedSide, b: _ComparedSide) -> bool:
     return deviation > IGNORED_CHANGE * effect and distance * CLOSENESS_RATIO <= deviation
 
 
-def _evaluate_adapter(runtime: Runtime, adapter: Path | None, *, is_zero: bool = False) -> Scores:
+def _evaluate_adapter(evaluator: Evaluator, adapter: Path | None, *, is_zero: bool = False) -> Scores:
     """Score an adapter, or the model alone, on the validation split by every metric that has a score for each example."""
-    with attach_adapter(runtime, adapter, is_zero=is_zero):
-        scores, measured = runtime.evaluate("validation"), measure_metrics(runtime, "validation")
+    with attach_adapter(evaluator, adapter, is_zero=is_zero):
+        scores = evaluator.evaluate("validation")
+        measured = measure_metrics(evaluator, "validation")
     measured.require_values(list(measured.failures))
     return replace(scores, example_metrics=scores.example_metrics | measured.example_scores)
 
@@ -218,7 +219,7 @@ def _compare_sides(
             f"metric {metric!r}: the examples of {data} have no score by it, so two adapters can't be compared in pairs; they have scores by "
             f"{', '.join(sorted(a.scores.metrics))} (rows with `text` and `label` have accuracy, rows with prompts exact_match and f1)"
         )
-    summaries = [compared_side.runtime.data.summary for compared_side in (a, b)]
+    summaries = [compared_side.evaluator.data.summary for compared_side in (a, b)]
     criterion = Criterion(metric, settings.is_higher_better(metric), settings.margin, summaries[0].loss_kind)
     side_a = a.scores.build_scored_adapter("A", 1, criterion)
     side_b = b.scores.build_scored_adapter("B", 1, criterion)

@@ -23,6 +23,8 @@ from rightrank.bases.base_models import (
 )
 from rightrank.data.forms import DataForm
 from rightrank.data.splits import DataSplits, load_data
+from rightrank.evaluation.answers import measure_metrics, require_metric_functions
+from rightrank.evaluation.attached_adapters import attach_adapter
 from rightrank.evaluation.device import describe_environment
 from rightrank.evaluation.scores import MetricResults
 from rightrank.evaluation.tokens import EncodedData, encode_splits
@@ -35,11 +37,9 @@ from rightrank.schema.settings import SelectSettings, select_identity_settings
 from rightrank.schema.trials import Trial, TrialFinished, TrialOutcome
 from rightrank.search.protocol import build_space
 from rightrank.search.strategies import make_strategy
-from rightrank.training.adapter_runtime import attach_adapter
-from rightrank.training.answers import measure_metrics, require_metric_functions
 from rightrank.training.loop import TrialFolders, train_trials
 from rightrank.training.pace import choose_adapters_per_pass
-from rightrank.training.runtime import Runtime
+from rightrank.training.runtime import Runtime, build_runtime
 from rightrank.training.targets import Targets, find_targets
 
 Notice: TypeAlias = Callable[[str], None]
@@ -76,8 +76,10 @@ class LoadedSelection(PreparedSelection):
     def evaluate_test_split(self, trial: TrialFinished, adapter: Path | None) -> TestEvaluated | None:
         if not self.runtime.data.splits["test"]:
             return None
-        with attach_adapter(self.runtime, adapter):
-            scores, measured = self.runtime.evaluate("test"), measure_metrics(self.runtime, "test")
+        evaluator = self.runtime.evaluator
+        with attach_adapter(evaluator, adapter):
+            scores = evaluator.evaluate("test")
+            measured = measure_metrics(evaluator, "test")
         metric = self.started.metric
         measured.require_values([metric])
         values = scores.metrics | measured.values
@@ -154,7 +156,7 @@ def prepare_selection(
         settings = settings.model_copy(update={"ranks": planned.ranks})  # the ranks that fit
     steps = settings.count_training_steps(len(encoded.splits["train"]))
     announce("checking the base model on a few examples")
-    runtime = Runtime(loaded, encoded, settings, steps, cache, targets)
+    runtime = build_runtime(loaded, encoded, settings, steps, cache, targets)
     reason = runtime.targets.untruncatable_reason
     if reason is not None and settings.goal != "training-rank":
         raise SettingsError(

@@ -25,24 +25,22 @@ from rightrank.adapters.resize import (
     write_truncation,
 )
 from rightrank.adapters.truncation import Moments
+from rightrank.bases.base_models import load_base
+from rightrank.bases.model_sources import require_model
 from rightrank.data.rows import read_rows
 from rightrank.data.splits import DataSplits, load_data, load_held_out
 from rightrank.decision.adapter import Criterion, ScoredAdapter, format_margin
+from rightrank.evaluation.attached_adapters import attach_adapter, report_evaluation_progress, require_matching_base
+from rightrank.evaluation.evaluator import Evaluator, build_evaluator
 from rightrank.evaluation.peft_models import GatheredMoments
 from rightrank.evaluation.scores import Scores
+from rightrank.evaluation.tokens import encode_splits
 from rightrank.runs.compare import load_run_splits, read_labels
-from rightrank.schema.errors import DataError
+from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.schema.events import EvaluationProgress, Notice
 from rightrank.schema.results import AdapterMethod, Resized
 from rightrank.schema.settings import NO_SPLIT_OVERRIDES, SelectSettings
-from rightrank.training.adapter_runtime import (
-    attach_adapter,
-    gather_moments,
-    gather_unseen_moments,
-    make_adapter_runtime,
-    report_evaluation_progress,
-)
-from rightrank.training.runtime import Runtime
+from rightrank.training.moments import gather_moments, gather_unseen_moments
 
 
 def load_evaluation_data(
@@ -67,7 +65,7 @@ def load_evaluation_data(
     elif None not in read_rows(train) or train.resolve() == data.resolve():
         training_splits = load_data(train, settings, classes=classes)
     else:
-        training_splits, _ = load_held_out(train, settings, classes)
+        training_splits = load_held_out(train, settings, classes)
     if training_splits is None and None not in read_rows(data):
         all_rows = NO_SPLIT_OVERRIDES | {"max_eval_examples": sys.maxsize}
         splits = load_data(data, settings.model_copy(update=all_rows), classes=classes)
@@ -76,7 +74,7 @@ def load_evaluation_data(
         splits, examples = training_splits, training_splits.examples["validation"]
         source = "the validation split of the adapter's run"
     else:
-        splits, _ = load_held_out(data, settings, classes)
+        splits = load_held_out(data, settings, classes)
         examples, is_unknown = splits.examples["validation"], training_splits is None
         source = "all rows; if the adapter was trained on some of them, name its training data with --train"
         if training_splits is not None:
@@ -91,6 +89,42 @@ def load_evaluation_data(
         examples = examples[: settings.max_eval_examples]
     splits = replace(splits, examples={"train": splits.examples["train"], "validation": examples, "test": []})
     return splits, is_unknown, f"scored on {len(examples):,} examples of {data} ({source})"
+
+
+def build_adapter_evaluator(
+    adapter: AdapterFolder, base: str | None, splits: DataSplits, settings: SelectSettings, cache: Path
+) -> Evaluator:
+    """Build an evaluator for an adapter and its truncations.
+
+    Args:
+        base: a model; None loads the one that the configuration names.
+        cache: a folder for temporary files.
+
+    Raises:
+        SettingsError: the metric needs more than an evaluation of losses.
+        ModelError: no base is named, the base cannot be loaded, or it is not the adapter's base.
+        DataError: the data cannot be used.
+    """
+    if adapter.path.is_file():
+        raise ModelError(f"{adapter.path}: PEFT loads no such file onto a base model; choose by --rank")
+    if not settings.metric_specs[0].is_eval_metric or settings.metrics:
+        raise SettingsError(
+            f"metric {settings.metric_name!r}: this command measures adapters by loss or accuracy; give one of them, and leave metrics out"
+        )
+    base = base or adapter.base_model
+    if base is None:
+        raise ModelError(f"{adapter.path}: the configuration names no base model; give one with --base MODEL")
+    require_model(base)
+    loaded = load_base(base, settings, splits.summary.classes)
+    require_matching_base(adapter.path, loaded)
+    return build_evaluator(
+        loaded,
+        encode_splits(splits, loaded, settings),
+        settings,
+        adapted_modules=[module.name for module in adapter.modules],
+        # A fully trained module may lie below the first adapter, where a cached prefix would be stale.
+        cache_folder=None if adapter.other_keys else cache,
+    )
 
 
 MANY_EXAMPLES = 2000  # above this number, the message proposes to score fewer examples
@@ -122,14 +156,14 @@ def resize_by_data(
     text = f"measuring rank {max(ranks)}, the base, then lower ranks ({rank_list}), each on {count:,} examples{hint}"
     on_event(Notice(text=text))
     with tempfile.TemporaryDirectory(prefix="rightrank-") as name:
-        runtime = make_adapter_runtime(adapter, base, splits, settings, Path(name) / "cache")
+        evaluator = build_adapter_evaluator(adapter, base, splits, settings, Path(name) / "cache")
         smallest, gathered = measure_truncations(
-            adapter, runtime, ranks, Path(name), cross_fit=is_unknown, on_event=on_event
+            adapter, evaluator, settings, ranks, Path(name), cross_fit=is_unknown, on_event=on_event
         )
         chosen, resized = smallest.adapter.folder, smallest.adapter.resized
         assert resized is not None
         tensors = {key: chosen.load_tensor(key) for key in chosen.keys}
-        write_adapter(out, chosen.config, tensors, adapter, {BASE_FILE: runtime.loaded.identity.to_json()})
+        write_adapter(out, chosen.config, tensors, adapter, {BASE_FILE: evaluator.loaded.identity.to_json()})
         written_bytes = chosen.weights_file.stat().st_size
     answer, notes = smallest.answer, [*resized.notes, *gathered.notices]
     if gathered.moments:
@@ -152,7 +186,8 @@ def resize_by_data(
 
 def measure_truncations(
     adapter: AdapterFolder,
-    runtime: Runtime,
+    evaluator: Evaluator,
+    settings: SelectSettings,
     ranks: Sequence[int],
     working_folder: Path,
     *,
@@ -172,13 +207,13 @@ def measure_truncations(
     Raises:
         ModelError: The adapter does not fit the base model.
     """
-    settings, metric = runtime.settings, runtime.settings.metric_name
+    metric = settings.metric_name
     # Over the examples that `select` reads after a training with these settings: which ones another training saw is not known.
-    steps = settings.count_training_steps(len(runtime.data.splits["train"]))
-    with attach_adapter(runtime, adapter.path) as peft_model:
-        gathered = gather_unseen_moments(runtime, peft_model, settings.seeds[0], steps)
-    folds = _gather_folds(adapter, runtime) if cross_fit else []
-    criterion = Criterion(metric, settings.is_higher_better(metric), settings.margin, runtime.data.summary.loss_kind)
+    steps = settings.count_training_steps(len(evaluator.data.splits["train"]))
+    with attach_adapter(evaluator, adapter.path) as peft_model:
+        gathered = gather_unseen_moments(evaluator, settings, peft_model, settings.seeds[0], steps)
+    folds = _gather_folds(adapter, evaluator, settings) if cross_fit else []
+    criterion = Criterion(metric, settings.is_higher_better(metric), settings.margin, evaluator.data.summary.loss_kind)
     top_rank = max(ranks)
 
     def truncate(rank: int) -> RankedAdapter:
@@ -190,12 +225,12 @@ def measure_truncations(
         rank = candidate.rank
         num_remaining = sum(lower <= (rank or top_rank) for lower in ranks)
         label = f"rank {rank}" if rank else "the base"
-        report_evaluation_progress(runtime, label, on_event, num_remaining * (2 if folds else 1))
+        report_evaluation_progress(evaluator, label, on_event, num_remaining * (2 if folds else 1))
         if rank and folds:
-            scores = _evaluate_folds(adapter, runtime, folds, rank, working_folder)
+            scores = _evaluate_folds(adapter, evaluator, folds, rank, working_folder)
         else:
-            with attach_adapter(runtime, candidate.folder.path, is_zero=rank == 0):
-                scores = runtime.evaluate("validation")
+            with attach_adapter(evaluator, candidate.folder.path, is_zero=rank == 0):
+                scores = evaluator.evaluate("validation")
         method: AdapterMethod = "trained" if rank == top_rank else "truncated"
         scored = scores.build_scored_adapter(f"r{rank}", rank, criterion, method=method)
         on_event(Notice(text=f"{label}: held-out {scored.cell.value:.4f}"))
@@ -207,32 +242,32 @@ def measure_truncations(
 _Fold: TypeAlias = tuple[list[int], Mapping[str, Moments]]  # half of the scored examples, moments over the other half
 
 
-def _gather_folds(adapter: AdapterFolder, runtime: Runtime) -> list[_Fold]:
+def _gather_folds(adapter: AdapterFolder, evaluator: Evaluator, settings: SelectSettings) -> list[_Fold]:
     """Split the validation split into halves, so that no example is scored by a truncation that was fitted to it.
 
     The written adapter uses moments over all examples: as those of each half, but from twice as many.
     """
     halves: list[list[int]] = [[], []]
-    for index, example in enumerate(runtime.data.splits["validation"]):
+    for index, example in enumerate(evaluator.data.splits["validation"]):
         halves[int(example.example_id[:16], 16) % 2].append(index)
-    names = [{runtime.data.splits["validation"][index].example_id for index in half} for half in halves]
-    train = [example.example_id for example in runtime.data.splits["train"]]
-    with attach_adapter(runtime, adapter.path) as peft_model:
+    names = [{evaluator.data.splits["validation"][index].example_id for index in half} for half in halves]
+    train = [example.example_id for example in evaluator.data.splits["train"]]
+    with attach_adapter(evaluator, adapter.path) as peft_model:
         gathered = [
-            gather_moments(runtime, peft_model, [i for i, name in enumerate(train) if name in half_names])
+            gather_moments(evaluator, settings, peft_model, [i for i, name in enumerate(train) if name in half_names])
             for half_names in names
         ]
     return [(halves[0], gathered[1].moments), (halves[1], gathered[0].moments)]
 
 
 def _evaluate_folds(
-    adapter: AdapterFolder, runtime: Runtime, folds: Sequence[_Fold], rank: int, working_folder: Path
+    adapter: AdapterFolder, evaluator: Evaluator, folds: Sequence[_Fold], rank: int, working_folder: Path
 ) -> Scores:
     """Score every example with the truncation whose moments come from the half without it."""
     fold_scores = []
     for number, (indices, moments) in enumerate(folds):
         folder = working_folder / f"r{rank}-half{number}"
         resize_adapter(adapter, folder, cap_ranks(adapter, rank, moments), moments)
-        with attach_adapter(runtime, folder):
-            fold_scores.append(runtime.evaluate("validation", indices))
+        with attach_adapter(evaluator, folder):
+            fold_scores.append(evaluator.evaluate("validation", indices))
     return fold_scores[0].merge(fold_scores[1])

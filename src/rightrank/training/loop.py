@@ -25,6 +25,8 @@ from peft import LoraConfig, set_peft_model_state_dict
 from rightrank.adapters.resize import truncate_tensors
 from rightrank.adapters.truncation import load_moments
 from rightrank.bases.safetensors_files import BFLOAT16
+from rightrank.evaluation.answers import measure_metrics
+from rightrank.evaluation.attached_adapters import attach_adapter
 from rightrank.evaluation.batches import Batch
 from rightrank.evaluation.device import catch_memory_errors, free_memory, read_peak_bytes, reset_peak_memory
 from rightrank.evaluation.peft_models import save_adapter
@@ -41,8 +43,7 @@ from rightrank.schema.trials import (
     TrialOutcome,
     TrialStarted,
 )
-from rightrank.training.adapter_runtime import attach_adapter, ensure_moments
-from rightrank.training.answers import measure_metrics
+from rightrank.training.moments import ensure_moments
 from rightrank.training.multi_lora import ArmBatch, MultiLora, Routing
 from rightrank.training.optimizer import (
     ArmOptimizer,
@@ -69,7 +70,7 @@ class TrialFolders:
     adapter: Path  # the folder of the finished trial's adapter
     continue_from: Path | None = None  # the checkpoint of the trial that this one resumes
     truncate_from: Path | None = None  # the adapter folder of the trial that this one truncates
-    moments: Path | None = None  # file with the moments of that adapter (`adapter_runtime.py`)
+    moments: Path | None = None  # file with the moments of that adapter (`moments.py`)
     answers: Path | None = None  # file for the model's answers to the held-out examples, if a metric needs them
 
 
@@ -259,7 +260,7 @@ class ArmTraining:
             return self._measured[1]
         start_time = time.perf_counter()
         with self._multi_lora.use_routing(Routing((self.adapter,), (None,))):
-            metric_results = measure_metrics(self._runtime, "validation", self.folders.answers)
+            metric_results = measure_metrics(self._runtime.evaluator, "validation", self.folders.answers)
         self.progress.eval_seconds += time.perf_counter() - start_time
         return metric_results
 
@@ -371,7 +372,7 @@ def train_trials(
         if trial.arm.rank == 0:
             listener.on_event(TrialStarted(**trial.fields))
             trial_folders = folders(trial)
-            with attach_adapter(runtime, trial_folders.truncate_from, is_zero=True):
+            with attach_adapter(runtime.evaluator, trial_folders.truncate_from, is_zero=True):
                 yield _evaluate_base(runtime, trial, trial_folders)
     training_trials = [trial for trial in trials if trial.arm.rank > 0]
     for trial in training_trials:
@@ -397,8 +398,8 @@ def _evaluate_base(runtime: Runtime, trial: Trial, folders: TrialFolders) -> Tri
     """
     start_time = time.perf_counter()
     reset_peak_memory(runtime.loaded.device)
-    scores = runtime.evaluate("validation")
-    metric_results = measure_metrics(runtime, "validation", folders.answers)
+    scores = runtime.evaluator.evaluate("validation")
+    metric_results = measure_metrics(runtime.evaluator, "validation", folders.answers)
     metric_results.require_values(list(metric_results.failures))
     progress = TrainingProgress(eval_seconds=time.perf_counter() - start_time)
     record = build_finished_trial(trial, runtime.settings.metric_name, scores, metric_results, progress)

@@ -89,7 +89,7 @@ class ArmOptimizer:
         """Set the learning rate of the next step and return its micro-batches."""
         size, indices = self._runtime.settings.batch_size, self._plan[self.progress.step]
         micro = [indices[start : start + size] for start in range(0, len(indices), size)]
-        batches = [self._runtime.make_batch("train", micro_batch) for micro_batch in micro]
+        batches = [self._runtime.evaluator.make_batch("train", micro_batch) for micro_batch in micro]
         examples = [self._runtime.data.splits["train"][index] for index in indices]
         self.loss_sum = 0.0
         self.labels = sum(map(self._runtime.data.get_loss_weight, examples))

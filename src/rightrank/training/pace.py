@@ -71,10 +71,10 @@ def _time_training(runtime: Runtime, arm: Arm) -> Pace:
     validation_batches = batch_by_length(runtime.data.splits["validation"], runtime.settings.eval_batch_size)
     eval_indices = validation_batches[len(validation_batches) // 2]
     fill_seconds, filled = _time_task(
-        runtime, lambda: list(runtime.compute_base_results("train", chain.from_iterable(plan)))
+        runtime, lambda: list(runtime.evaluator.compute_base_results("train", chain.from_iterable(plan)))
     )
     num_filled = _count_tokens(runtime, filled)
-    list(runtime.compute_base_results("validation", eval_indices))
+    list(runtime.evaluator.compute_base_results("validation", eval_indices))
     with MultiLora(runtime.model, runtime.settings) as multi_lora, runtime.use_gradient_checkpointing():
         parameters = multi_lora.add(SCRATCH, arm, runtime.make_config(arm))
         schedule = make_schedule(runtime.settings, arm.steps)
@@ -166,8 +166,8 @@ def _compute_probe_losses(runtime: Runtime, arms: Sequence[Arm]) -> tuple[torch.
                 parameter.data.copy_(parameter.data + drawn.to(parameter))
         plan, size = runtime.plan_batches(arms[0].seed)[0], runtime.settings.batch_size
         batches = [
-            runtime.make_batch("train", plan[:size]),
-            runtime.make_batch("train", list(reversed(plan))[: max(1, size // 2)]),
+            runtime.evaluator.make_batch("train", plan[:size]),
+            runtime.evaluator.make_batch("train", list(reversed(plan))[: max(1, size // 2)]),
         ]
         arm_batches = [ArmBatch(name, batch, 1.0, None) for name, batch in zip(names, batches, strict=True)]
         shared = torch.cat(runtime.accumulate_gradients(multi_lora, arm_batches))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from rightrank.evaluation.answers import ModelAnswer, score_answers
 from rightrank.schema.metrics import parse_metrics
-from rightrank.training.answers import ModelAnswer, score_answers
 
 pytestmark = pytest.mark.trains
 

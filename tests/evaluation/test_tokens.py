@@ -17,8 +17,8 @@ from rightrank.data.splits import load_data
 from rightrank.data.token_store import IGNORED
 from rightrank.evaluation.tokens import encode_splits
 from rightrank.schema.errors import DataError
+from tests.evaluation.chat_templates import MARKED, OTHERWISE, PLAIN, REASONED, REWRITING, trl_templates
 from tests.tiny import CHAT_TEMPLATE, ON_CPU, build_small_settings, generate_sentences, make_tokenizer, write_jsonl
-from tests.training.chat_templates import MARKED, OTHERWISE, PLAIN, REASONED, REWRITING, trl_templates
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from rightrank.evaluation.answers import generate_answers
 from rightrank.evaluation.tokens import Chat
 from rightrank.schema.trials import Arm
-from rightrank.training.answers import generate_answers
 from rightrank.training.multi_lora import MultiLora, Routing
 from rightrank.training.runtime import Runtime
+from tests.evaluation.chat_templates import PLAIN, REWRITING
 from tests.helpers import make_runtime
 from tests.tiny import build_small_settings, make_tokenizer
-from tests.training.chat_templates import PLAIN, REWRITING
 
 NEW = 12
 
@@ -31,7 +31,7 @@ def generate_greedily(runtime: Runtime, prompt: str) -> str:
     tokenizer: Any = runtime.loaded.tokenizer
     ids: list[int] = tokenizer(prompt)["input_ids"]
     begin = len(ids)
-    with torch.no_grad(), runtime.disable_dropout():
+    with torch.no_grad(), runtime.evaluator.disable_dropout():
         for _ in range(NEW):
             token = int(runtime.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
             ids.append(token)
@@ -49,7 +49,7 @@ def perturb(parameters: dict[str, torch.nn.Parameter], seed: int) -> None:
 
 
 def test_a_batch_generates_what_each_prompt_alone_does(runtime: Runtime) -> None:
-    answers = generate_answers(runtime, "validation")
+    answers = generate_answers(runtime.evaluator, "validation")
     assert len(answers) == len(runtime.data.splits["validation"])
     assert len({len(answer.prompt) for answer in answers}) > 3
     assert len({answer.completion for answer in answers}) > 1
@@ -59,22 +59,24 @@ def test_a_batch_generates_what_each_prompt_alone_does(runtime: Runtime) -> None
 
 def test_each_adapter_of_several_generates_its_own_answers(runtime: Runtime) -> None:
     arms = [Arm(rank=r, learning_rate=1e-3, lora_alpha=32, seed=0, steps=1) for r in (2, 4)]
-    plain = [answer.completion for answer in generate_answers(runtime, "validation")]
+    plain = [answer.completion for answer in generate_answers(runtime.evaluator, "validation")]
     with MultiLora(runtime.model, runtime.settings) as multi_lora:
         for number, arm in enumerate(arms):
             perturb(multi_lora.add(f"arm{number}", arm, runtime.make_config(arm)), number)
         batched = []
         for number in range(2):
             with multi_lora.use_routing(Routing((f"arm{number}",), (None,))):
-                batched.append([answer.completion for answer in generate_answers(runtime, "validation")])
+                batched.append([answer.completion for answer in generate_answers(runtime.evaluator, "validation")])
     assert batched[0] != batched[1]
     assert plain not in batched
     for number, arm in enumerate(arms):
         with MultiLora(runtime.model, runtime.settings) as multi_lora:
             perturb(multi_lora.add("only", arm, runtime.make_config(arm)), number)
             with multi_lora.use_routing(Routing(("only",), (None,))):
-                assert [answer.completion for answer in generate_answers(runtime, "validation")] == batched[number]
-    assert [answer.completion for answer in generate_answers(runtime, "validation")] == plain
+                assert [answer.completion for answer in generate_answers(runtime.evaluator, "validation")] == batched[
+                    number
+                ]
+    assert [answer.completion for answer in generate_answers(runtime.evaluator, "validation")] == plain
 
 
 @pytest.mark.parametrize(

@@ -27,13 +27,13 @@ from transformers import GenerationConfig
 from rightrank.data.files import replace_file
 from rightrank.data.forms import Example, select_template_inputs
 from rightrank.evaluation.device import enable_kv_cache
+from rightrank.evaluation.evaluator import Evaluator
 from rightrank.evaluation.scores import MetricResults
 from rightrank.evaluation.tokens import Chat
 from rightrank.schema.errors import DataError, MetricError, SettingsError, is_out_of_memory, log_traceback, quote_value
 from rightrank.schema.metrics import MetricSpec
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import SplitName
-from rightrank.training.runtime import Runtime
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,50 +55,50 @@ class _Prompt:
     end: str = ""  # the text that the chat template writes after an answer
 
 
-def generate_answers(runtime: Runtime, split: SplitName) -> list[ModelAnswer]:
+def generate_answers(evaluator: Evaluator, split: SplitName) -> list[ModelAnswer]:
     """Generate the answer to every example of a split that has a label within `seq_len`, with the current adapter, without its dropout.
 
     Raises:
         DataError: the data is plain text, which has no prompts.
     """
-    if runtime.data.is_classification:
-        return _predict_classes(runtime, split)
-    if runtime.data.summary.form == "text":
+    if evaluator.data.is_classification:
+        return _predict_classes(evaluator, split)
+    if evaluator.data.summary.form == "text":
         raise DataError("the data has no prompts: metrics of generated answers need `prompt` and `completion`")
-    encoded_ids = {example.example_id for example in runtime.data.splits[split]}
-    prompts = [_build_prompt(runtime, row) for row in runtime.data.texts[split] if row.example_id in encoded_ids]
-    texts = zip(prompts, _generate(runtime, prompts), strict=True)
+    encoded_ids = {example.example_id for example in evaluator.data.splits[split]}
+    prompts = [_build_prompt(evaluator, row) for row in evaluator.data.texts[split] if row.example_id in encoded_ids]
+    texts = zip(prompts, _generate(evaluator, prompts), strict=True)
     return [ModelAnswer(prompt.example_id, prompt.text, text, prompt.expected) for prompt, text in texts]
 
 
-def _build_prompt(runtime: Runtime, example: Example) -> _Prompt:
+def _build_prompt(evaluator: Evaluator, example: Example) -> _Prompt:
     prompt = example.content.get("prompt")
     completion = example.content.get("completion", example.content.get("chosen"))  # pairs have a chosen answer
     if isinstance(prompt, str):
         return _Prompt(example.example_id, prompt, str(completion), add_special_tokens=True)
     messages = [*example.content["messages"]] if prompt is None else [*prompt, *(completion or [])]
     last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-    chat = Chat(runtime.loaded.tokenizer, select_template_inputs(example.content))
+    chat = Chat(evaluator.loaded.tokenizer, select_template_inputs(example.content))
     text, end = chat.split_around_answer(messages[: last + 1])
     return _Prompt(example.example_id, text, messages[last]["content"], add_special_tokens=False, end=end)
 
 
 @torch.no_grad()
-def _generate(runtime: Runtime, prompts: Sequence[_Prompt]) -> list[str]:
+def _generate(evaluator: Evaluator, prompts: Sequence[_Prompt]) -> list[str]:
     """Generate greedy text for each prompt, without adapter dropout.
 
     Prompts of similar length are batched. If memory runs out, the batch size is halved.
     """
-    encoded = [_encode_prompt(runtime, prompt) for prompt in prompts]
+    encoded = [_encode_prompt(evaluator, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
-    config = _make_generation_config(runtime, prompts)
+    config = _make_generation_config(evaluator, prompts)
     texts = [""] * len(prompts)
-    batch_size, begin = runtime.settings.eval_batch_size, 0
+    batch_size, begin = evaluator.settings.eval_batch_size, 0
     while begin < len(order):
         batch_indices = order[begin : begin + batch_size]
         try:
-            with runtime.disable_dropout(), enable_kv_cache(runtime.model):
-                generated = _generate_batch(runtime, [encoded[index] for index in batch_indices], config)
+            with evaluator.disable_dropout(), enable_kv_cache(evaluator.model):
+                generated = _generate_batch(evaluator, [encoded[index] for index in batch_indices], config)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or batch_size == 1:
                 raise
@@ -110,45 +110,47 @@ def _generate(runtime: Runtime, prompts: Sequence[_Prompt]) -> list[str]:
     return texts
 
 
-def _encode_prompt(runtime: Runtime, prompt: _Prompt) -> list[int]:
+def _encode_prompt(evaluator: Evaluator, prompt: _Prompt) -> list[int]:
     """Return the token ids of a prompt. A prompt that is too long loses its beginning; an empty one becomes the beginning-of-text token."""
-    tokenizer: Any = runtime.loaded.tokenizer
+    tokenizer: Any = evaluator.loaded.tokenizer
     ids: list[int] = tokenizer(prompt.text, add_special_tokens=prompt.add_special_tokens, verbose=False)["input_ids"]
     if ids and ids[-1] == tokenizer.eos_token_id and prompt.add_special_tokens:
         ids = ids[:-1]  # some tokenizers add an end token to every text
-    positions = getattr(runtime.model.config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(evaluator.model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int):
-        ids = ids[-max(1, positions - runtime.settings.max_new_tokens) :]
+        ids = ids[-max(1, positions - evaluator.settings.max_new_tokens) :]
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return ids or [start if start is not None else 0]
 
 
-def _generate_batch(runtime: Runtime, token_ids: Sequence[list[int]], config: Any) -> list[str]:
+def _generate_batch(evaluator: Evaluator, token_ids: Sequence[list[int]], config: Any) -> list[str]:
     """Generate text for one batch. Prompts are padded on the left, so that every answer begins where its prompt ends."""
-    tokenizer: Any = runtime.loaded.tokenizer
+    tokenizer: Any = evaluator.loaded.tokenizer
     longest, pad = max(map(len, token_ids)), tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in token_ids])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in token_ids])
-    device = runtime.loaded.device
-    output = runtime.model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
+    device = evaluator.loaded.device
+    output = evaluator.model.generate(
+        input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+    )
     texts: list[str] = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
     return texts
 
 
-def _make_generation_config(runtime: Runtime, prompts: Sequence[_Prompt]) -> Any:
+def _make_generation_config(evaluator: Evaluator, prompts: Sequence[_Prompt]) -> Any:
     """Configure greedy decoding, which ends at any end token of the model, the tokenizer or the chat template.
 
     The model's own generation settings are ignored, except for its end tokens.
     """
-    tokenizer: Any = runtime.loaded.tokenizer
-    model_end_ids = getattr(runtime.model.generation_config, "eos_token_id", None)
+    tokenizer: Any = evaluator.loaded.tokenizer
+    model_end_ids = getattr(evaluator.model.generation_config, "eos_token_id", None)
     end_ids = {tokenizer.eos_token_id, *(model_end_ids if isinstance(model_end_ids, list) else [model_end_ids])}
     for end in {prompt.end for prompt in prompts if prompt.end}:
         first_id = tokenizer(end.lstrip(), add_special_tokens=False)["input_ids"][:1]
         end_ids |= set(first_id) & set(tokenizer.all_special_ids) | set(first_id) & set(tokenizer.added_tokens_decoder)
     config: Any = GenerationConfig  # untyped in transformers
     return config(
-        max_new_tokens=runtime.settings.max_new_tokens,
+        max_new_tokens=evaluator.settings.max_new_tokens,
         do_sample=False,
         num_beams=1,
         temperature=1.0,
@@ -162,16 +164,16 @@ def _make_generation_config(runtime: Runtime, prompts: Sequence[_Prompt]) -> Any
 
 
 @torch.no_grad()
-def _predict_classes(runtime: Runtime, split: SplitName) -> list[ModelAnswer]:
-    names, examples = runtime.data.summary.classes or [], runtime.data.splits[split]
-    texts = {example.example_id: str(example.content["text"]) for example in runtime.data.texts[split]}
+def _predict_classes(evaluator: Evaluator, split: SplitName) -> list[ModelAnswer]:
+    names, examples = evaluator.data.summary.classes or [], evaluator.data.splits[split]
+    texts = {example.example_id: str(example.content["text"]) for example in evaluator.data.texts[split]}
     answers: list[ModelAnswer] = []
-    size = runtime.settings.eval_batch_size
-    with runtime.disable_dropout():
+    size = evaluator.settings.eval_batch_size
+    with evaluator.disable_dropout():
         for begin in range(0, len(examples), size):
             rows = list(range(begin, min(begin + size, len(examples))))
-            batch = runtime.make_batch(split, rows)
-            logits = runtime.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+            batch = evaluator.make_batch(split, rows)
+            logits = evaluator.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
             for row, predicted in zip(rows, logits.argmax(-1).tolist(), strict=True):
                 example = examples[row]
                 expected = names[example.labels[0]]
@@ -269,18 +271,18 @@ TEXT_SCORES: dict[str, Callable[[str, str], float]] = {  # functions of the expe
 }
 
 
-def measure_metrics(runtime: Runtime, split: SplitName, answers_file: Path | None = None) -> MetricResults:
+def measure_metrics(evaluator: Evaluator, split: SplitName, answers_file: Path | None = None) -> MetricResults:
     """Measure every metric that is due at the end of a training, on a split, with the current adapter.
 
     Args:
         split: the examples to answer.
         answers_file: a file for the answers, one JSON object per line: example_id, prompt, completion, expected.
     """
-    specs = [spec for spec in runtime.settings.metric_specs if not spec.is_eval_metric]
+    specs = [spec for spec in evaluator.settings.metric_specs if not spec.is_eval_metric]
     results = MetricResults()
     if not specs:
         return results
-    answers = generate_answers(runtime, split)
+    answers = generate_answers(evaluator, split)
     if answers_file is not None and answers:
         with replace_file(answers_file) as temporary:
             lines = (json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)

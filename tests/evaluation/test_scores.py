@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rightrank.decision.comparison import compute_file_bounds
-from rightrank.training.answers import score_exact_match, score_macro_f1, score_rouge_l, score_token_f1
+from rightrank.evaluation.answers import score_exact_match, score_macro_f1, score_rouge_l, score_token_f1
 
 
 @pytest.mark.parametrize(
