@@ -47,6 +47,15 @@ def test_a_smaller_budget_never_allows_a_larger_rank(config_folder: Path, capsys
     assert (limits[0], limits[-1], statuses[0], statuses[-1]) == (32, 0, 0, 1)
 
 
+def test_the_plan_names_the_two_learning_rates_to_begin_with(
+    config_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out, _ = run_command(capsys, str(config_folder), *QUICK, "--json")
+    assert json.loads(out)["learning_rates"] == [1e-3, 3e-3]  # of a small model
+    _, out, _ = run_command(capsys, str(config_folder), *QUICK)
+    assert "learning rates to begin with: 0.001 and 0.003" in out
+
+
 def test_a_path_is_planned_as_its_text_is(config_folder: Path) -> None:
     values = {"ranks": (2,), "batch_size": 2, "seq_len": 32}
     assert rightrank.plan(config_folder, **values) == rightrank.plan(str(config_folder), **values)

@@ -137,6 +137,8 @@ def _format_answer(plan: Plan) -> Iterator[str]:
     )
     if plan.memory_bytes is not None and plan.max_rank is not None:
         yield f"largest requested rank that fits in {format_bytes(plan.memory_bytes)}: {plan.max_rank}"
+    low, high = plan.learning_rates
+    yield f"learning rates to begin with: {low:g} and {high:g}"
     if len(plan.ranks) > 1:
         yield f"learning rate, {format_rank_change(plan.ranks[0].rank, plan.ranks[-1].rank)}"
 

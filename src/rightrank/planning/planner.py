@@ -13,6 +13,7 @@ from rightrank.report.format import format_bytes
 from rightrank.schema.errors import ModelError, SettingsError
 from rightrank.schema.results import Plan
 from rightrank.schema.settings import MAX_ADAPTERS_PER_PASS, STEP_OF_SELECT, PlanSettings, SelectSettings
+from rightrank.search.rates import choose_start_rates
 from rightrank.training.targets import require_ranks
 
 # The relative error of a predicted peak. The largest measured error is 0.06% on a CPU (76 cases against torch's profiler)
@@ -68,6 +69,7 @@ def plan_config(config: Any, name: str, settings: PlanSettings) -> Plan:
         targets=len(estimator.skeleton.targets),
         ranks=rows,
         max_rank=max_rank,
+        learning_rates=choose_start_rates(estimator.skeleton.base_parameters),
         memory_bytes=settings.memory_bytes,
         context_bytes=estimate_context_bytes(settings),
         error_share=(ON_CUDA if settings.weight_bits is None else QUANTISED) if settings.device == "cuda" else ON_CPU,

@@ -247,6 +247,7 @@ class Plan(Record):
     targets: int  # adapted matrices
     ranks: list[RankPlan]
     max_rank: int | None  # the largest requested rank that fits; None: none fits, or the memory is unknown
+    learning_rates: tuple[float, float]  # with which `select` starts
     memory_bytes: int | None = None
     context_bytes: int  # of the process beside its tensors
     error_share: float  # relative error of the peaks
