@@ -15,6 +15,7 @@ from rightrank.decision.adapter import Criterion
 from rightrank.schema.settings import SelectSettings
 from rightrank.schema.trials import Arm, TrialDiverged, TrialFinished, TrialOutcome, count_added_steps
 from rightrank.search.protocol import Space, Trials, build_space
+from rightrank.search.rates import RATES
 from rightrank.search.strategies import STRATEGIES, find_learning_rate, make_strategy
 from tests.examples import limit_examples
 from tests.search.worlds import EXACT, STEPS, World, make_space, recommend, run_all, run_rounds
@@ -41,6 +42,8 @@ SPACES = {
     "no base": {"evaluates_base": False},
     "the adapter alone": {"goal": "adapter", "criterion": EXACT},
     "the best adapter": {"goal": "best-adapter"},
+    "a walk": {"learning_rates": RATES, "start_rates": (1e-3, 3e-3)},
+    "a walk of a large model": {"learning_rates": RATES, "start_rates": (3e-4, 1e-3), "seeds": (0, 1)},
 }
 
 
@@ -50,6 +53,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 CASES = [(world, "usual") for world in WORLDS] + [("law", space) for space in SPACES if space != "usual"]
+CASES += [("noisy", "a walk"), ("a table", "a walk"), ("low learning rates", "a walk of a large model")]
 CASES += [("noisy", "powers of two"), ("a table", "three seeds"), ("flat", "two ranks")]
 
 
@@ -173,9 +177,9 @@ def test_the_order_of_arrival_does_not_matter(name: str) -> None:
 
 
 def test_resumes_identically_from_every_prefix(name: str) -> None:
-    for kind in ["law", "a table", "noisy"]:
+    for kind, values in [("law", {}), ("a table", {}), ("noisy", {}), ("low learning rates", SPACES["a walk"])]:
         world = WORLDS[kind]()
-        space = make_space(seeds=(0, 1))
+        space = make_space(seeds=(0, 1), **values)
         all_outcomes = run_all(STRATEGIES[name](space), world)
         for length in range(len(all_outcomes)):
             outcomes = all_outcomes[:length]

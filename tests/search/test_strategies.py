@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from rightrank.decision.adapter import Criterion
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.settings import SelectSettings
-from rightrank.schema.trials import Arm, TrialFinished
+from rightrank.schema.trials import Arm, TrialDiverged, TrialFinished, TrialOutcome
 from rightrank.search.protocol import Strategy, build_space
+from rightrank.search.rates import RATES
 from rightrank.search.strategies import STRATEGIES, make_strategy
 from tests.examples import limit_examples
 from tests.search.worlds import EXACT, STEPS, World, make_space, recommend, run_all, run_rounds
@@ -45,6 +46,84 @@ def test_learning_rates_are_not_compared_after_the_first_step_of_a_warm_up() -> 
         outcomes = run_all(STRATEGIES["bracket"](space), WarmsUp(best_learning_rate=1e-3))
         finished = {outcome.learning_rate for outcome in outcomes if outcome.arm.is_direct and outcome.rank}
         assert finished == ({1e-3} if is_staged else {*space.learning_rates})
+
+
+WALK = {"learning_rates": RATES, "start_rates": (1e-3, 3e-3)}
+
+
+@pytest.mark.parametrize(
+    ("best", "visited"),
+    [
+        (1e-3, [1e-3, 3e-3, 3e-4]),
+        (3e-3, [1e-3, 3e-3, 1e-2]),
+        (1e-4, [1e-3, 3e-3, 3e-4, 1e-4, 3e-5]),
+        (1e-5, [1e-3, 3e-3, 3e-4, 1e-4, 3e-5, 1e-5]),
+        (1e-1, [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]),
+    ],
+)
+def test_a_walk_ends_beside_the_best_learning_rate(best: float, visited: list[float]) -> None:
+    strategy = STRATEGIES["bracket"](make_space(goal="adapter", **WALK))
+    outcomes = run_all(strategy, World(best_learning_rate=best))
+    assert [outcome.learning_rate for outcome in outcomes if outcome.arm.stop_at] == visited
+    whole = [outcome for outcome in outcomes if outcome.arm.is_direct and outcome.rank and not outcome.arm.stop_at]
+    assert [outcome.learning_rate for outcome in whole] == [best]
+    assert strategy.replay_trials(outcomes).adapter is not None
+
+
+def test_a_walk_trains_its_first_two_rates_together_and_then_one_after_the_other() -> None:
+    strategy = STRATEGIES["bracket"](make_space(goal="adapter", **WALK))
+    rounds = []
+
+    def note_round(arms: list[Arm]) -> list[Arm]:
+        rounds.append([arm.learning_rate for arm in arms if arm.stop_at])
+        return arms
+
+    run_all(strategy, World(best_learning_rate=1e-3), note_round)
+    assert [rates for rates in rounds if rates] == [[1e-3, 3e-3], [3e-4]]
+
+
+@pytest.mark.parametrize("at", ["quarter", "end"])
+def test_a_walk_turns_back_where_a_training_diverges_and_says_so(at: str) -> None:
+    class Diverges(World):
+        def run(self, arm: Arm) -> TrialOutcome:
+            if arm.rank and arm.learning_rate >= 3e-3 and (at == "quarter" or arm.stop_at is None):
+                return TrialDiverged(trial_id=f"x{arm.learning_rate}", **arm.model_dump(), step=1, reason="loss")
+            return super().run(arm)
+
+    strategy = STRATEGIES["bracket"](make_space(goal="adapter", **WALK))
+    outcomes = run_all(strategy, Diverges(best_learning_rate=3e-3))
+    trials = strategy.replay_trials(outcomes)
+    assert trials.adapter is not None
+    whole = [outcome for outcome in outcomes if outcome.arm.is_direct and outcome.rank and not outcome.arm.stop_at]
+    assert whole[-1].learning_rate == 1e-3
+    assert 3e-4 in {outcome.learning_rate for outcome in outcomes}  # the walk visits the other side of the new best
+    assert trials.notes == ["At learning rate 0.003 the training diverged, so the search continues at lower ones."]
+
+
+@pytest.mark.parametrize(("goal", "reserve"), [("adapter", 0), ("training-rank", 1), ("best-adapter", 2)])
+def test_a_walk_ends_early_where_the_budget_would_allow_no_answer_after_another_rate(goal: str, reserve: int) -> None:
+    for budget, visited in [(1.25, 2), (1.49, 2), (1.5, 3), (1.75, 4)]:
+        strategy = STRATEGIES["bracket"](make_space(goal=goal, budget_steps=(budget + reserve) * STEPS, **WALK))
+        outcomes = run_all(strategy, World(best_learning_rate=1e-5))
+        assert len([outcome for outcome in outcomes if outcome.arm.stop_at and outcome.rank == 64]) == visited
+        assert strategy.replay_trials(outcomes).adapter is not None
+
+
+def test_a_grid_has_the_rates_that_the_walk_of_its_largest_rank_visits() -> None:
+    space = make_space(**WALK)
+    outcomes = run_all(STRATEGIES["grid"](space), World(best_learning_rate=3e-4))
+    cells = {(outcome.rank, outcome.learning_rate) for outcome in outcomes if outcome.arm.is_direct and outcome.rank}
+    assert cells == {(rank, rate) for rank in space.ranks for rate in (1e-4, 3e-4, 1e-3, 3e-3)}
+
+
+def test_rates_that_differ_in_their_last_bits_are_one() -> None:
+    assert SelectSettings(learning_rates=(3 * 1e-4, 3e-4, 1e-3)).learning_rates == (3e-4, 1e-3)
+
+
+def test_a_given_rate_or_list_is_not_walked_from() -> None:
+    for rates in [(1e-3,), (1e-4, 1e-3)]:
+        space = build_space(SelectSettings(learning_rates=rates), STEPS)
+        assert (space.learning_rates, space.start_rates, space.first_rates) == (rates, (), rates)
 
 
 def test_truncations_are_evaluated_although_the_time_is_over() -> None:
@@ -84,7 +163,8 @@ def test_bad_settings_are_one_clear_line() -> None:
         ({"strategy": "brackt"}, "did you mean 'bracket'"),
         ({"strategy": "x"}, "there are: bracket, grid"),
         ({"ranks": (8,), "goal": "training-rank"}, "8 only"),
-        ({"budget_trainings": 1.5}, "give budget_trainings"),
+        ({"budget_trainings": 1.2}, "give budget_trainings 1.25"),
+        ({"budget_trainings": 1.2, "learning_rates": (1e-4, 3e-4, 1e-3)}, "give budget_trainings 1.5"),
         ({"budget_hours": -1}, "budget_hours"),
     ]:
         with pytest.raises(SettingsError) as caught:

@@ -38,7 +38,7 @@ def run_preflight(prepared: LoadedSelection, announce: Callable[[str], None]) ->
 def _measure_top_pace(prepared: LoadedSelection) -> Pace | None:
     """Measure the pace of the highest rank in a few real steps; None if trainings run in workers, or memory runs out."""
     space = prepared.strategy.space
-    arm = space.make_arm(space.top, space.learning_rates[0])
+    arm = space.make_arm(space.top, space.first_rates[0])
     return None if prepared.settings.has_workers else measure_pace(prepared.runtime, arm)
 
 

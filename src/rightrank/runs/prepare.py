@@ -162,7 +162,7 @@ def prepare_selection(
         raise SettingsError(
             f"goal {settings.goal!r} needs adapters that can be truncated ({reason}); give goal 'training-rank'"
         )
-    space = replace(build_space(settings, steps, encoded.summary.loss_kind), can_truncate=reason is None)
+    space = build_space(settings, steps, encoded.summary.loss_kind, loaded.model.num_parameters())
     return LoadedSelection(
         request=request,
         runtime=runtime,
@@ -172,7 +172,7 @@ def prepare_selection(
         planned=planned,
         notes=tuple(notes),
         open_workers=open_workers,
-        strategy=make_strategy(settings.strategy, space),
+        strategy=make_strategy(settings.strategy, replace(space, can_truncate=reason is None)),
     )
 
 

@@ -320,12 +320,13 @@ def _collect_changes(started: RunStarted, next_run: NextRun, tried_rates: Collec
         added["seeds"] = list(islice(unused_seeds, max(0, next_run.seeds - len(settings.seeds))))
     if next_run.action == "rank":
         added["ranks"] = next_run.ranks
-    if next_run.action in ("rank", "rates") and not {*next_run.learning_rates} <= {*settings.learning_rates}:
+    given_rates = {*(settings.learning_rates or tried_rates)}
+    if next_run.action in ("rank", "rates") and not {*next_run.learning_rates} <= given_rates:
         added["learning_rates"] = [*tried_rates, *next_run.learning_rates]
     changes: dict[str, Any] = {
-        name: tuple(sorted({*getattr(settings, name), *values}))
+        name: tuple(sorted({*(getattr(settings, name) or ()), *values}))
         for name, values in added.items()
-        if not {*values} <= {*getattr(settings, name)}
+        if not {*values} <= {*(getattr(settings, name) or ())}
     }
     examples = len(started.evaluation_examples)
     held_out = examples + started.data.not_evaluated  # the maximum number of examples that can be evaluated

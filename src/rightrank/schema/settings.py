@@ -82,6 +82,14 @@ def _require_distinct(
     return tuple(sorted(values))
 
 
+def _require_learning_rates(rates: tuple[float, ...] | None) -> tuple[float, ...] | None:
+    """Round to nine digits: rates that differ only in their last bits, as 3 * 1e-4 does from 3e-4, are one rate."""
+    if rates is None:
+        return None
+    rounded = tuple(dict.fromkeys(float(f"{rate:.9g}") for rate in rates))
+    return _require_distinct(lambda rate: rate > 0, "learning rate", "numbers above 0, such as 1e-4", rounded)
+
+
 def _require_device(device: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
         raise ValueError(f"device {device!r} is unknown; give auto, cpu, cuda, cuda:1 or mps")
@@ -111,10 +119,7 @@ Ranks: TypeAlias = Annotated[
         )
     ),
 ]
-LearningRates: TypeAlias = Annotated[
-    tuple[float, ...],
-    AfterValidator(partial(_require_distinct, lambda rate: rate > 0, "learning rate", "numbers above 0, such as 1e-4")),
-]
+LearningRates: TypeAlias = Annotated[tuple[float, ...] | None, AfterValidator(_require_learning_rates)]
 Seeds: TypeAlias = Annotated[
     tuple[int, ...],
     AfterValidator(
@@ -249,9 +254,9 @@ class SelectSettings(StepSettings):
         foreign_names=("rank", "r", "lora_r", "lora_rank"),
     )
     learning_rates: LearningRates = option(
-        (3e-4, 1e-3, 3e-3, 1e-2),
+        None,
         COMPARE,
-        "learning rates to train to a quarter; the best one is finished",
+        "learning rates to compare, or one to use; by default [a walk](../how-to/strategies.md#how-the-learning-rate-is-found) from where models of this size usually have their best",
         continuable=True,
         foreign_names=("lr", "learning_rate"),
     )

@@ -21,8 +21,12 @@ from rightrank.decision.table import Contender, ScoreTable, build_table
 from rightrank.schema.errors import SettingsError
 from rightrank.schema.metrics import LossKind
 from rightrank.schema.results import AdapterAnswer
-from rightrank.schema.settings import Goal, SelectSettings
+from rightrank.schema.settings import LONGER_TRAININGS, Goal, SelectSettings
 from rightrank.schema.trials import Arm, TrialFinished, TrialOutcome, compute_added_seconds, count_added_steps
+from rightrank.search.rates import RATES, choose_start_rates
+
+# Whole trainings that a goal needs beside that of the best learning rate: the longer one, or a second rank.
+TRAININGS_AFTER_SEARCH: Mapping[Goal, int] = {"adapter": 0, "best-adapter": LONGER_TRAININGS, "training-rank": 1}
 
 Requests: TypeAlias = Iterator[Sequence[Arm]]  # yielded by a script: arms that may run at the same time
 
@@ -32,7 +36,7 @@ class Space:
     """The space of a selection. Ranks and learning rates ascend."""
 
     ranks: tuple[int, ...]
-    learning_rates: tuple[float, ...]
+    learning_rates: tuple[float, ...]  # to compare; with `start_rates`, those at which a walk may train
     seeds: tuple[int, ...]
     lora_alpha: float
     steps: int  # optimizer steps of a full training
@@ -41,6 +45,7 @@ class Space:
     goal: Goal = "training-rank"
     can_stop_early: bool = True  # whether trainings can stop early and resume; False for custom trainers
     can_truncate: bool = True  # whether adapters can be truncated and evaluated
+    start_rates: tuple[float, ...] = ()  # neighbours in `learning_rates` from which to walk; empty: compare all
     trains_other_modules: bool = False  # such as a head, which the base of the gain keeps
     budget_steps: float | None = None  # optimizer steps over all arms
     budget_seconds: float | None = None  # time of training and evaluation, over all arms
@@ -48,6 +53,25 @@ class Space:
     @property
     def top(self) -> int:
         return self.ranks[-1]
+
+    @property
+    def first_rates(self) -> tuple[float, ...]:
+        """Return the learning rates that a search trains first."""
+        return self.start_rates or self.learning_rates
+
+    @property
+    def expected_rates(self) -> int:
+        """Return the number of learning rates that a search is expected to compare."""
+        return len(self.start_rates) + 1 if self.start_rates else len(self.learning_rates)
+
+    @property
+    def max_rates(self) -> int:
+        """Return the maximum number of learning rates that a search compares: those of a walk to the farther end."""
+        if not self.start_rates:
+            return len(self.learning_rates)
+        below = self.learning_rates.index(self.start_rates[0])
+        above = len(self.learning_rates) - below - len(self.start_rates)
+        return len(self.start_rates) + max(below, above)
 
     def make_arm(self, rank: int, learning_rate: float, seed: int | None = None) -> Arm:
         """Return the arm of a full training. `seed` defaults to the first seed."""
@@ -80,8 +104,13 @@ def make_truncation_arm(parent: TrialFinished, rank: int) -> Arm:
     return parent.arm.model_copy(update=changed)
 
 
-def build_space(settings: SelectSettings, steps: int, loss_kind: LossKind = "token_loss") -> Space:
+def build_space(
+    settings: SelectSettings, steps: int, loss_kind: LossKind = "token_loss", num_parameters: int | None = None
+) -> Space:
     """Build the space of a selection with trainings of `steps` steps.
+
+    Args:
+        num_parameters: of the base model, which tell where a walk over learning rates starts; None if unknown.
 
     Raises:
         SettingsError: there is only one rank, although ranks are to be compared.
@@ -94,7 +123,8 @@ def build_space(settings: SelectSettings, steps: int, loss_kind: LossKind = "tok
     metric = settings.metric_name
     return Space(
         ranks=settings.ranks,
-        learning_rates=settings.learning_rates,
+        learning_rates=settings.learning_rates or RATES,
+        start_rates=() if settings.learning_rates else choose_start_rates(num_parameters),
         seeds=settings.seeds,
         lora_alpha=settings.lora_alpha,
         steps=steps,
@@ -121,6 +151,15 @@ class Trials:
 
     spent_steps: int = 0  # of all requested arms
     spent_seconds: float = 0.0  # of those with an outcome
+
+    @property
+    def affords_rate(self) -> bool:
+        """Return whether the budget allows one more learning rate, and after it what the goal needs."""
+        space, spent = self.space, self.spent_steps
+        needed = (1 + TRAININGS_AFTER_SEARCH[space.goal]) * space.steps
+        seconds = self.spent_seconds * (spent + needed) / spent if spent else 0.0
+        limits = [(spent + needed, space.budget_steps), (seconds, space.budget_seconds)]
+        return all(limit is None or amount <= limit for amount, limit in limits)
 
     def get_finished(self, arm: Arm) -> TrialFinished | None:
         outcome = self.outcomes.get(arm)
@@ -251,7 +290,7 @@ class Strategy(ABC):
                     yield from try_rank(trials, self.space.ranks[0])
 
             def estimate_unbounded_cost(self) -> CostEstimate:
-                rates = len(self.space.learning_rates)
+                rates = self.space.max_rates
                 return CostEstimate(2.0, 2.0 * rates, 2.0 * rates, 2.0, 1 + 4 * rates)
     """
 
@@ -269,8 +308,8 @@ class Strategy(ABC):
         """Estimate the cost without a budget."""
 
     def _count_cells(self) -> int:
-        """Return the number of cells of the rank × learning rate × seed grid."""
-        return math.prod(map(len, (self.space.ranks, self.space.learning_rates, self.space.seeds)))
+        """Return the maximum number of cells of the rank × learning rate × seed grid."""
+        return len(self.space.ranks) * self.space.max_rates * len(self.space.seeds)
 
     def estimate_arms(self) -> int:
         """Estimate how many arms there will be in total, for the progress display."""

@@ -2,7 +2,8 @@
 
 To add a strategy, write its class here and register it in `STRATEGIES`.
 
-The search trains every learning rate to a quarter of the training, and finishes the best one.
+The search trains two neighbouring learning rates to a quarter of the training, then the next one on the better side until it gets worse
+(`search.rates`), and finishes the best one. Learning rates that the user lists are all trained to a quarter.
 Early losses favour learning rates that are too low, because a high one pays off only after it is annealed (Wu et al. 2018, arXiv 1803.02021).
 So the learning rates are ranked by the loss of the mean of the factors over the last quarter of the steps taken, which does what annealing
 does (Hägele et al. 2024, arXiv 2405.18392). Where examples repeat, the best evaluation of the finished training, the mean of its factors
@@ -17,7 +18,7 @@ candidates. Neither additional steps after a truncation nor a cut during the tra
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from itertools import chain, product
 
 import numpy as np
@@ -31,6 +32,7 @@ from rightrank.schema.results import AdapterAnswer
 from rightrank.schema.settings import LONGER_TRAININGS
 from rightrank.schema.trials import Arm, TrialDiverged, TrialFinished
 from rightrank.search.protocol import (
+    TRAININGS_AFTER_SEARCH,
     CostEstimate,
     Requests,
     Space,
@@ -40,6 +42,7 @@ from rightrank.search.protocol import (
     make_truncation_arm,
     orient_value,
 )
+from rightrank.search.rates import choose_best_rate, find_next_rate
 
 QUARTER = 0.25  # of a training
 MIN_QUARTER_STEPS = 2  # The first step of a warm-up has learning rate 0, so after it all learning rates are equal.
@@ -53,34 +56,78 @@ def find_learning_rate(
     """Find the best learning rate at `rank`, and train it in full.
 
     Args:
-        learning_rates: The learning rates to compare; None for all of the space.
+        learning_rates: The learning rates to compare; None for those of the space, or its walk.
         seed: The seed of the trainings; None for the first one.
 
     Returns:
         The learning rate; None if no training finished.
     """
     space = trials.space
-    rates = list(learning_rates or space.learning_rates)
+    has_begun = False
     if can_stop_early(space):
-        quarter_arms = [make_quarter_arm(space, rank, rate, seed) for rate in rates]
-        yield quarter_arms
-        quarters = list(filter(None, map(trials.get_finished, quarter_arms)))
-        quarters.sort(key=lambda quarter: (_get_quarter_loss(quarter, space), quarter.learning_rate))
-        ordered_rates = [quarter.learning_rate for quarter in quarters]
-        while ordered_rates:
-            arm = _complete_arm(trials, rank, ordered_rates[0], space.seeds[0] if seed is None else seed)
+        losses = dict[float, float]()
+        while True:
+            yield from visit_rates(
+                trials, losses, lambda rate: make_quarter_arm(space, rank, rate, seed), learning_rates
+            )
+            best = choose_best_rate(losses)
+            if math.isinf(losses[best]):
+                break
+            arm = _complete_arm(trials, rank, best, space.seeds[0] if seed is None else seed)
             yield [arm]
             if trials.get_finished(arm) is not None:
-                return arm.learning_rate
-            # it diverged, so not a higher one
-            ordered_rates = [rate for rate in ordered_rates if rate < ordered_rates[0]]
-        if any(isinstance(trials.outcomes.get(arm), TrialFinished | TrialDiverged) for arm in quarter_arms):
-            return None
-    arms = [space.make_arm(rank, rate, seed) for rate in rates]
-    yield arms
-    finished = list(filter(None, map(trials.get_finished, arms)))
-    best = min(finished, key=lambda outcome: (orient_value(outcome, space), outcome.learning_rate), default=None)
-    return None if best is None else best.learning_rate
+                return best
+            _describe_divergence(trials, {best: arm})
+            losses |= {rate: math.inf for rate in losses if rate >= best}  # it diverged, so not a higher one
+        quarter_arms = [make_quarter_arm(space, rank, rate, seed) for rate in losses]
+        has_begun = any(isinstance(trials.outcomes.get(arm), TrialFinished | TrialDiverged) for arm in quarter_arms)
+    if has_begun:
+        return None
+    losses = {}
+    yield from visit_rates(trials, losses, lambda rate: space.make_arm(rank, rate, seed), learning_rates)
+    best = choose_best_rate(losses)
+    return None if math.isinf(losses[best]) else best
+
+
+def visit_rates(
+    trials: Trials,
+    losses: dict[float, float],
+    make_arm: Callable[[float], Arm],
+    learning_rates: Sequence[float] | None = None,
+) -> Requests:
+    """Train learning rates and add their losses to `losses`, infinite where there is no result.
+
+    These are all of `learning_rates`. If None, they are those of the space or, where it has a start, those of the walk from there, until one
+    gets worse on either side or the budget allows no other one.
+
+    Args:
+        losses: of the rates visited so far; infinite losses of those that diverged later turn the walk to lower rates.
+        make_arm: makes the arm that compares a learning rate.
+    """
+    space = trials.space
+    walks = learning_rates is None and bool(space.start_rates)
+    rates: Sequence[float] = [rate for rate in learning_rates or space.first_rates if rate not in losses]
+    while True:
+        arms = {rate: make_arm(rate) for rate in rates}
+        if arms:
+            yield list(arms.values())
+        losses |= {rate: _get_search_loss(trials, arm) for rate, arm in arms.items()}
+        if not walks:
+            return
+        _describe_divergence(trials, arms)
+        next_rate = find_next_rate(losses, space.learning_rates)
+        if next_rate is None or len(losses) >= space.max_rates or not trials.affords_rate:
+            return
+        rates = [next_rate]
+
+
+def _describe_divergence(trials: Trials, arms: Mapping[float, Arm]) -> None:
+    """Note at which learning rates of a walk the training diverged."""
+    diverged = [f"{rate:g}" for rate, arm in arms.items() if isinstance(trials.outcomes.get(arm), TrialDiverged)]
+    if diverged and trials.space.start_rates:
+        trials.notes.append(
+            f"At learning rate {' and '.join(diverged)} the training diverged, so the search continues at lower ones."
+        )
 
 
 def try_rank(trials: Trials, rank: int) -> Requests:
@@ -136,9 +183,17 @@ def make_quarter_arm(space: Space, rank: int, learning_rate: float, seed: int | 
     return space.make_arm(rank, learning_rate, seed).model_copy(update={"stop_at": stop_at})
 
 
-def _get_quarter_loss(outcome: TrialFinished, space: Space) -> float:
-    """Return the held-out loss of the mean of the factors, whatever the metric; the value with lower as better if a table has no loss."""
-    return outcome.use_mean_losses().metrics.get("loss", orient_value(outcome, space))
+def _get_search_loss(trials: Trials, arm: Arm) -> float:
+    """Return the loss by which a learning rate is compared; infinite without a result.
+
+    After a quarter, this is the held-out loss of the mean of the factors, whatever the metric. Where a table has no loss, and at the end of a
+    training, it is the value with lower as better.
+    """
+    outcome = trials.get_finished(arm)
+    if outcome is None:
+        return math.inf
+    value = orient_value(outcome, trials.space)
+    return value if arm.stop_at is None else outcome.use_mean_losses().metrics.get("loss", value)
 
 
 def _complete_arm(trials: Trials, rank: int, learning_rate: float, seed: int) -> Arm:
@@ -200,21 +255,28 @@ class Bracket(Strategy):
 
     def estimate_unbounded_cost(self) -> CostEstimate:
         space, num_truncations = self.space, _count_truncations(self.space)
-        num_rates, num_ranks, is_staged = len(space.learning_rates), len(space.ranks), can_stop_early(space)
+        num_rates, num_ranks, is_staged = space.max_rates, len(space.ranks), can_stop_early(space)
         search_at_most = float(num_rates)
-        search = 1.0 + QUARTER * (search_at_most - 1.0) if is_staged else search_at_most
+        search, least = (
+            _count_search_trainings(rates, is_staged) for rates in (space.expected_rates, len(space.first_rates))
+        )
         if space.goal != "training-rank":
-            more_trainings = LONGER_TRAININGS if space.goal == "best-adapter" else 0
+            more_trainings = TRAININGS_AFTER_SEARCH[space.goal]
             expected, at_most = search + more_trainings, search_at_most + more_trainings
             arms = 1 + STAGES * math.ceil(at_most) + num_truncations + bool(more_trainings) * (1 + num_truncations)
-            return CostEstimate(expected, at_most, search, expected, arms)
+            return CostEstimate(expected, at_most, search, least + more_trainings, arms)
         tried_rates, more_seeds = min(num_rates, NEIGHBOURS), len(space.seeds) - 1
         per_rank = 1.0 + (tried_rates - 1) * QUARTER * is_staged  # expected at a lower rank
         num_cells = tried_rates * (num_ranks - 1) + more_seeds * num_rates * num_ranks
         at_most = search_at_most + num_cells * (1.0 + QUARTER * is_staged)
         expected = search + per_rank * min(2.0, num_ranks - 1.0) + 3.0 * per_rank * more_seeds
         arms = 1 + STAGES * math.ceil(at_most) + num_truncations
-        return CostEstimate(min(expected, at_most), at_most, search, search + 1.0, arms)
+        return CostEstimate(min(expected, at_most), at_most, search, least + 1.0, arms)
+
+
+def _count_search_trainings(num_rates: int, is_staged: bool) -> float:
+    """Return the cost of a search over `num_rates` learning rates, in trainings."""
+    return 1.0 + QUARTER * (num_rates - 1) if is_staged else float(num_rates)
 
 
 def _find_smallest_likely_truncation(trials: Trials, learning_rate: float) -> int | None:
@@ -256,24 +318,31 @@ def _predict_rank(trials: Trials, second: int) -> int:
 class Grid(Strategy):
     """Trains the full grid: seed by seed, from the extreme ranks inward, so that both ends of the curve are measured early.
 
-    The deployment rank is found from the top rank at its best learning rate once the grid is complete.
+    Without a list of learning rates, the grid has those that a walk visits with whole trainings of the largest rank. The deployment rank is found from the top rank at its best learning rate once the grid is complete.
     """
 
     name = "grid"
 
     def script(self, trials: Trials) -> Requests:
         space = self.space
+        rates: Sequence[float] = space.learning_rates
+        if space.start_rates:
+            losses = dict[float, float]()
+            yield from visit_rates(trials, losses, lambda rate: space.make_arm(space.top, rate))
+            rates = sorted(losses)
         outside_in = dict.fromkeys(chain.from_iterable(zip(reversed(space.ranks), space.ranks, strict=True)))
-        cells = product(space.seeds, space.learning_rates, outside_in)
+        cells = product(space.seeds, rates, outside_in)
         yield [space.make_arm(rank, learning_rate, seed) for seed, learning_rate, rank in cells]
-        learning_rate = min(space.learning_rates, key=lambda lr: (trials.get_training_loss(space.top, lr), lr))
+        learning_rate = min(rates, key=lambda lr: (trials.get_training_loss(space.top, lr), lr))
         yield from find_deployment_rank(trials, learning_rate)
 
     def estimate_unbounded_cost(self) -> CostEstimate:
-        cells, num_truncations = self._count_cells(), _count_truncations(self.space)
-        longer = LONGER_TRAININGS if self.space.goal == "best-adapter" else 0
-        arms = 1 + cells + num_truncations + bool(longer) * (1 + num_truncations)
-        return CostEstimate(cells + longer, cells + longer, cells, 2.0, arms)
+        space, most, num_truncations = self.space, self._count_cells(), _count_truncations(self.space)
+        cells = most * space.expected_rates // space.max_rates
+        longer = LONGER_TRAININGS if space.goal == "best-adapter" else 0
+        arms = 1 + most + num_truncations + bool(longer) * (1 + num_truncations)
+        minimum = 2.0 + bool(space.start_rates)  # two rates of the largest rank, and another rank
+        return CostEstimate(cells + longer, most + longer, cells, minimum, arms)
 
 
 def find_deployment_rank(trials: Trials, learning_rate: float) -> Requests:
@@ -388,12 +457,13 @@ class Upward(Strategy):
 
     def script(self, trials: Trials) -> Requests:
         start, *higher = self.space.ranks
-        yield [self.space.make_arm(start, learning_rate) for learning_rate in self.space.learning_rates]
+        visited = dict[float, float]()
+        yield from visit_rates(trials, visited, lambda rate: self.space.make_arm(start, rate))
         learning_rate = yield from self._train_seeds(trials, start, self.space.seeds[:NOISE_SEEDS])
         seeds = self._select_seeds(trials, start, learning_rate)
         best_so_far = yield from self._train_seeds(trials, start, seeds)
         for rank in higher:
-            rates = self.space.learning_rates if best_so_far is None else list_neighbours(self.space, best_so_far)
+            rates = sorted(visited) if best_so_far is None else list_neighbours(self.space, best_so_far)
             yield [self.space.make_arm(rank, rate) for rate in rates]
             best = yield from self._train_seeds(trials, rank, seeds)
             best_so_far = best_so_far if best is None else best
@@ -402,11 +472,12 @@ class Upward(Strategy):
                 return
 
     def estimate_unbounded_cost(self) -> CostEstimate:
-        seeds, learning_rates = len(self.space.seeds), len(self.space.learning_rates)
+        seeds, learning_rates = len(self.space.seeds), self.space.expected_rates
         expected = learning_rates + min(3, learning_rates) + 2.0 * (seeds - 1)
         maximum = float(self._count_cells())
         expected = min(expected, maximum)
-        return CostEstimate(expected, maximum, expected, learning_rates + 1.0, 1 + self._count_cells())
+        minimum = len(self.space.first_rates) + 1.0
+        return CostEstimate(expected, maximum, expected, minimum, 1 + self._count_cells())
 
     def _train_seeds(
         self, trials: Trials, rank: int, seeds: Sequence[int]
@@ -472,7 +543,7 @@ def make_strategy(name: str, space: Space) -> Strategy:
     if space.budget_steps is not None and space.budget_steps < minimum * space.steps:
         raise SettingsError(
             f"a budget of {space.budget_steps / space.steps:.3g} trainings is too small: {name!r} with "
-            f"{len(space.learning_rates)} learning rates needs {minimum:g}{purpose}; give budget_trainings {minimum:g}, "
+            f"{len(space.first_rates)} learning rates needs {minimum:g}{purpose}; give budget_trainings {minimum:g}, "
             "fewer learning rates, or a smaller max_steps"
         )
     return strategy

@@ -167,7 +167,7 @@ def select_rank_with(
     out: str | Path,
     *,
     ranks: Sequence[int] | int = (0, 1, 4, 16, 64),
-    learning_rates: Sequence[float] | float = (3e-4, 1e-3, 3e-3, 1e-2),
+    learning_rates: Sequence[float] | float | None = None,
     seeds: Sequence[int] | int = (0,),
     metric: str = "loss",
     margin: Margin | None = None,
@@ -188,6 +188,8 @@ def select_rank_with(
             resolves far smaller differences. `task.report(step, value, example_scores)` reports values during the training. All
             randomness must come from `task.seed`, so that trainings differ only in their rank.
         out: the run folder. A second call with the same arguments resumes; failed trials run again.
+        learning_rates: those to compare; None walks from .0003 and .001 to where the metric gets worse, with whole trainings of the largest
+            rank (of the smallest with strategy "upward").
         seeds: the seeds of the trainings.
         metric: the name of the deciding metric, after `max:` or `min:` if its direction is not known from the name
             (`accuracy`, `reward`, `loss`, … are known).
