@@ -15,7 +15,6 @@ from rightrank.adapters.rank_math import (
     build_exact_pattern,
     compute_equal_scale_alphas,
     compute_equivalent_rank,
-    compute_scaling,
     compute_slot_bytes,
     convert_scaling,
     find_server_rank,
@@ -39,22 +38,18 @@ def test_a_pattern_gives_each_module_its_rank(ranks: dict[str, int], default: in
     assert len(pattern) == sum(rank != default for rank in ranks.values())
 
 
-@given(st.dictionaries(NAMES, RANKS, min_size=1), RANKS, ALPHAS, st.booleans())
-def test_alphas_give_every_module_the_scale_of_the_configuration(
-    ranks: dict[str, int], r: int, alpha: float, use_rslora: bool
-) -> None:
-    alphas = compute_equal_scale_alphas(ranks, r, alpha, use_rslora)
+@given(st.dictionaries(NAMES, RANKS, min_size=1), RANKS, ALPHAS)
+def test_alphas_give_every_module_the_scale_of_the_configuration(ranks: dict[str, int], r: int, alpha: float) -> None:
+    alphas = compute_equal_scale_alphas(ranks, r, alpha)
     for name, rank in ranks.items():
-        expected = alpha / (math.sqrt(r) if use_rslora else r)
-        assert compute_scaling(alphas[name], rank, use_rslora) == pytest.approx(expected)
+        assert alphas[name] / rank == pytest.approx(alpha / r)
 
 
 @given(RANKS, ALPHAS)
 def test_each_scaling_is_a_configuration_of_peft(rank: int, alpha: float) -> None:
     expected = {"alpha/r": alpha / rank, "alpha/sqrt(r)": alpha / math.sqrt(rank), "constant": alpha / 16}
     for name, scale in expected.items():
-        peft_alpha, use_rslora = convert_scaling(name, alpha, rank)  # type: ignore[arg-type]
-        assert compute_scaling(peft_alpha, rank, use_rslora) == pytest.approx(scale)
+        assert convert_scaling(name, alpha, rank) / rank == pytest.approx(scale)  # type: ignore[arg-type]
 
 
 @given(st.lists(st.tuples(RANKS, st.integers(1, 5000)), min_size=1, max_size=5))

@@ -220,7 +220,8 @@ def test_peft_loads_the_pattern_and_gives_the_truncation(base: Path, tmp_path: P
     resized = resize_adapter(adapter, tmp_path / "small", chosen, moments)
     config = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
     assert config["r"] == 2 <= max(ranks) <= max_rank
-    assert config["lora_alpha"] == adapter.config["lora_alpha"]
+    alpha = adapter.config["lora_alpha"] * (math.sqrt(2) if kind == "rslora" else 1)
+    assert (config["lora_alpha"], config["use_rslora"]) == (pytest.approx(alpha), False)
     assert (len(set(ranks)) > 1) == (max_rank > 2) == bool(config["rank_pattern"]) == bool(config["alpha_pattern"])
     assert has_equal_scales(base, tmp_path / "small")
     assert resized.parameters_after <= 2 * sum(costs)

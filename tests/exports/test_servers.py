@@ -2,7 +2,8 @@
 
 vLLM (`peft_helper.py`, `lora_model.py` and `base_linear.py` of vllm/lora, read at 0306474e): every module has the scale of `lora_alpha` and `r`
 of the configuration, whatever `rank_pattern` and `alpha_pattern` say; factors of any rank up to `--max-lora-rank` are copied into slots of zeros.
-SGLang (`mem_pool.py` of sglang/srt/lora, read at 00639c4d): the same scale, and an assertion that every A has `r` rows and every B `r` columns.
+SGLang (`mem_pool.py` of sglang/srt/lora, read at 00639c4d): an assertion that every A has `r` rows and every B `r` columns, and `lora_alpha` over
+`r`, whatever `use_rslora` says (issue 40835). llama.cpp (`convert_lora_to_gguf.py`): `lora_alpha` over the rank of each module's own factors.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,25 +69,40 @@ def read_script(folder: Path, server: str = "vllm") -> dict[str, str]:
 
 def load_as_vllm(folder: Path, max_rank: int) -> dict[str, torch.Tensor]:
     """ΔW of each module by vLLM's rule."""
-    config, tensors = json.loads((folder / "adapter_config.json").read_text()), load_tensors(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
     assert config["r"] <= max_rank, "LoRA rank is greater than max_lora_rank"
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+    return load_into_slots(folder, lambda rank: scale, max_rank)
+
+
+def load_into_slots(
+    folder: Path, get_scale: Callable[[int], float], num_rows: int | None = None
+) -> dict[str, torch.Tensor]:
+    """ΔW of each module, with a scale for the rank of its factors, from slots with `num_rows` rows."""
+    tensors = load_tensors(folder)
     updates: dict[str, torch.Tensor] = {}
     for key, a in tensors.items():
         if "lora_A" in key:
-            b = tensors[key.replace("lora_A", "lora_B")]
-            slot_a, slot_b = torch.zeros(max_rank, a.shape[1]).double(), torch.zeros(b.shape[0], max_rank).double()
-            slot_a[: a.shape[0]], slot_b[:, : b.shape[1]] = a, b * scale
+            b, rows = tensors[key.replace("lora_A", "lora_B")], num_rows or len(a)
+            slot_a, slot_b = torch.zeros(rows, a.shape[1]).double(), torch.zeros(b.shape[0], rows).double()
+            slot_a[: a.shape[0]], slot_b[:, : b.shape[1]] = a, b * get_scale(len(a))
             updates[key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")] = slot_b @ slot_a
     return updates
 
 
 def load_as_sglang(folder: Path) -> dict[str, torch.Tensor]:
     """ΔW of each module by SGLang's rule."""
-    r = json.loads((folder / "adapter_config.json").read_text())["r"]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    r = config["r"]
     for key, tensor in load_tensors(folder).items():
         assert tensor.shape["lora_A" not in key] == r, f"LoRA buffer does not match the shape of {key}"
-    return load_as_vllm(folder, r)
+    return load_into_slots(folder, lambda rank: config["lora_alpha"] / r, r)
+
+
+def load_as_llama_cpp(folder: Path) -> dict[str, torch.Tensor]:
+    """ΔW of each module by the rule of llama.cpp."""
+    alpha = json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
+    return load_into_slots(folder, lambda rank: alpha / rank)
 
 
 def assert_equal(updates: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -98,6 +115,30 @@ def assert_equal(updates: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 def test_vllm_scales_a_resized_adapter_as_peft_does(base: Path, tmp_path: Path, kind: str) -> None:
     adapter = make_patterned_adapter(base, tmp_path, kind)
     assert_equal(load_as_vllm(adapter, SLOT), compute_deltas(load_strictly(base, adapter)))
+
+
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("kind", ["plain", "rslora", "rank_pattern", "alpha_pattern"])
+def test_every_server_gives_an_exported_adapter_the_update_of_peft(
+    base: Path, tmp_path: Path, kind: str, server: str
+) -> None:
+    """As it was trained elsewhere: with rsLoRA, with ranks and alphas of its own for some modules, or with neither."""
+    adapter = make_adapter(base, tmp_path / "adapter", kind)
+    script = read_script(export(adapter, server, tmp_path / "exports").folder, server)
+    folder, max_rank = Path(script["adapter"]), int(script["--max-lora-rank"])
+    assert (folder == adapter.resolve()) == (kind == "plain")  # what every server reads alike is served where it lies
+    expected = compute_deltas(load_strictly(base, adapter))
+    for updates in (load_as_vllm(folder, max_rank), load_as_sglang(folder), load_as_llama_cpp(folder)):
+        assert_equal(updates, expected)
+
+
+@pytest.mark.parametrize("kind", ["plain", "rslora", "rank_pattern", "alpha_pattern"])
+def test_every_server_gives_a_resized_adapter_the_update_of_peft(base: Path, tmp_path: Path, kind: str) -> None:
+    top = open_adapter(make_adapter(base, tmp_path / "top", kind))
+    resize_adapter(top, tmp_path / "adapter", {module.name: 2 for module in top.modules})
+    expected = compute_deltas(load_strictly(base, tmp_path / "adapter"))
+    for load in (load_as_sglang, load_as_llama_cpp, lambda folder: load_as_vllm(folder, SLOT)):
+        assert_equal(load(tmp_path / "adapter"), expected)
 
 
 @pytest.mark.parametrize("server", SERVERS)

@@ -36,7 +36,11 @@ ARM = Arm(rank=4, learning_rate=1e-2, lora_alpha=32.0, seed=3, steps=8)
 def train_plainly(runtime: Any, arm: Arm, model_folder: Path) -> tuple[list[float], Any]:
     """Train a plain loop over the saved model in training mode."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    peft_model: Any = get_peft_model(model, make_lora_config(runtime.settings, arm, False, runtime.targets.names))
+    config = make_lora_config(runtime.settings, arm, False, runtime.targets.names)
+    assert not config.use_rslora
+    if runtime.settings.scaling == "alpha/sqrt(r)":  # PEFT's own name for it, which servers ignore
+        config.use_rslora, config.lora_alpha = True, int(arm.lora_alpha)
+    peft_model: Any = get_peft_model(model, config)
     peft_model.train()
     copy_initial_values(runtime, arm, peft_model)
     return train_plain_loop(runtime, arm, peft_model), peft_model

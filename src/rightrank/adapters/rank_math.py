@@ -78,15 +78,12 @@ def compute_scaling(lora_alpha: float, rank: int, use_rslora: bool) -> float:
     return lora_alpha / math.sqrt(rank) if use_rslora else lora_alpha / rank
 
 
-def compute_equal_scale_alphas(
-    ranks: Mapping[str, int], r: int, lora_alpha: float, use_rslora: bool
-) -> dict[str, float]:
+def compute_equal_scale_alphas(ranks: Mapping[str, int], r: int, lora_alpha: float) -> dict[str, float]:
     """Return the alpha of each module that gives it the scale of `lora_alpha` at rank `r`, whatever its own rank.
 
     Servers scale every module by the configuration's `lora_alpha` and `r`. With these values as `alpha_pattern`, PEFT does the same.
     """
-    shares = {name: math.sqrt(rank / r) if use_rslora else rank / r for name, rank in ranks.items()}
-    alphas = {name: lora_alpha * share for name, share in shares.items()}
+    alphas = {name: lora_alpha * (rank / r) for name, rank in ranks.items()}
     return {name: int(alpha) if alpha.is_integer() else alpha for name, alpha in alphas.items()}
 
 
@@ -106,15 +103,15 @@ def format_rank(rank: int, lowest: int, highest: int) -> str:
     return f"{rank}" if lowest == highest else f"{rank} (modules from {lowest} to {highest})"
 
 
-def convert_scaling(scaling: Scaling, lora_alpha: float, rank: int) -> tuple[float, bool]:
-    """Return `(lora_alpha, use_rslora)` of PEFT's configuration.
+def convert_scaling(scaling: Scaling, lora_alpha: float, rank: int) -> float:
+    """Return the `lora_alpha` with which scale `lora_alpha / r` is the given one.
 
     `alpha/r` is LoRA (Hu et al. 2021), `alpha/sqrt(r)` is rsLoRA (Kalajdzievski 2023), and `constant` is alpha/16 at every
-    rank.
+    rank. SGLang (issue 40835) and llama.cpp's converter ignore `use_rslora`, so no adapter is written with it.
     """
     if scaling == "constant":
-        return lora_alpha / CONSTANT_SCALING_RANK * rank, False
-    return lora_alpha, scaling == "alpha/sqrt(r)"
+        return lora_alpha / CONSTANT_SCALING_RANK * rank
+    return lora_alpha * (math.sqrt(rank) if scaling == "alpha/sqrt(r)" else 1)
 
 
 def format_rank_change(rank: int, to: int) -> str:

@@ -21,7 +21,7 @@ from rightrank.adapters.rank_math import (
     build_exact_pattern,
     compute_equal_scale_alphas,
     compute_equivalent_rank,
-    compute_scaling,
+    convert_scaling,
     find_server_rank,
 )
 from rightrank.adapters.truncation import (
@@ -73,7 +73,7 @@ def resize_adapter(
     require_absent(out)
     require_plain_update(adapter)
     config = _build_resized_config(adapter, ranks)
-    scaling = compute_scaling(config["lora_alpha"], config["r"], adapter.use_rslora)
+    scaling = config["lora_alpha"] / config["r"]
     tensors = _resize_tensors(adapter, ranks, scaling, moments or {})
     records: list[ModuleResize] = []
     squared_error = squared_norm = 0.0
@@ -128,7 +128,8 @@ def write_uniform_adapter(adapter: AdapterFolder, out: Path) -> None:
         RunFolderError: `out` exists or cannot be written.
     """
     config, largest = adapter.config, adapter.rank
-    (alpha,) = compute_equal_scale_alphas({"": largest}, config["r"], config["lora_alpha"], adapter.use_rslora).values()
+    share = largest / config["r"]
+    alpha = config["lora_alpha"] * (math.sqrt(share) if adapter.use_rslora else share)
     widened = replace(adapter, config=dict(config) | {"lora_alpha": alpha})
     resize_adapter(widened, out, {module.name: largest for module in adapter.modules})
 
@@ -144,9 +145,10 @@ def truncate_tensors(folder: Path, rank: int, config: Any, moments: Mapping[str,
     """
     adapter = open_adapter(folder)
     ranks = cap_ranks(adapter, rank, moments)
-    patterns = _build_patterns(adapter, ranks, config.r, config.lora_alpha, bool(config.use_rslora))
-    config.rank_pattern, config.alpha_pattern = patterns
-    scaling = compute_scaling(config.lora_alpha, config.r, bool(config.use_rslora))
+    if config.use_rslora:
+        config.lora_alpha, config.use_rslora = _convert_to_plain_alpha(config.lora_alpha, config.r), False
+    config.rank_pattern, config.alpha_pattern = _build_patterns(adapter, ranks, config.r, config.lora_alpha)
+    scaling = config.lora_alpha / config.r
     return _resize_tensors(adapter, ranks, scaling, moments)
 
 
@@ -212,9 +214,10 @@ def _build_notes(adapter: AdapterFolder) -> list[str]:
 
 
 def _build_resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Build the configuration at these ranks: every module keeps the scale of `lora_alpha` at rank `r`.
+    """Build the configuration at these ranks: every module has the scale `lora_alpha / r`, as all servers read it.
 
-    `lora_alpha` does not change. Where PEFT did not write the adapter, the scale does not change.
+    `lora_alpha` does not change, except that of rsLoRA, which is multiplied by √r. Where PEFT did not write the adapter, the scale does not
+    change.
 
     If the modules differ, `r` is the uniform rank with as many parameters, provided that a server that reserves slots for it has room for the
     largest module; else it is the largest rank.
@@ -224,10 +227,12 @@ def _build_resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> d
     r = compute_equivalent_rank(pair_ranks, sizes)
     r = r if find_server_rank(r) >= largest else largest
     alpha = adapter.config["lora_alpha"] * (1 if adapter.foreign is None else r / adapter.config["r"])
-    rank_pattern, alpha_pattern = _build_patterns(adapter, ranks, r, alpha, adapter.use_rslora)
+    alpha = _convert_to_plain_alpha(alpha, r) if adapter.use_rslora else alpha
+    rank_pattern, alpha_pattern = _build_patterns(adapter, ranks, r, alpha)
     return dict(adapter.config) | {
         "r": r,
         "lora_alpha": alpha,
+        "use_rslora": False,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "init_lora_weights": True,  # loading replaces the first values, and other names of PEFT do not take every rank
@@ -235,12 +240,18 @@ def _build_resized_config(adapter: AdapterFolder, ranks: Mapping[str, int]) -> d
     }
 
 
+def _convert_to_plain_alpha(lora_alpha: float, r: int) -> float:
+    """Return the `lora_alpha` that has the scale of rsLoRA without `use_rslora`."""
+    alpha = convert_scaling("alpha/sqrt(r)", lora_alpha, r)
+    return int(alpha) if alpha.is_integer() else alpha
+
+
 def _build_patterns(
-    adapter: AdapterFolder, ranks: Mapping[str, int], r: int, lora_alpha: float, use_rslora: bool
+    adapter: AdapterFolder, ranks: Mapping[str, int], r: int, lora_alpha: float
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Build PEFT's `rank_pattern` and `alpha_pattern`, with which every module has the scale of `lora_alpha` at rank `r`."""
     by_address = {pair[0].address: _find_pair_rank(pair, ranks) for pair in adapter.pairs}
-    alphas = compute_equal_scale_alphas(by_address, r, lora_alpha, use_rslora)
+    alphas = compute_equal_scale_alphas(by_address, r, lora_alpha)
     return build_exact_pattern(by_address, r, by_address), build_exact_pattern(alphas, lora_alpha, by_address)
 
 

@@ -59,6 +59,11 @@ class ServedAdapter:
         """Return whether modules differ in rank or alpha."""
         return bool(self.config.get("rank_pattern") or self.config.get("alpha_pattern"))
 
+    @property
+    def is_rewritten(self) -> bool:
+        """Return whether a server that reads `lora_alpha` and `r` alone would give a module another scale or rank."""
+        return self.has_patterns or bool(self.config.get("use_rslora"))
+
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
@@ -156,13 +161,13 @@ def write_server_files(server: str, adapters: Sequence[ServedAdapter], base: str
         ResultsError: a rank that the server does not support.
     """
     served = [
-        replace(adapter, folder=folder.resolve() / adapter.name) if adapter.has_patterns else adapter
+        replace(adapter, folder=folder.resolve() / adapter.name) if adapter.is_rewritten else adapter
         for adapter in adapters
     ]
     arguments, notes = SERVERS[server](served, base)
     with replace_folder(folder) as temporary:
         for adapter in adapters:
-            if adapter.has_patterns:
+            if adapter.is_rewritten:
                 write_uniform_adapter(open_adapter(adapter.folder), temporary / adapter.name)
         (temporary / f"{server}.sh").write_text(f"#!/bin/sh\nexec {shlex.join(arguments)}\n", encoding="utf-8")
     files = sorted(path.name for path in folder.iterdir())
@@ -222,6 +227,10 @@ def _describe_serving_limits(adapter: ServedAdapter) -> list[str]:
         notes.append(
             f"the modules of {name} differ in rank ({min(adapter.ranks)} to {adapter.rank}) or alpha, and servers require the same rank "
             f"and scale in all modules: {name}/ contains the same function at rank {adapter.rank}, padded with zeros"
+        )
+    elif adapter.is_rewritten:
+        notes.append(
+            f"some servers do not read use_rslora of {name}: {name}/ contains the same function with its scale in lora_alpha"
         )
     if config.get("modules_to_save"):
         listed = ", ".join(config["modules_to_save"])

@@ -248,7 +248,7 @@ def describe_training(answers: Answers) -> str:
     settings, modules = started.select_settings, list(started.select_settings.target_modules)
     return format_training_settings(
         rank,
-        *convert_scaling(settings.scaling, settings.lora_alpha, rank),
+        convert_scaling(settings.scaling, settings.lora_alpha, rank),
         modules[0] if modules == ["all-linear"] else modules,
         learning_rate=rate,
         batch_size=settings.batch_size,

@@ -54,9 +54,9 @@ def format_bytes(count: float) -> str:
 def format_training_settings(
     rank: int,
     lora_alpha: float,
-    use_rslora: bool,
     target_modules: str | Sequence[str],
     *,
+    use_rslora: bool = False,
     learning_rate: float | None,
     batch_size: int | None,
     gradient_accumulation_steps: int | None,

@@ -134,8 +134,8 @@ class TrainingSummary:
         return format_training_settings(
             config["r"],
             config["lora_alpha"],
-            config["use_rslora"],
             modules if isinstance(modules, str) else sorted(modules),
+            use_rslora=config["use_rslora"],
             learning_rate=self.learning_rate,
             batch_size=self.batch_size,
             gradient_accumulation_steps=self.gradient_accumulation_steps,

@@ -263,11 +263,10 @@ def make_lora_config(
     names: Sequence[str],
     parameters: Sequence[str] = (),
 ) -> LoraConfig:
-    alpha, use_rslora = convert_scaling(settings.scaling, arm.lora_alpha, arm.rank)
+    alpha = convert_scaling(settings.scaling, arm.lora_alpha, arm.rank)
     return LoraConfig(
         r=arm.rank,
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
-        use_rslora=use_rslora,
         target_modules=list(names),
         target_parameters=list(parameters) or None,
         init_lora_weights="gaussian" if settings.init_lora_weights == "gaussian" else True,
