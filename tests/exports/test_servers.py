@@ -192,8 +192,6 @@ def test_several_adapters_get_one_command_with_the_rank_that_all_need(base: Path
 @pytest.mark.parametrize(
     ("kind", "changes", "note"),
     [
-        ("dora", {}, "servers load plain LoRA; adapter has use_dora: merge it instead"),
-        ("modules_to_save", {}, "servers do not load modules_to_save (norm) of adapter: merge the adapter instead"),
         ("plain", {"task_type": "SEQ_CLS"}, "the task of adapter is SEQ_CLS"),
     ],
 )
@@ -221,6 +219,18 @@ def test_what_cannot_be_served_is_refused_in_one_line(base: Path, tmp_path: Path
         ([adapter, pissa], "merged", {}, SettingsError, "takes one adapter, and 2 were given"),
         (tmp_path, "vllm", {}, RunFolderError, r"no journal\.jsonl there"),
     ]
+    for kind, changes in [
+        ("dora", {}),
+        ("lora_bias", {}),
+        ("modules_to_save", {}),
+        ("plain", {"target_parameters": ["experts.gate_up_proj"]}),
+        ("plain", {"trainable_token_indices": [1]}),
+    ]:
+        richer = make_adapter(base, tmp_path / "-".join([kind, *changes]), kind)
+        edit_config(richer, **changes)
+        (option,) = changes or [{"dora": "use_dora"}.get(kind, kind)]
+        message = f"this adapter has {option}; merge it: rightrank export {richer} --to merged --check DATA$"
+        refusals += [(richer, server, {}, ModelError, message) for server in SERVERS]
     for source, target, options, error, message in refusals:
         with pytest.raises(error, match=message):
             export(source, target, tmp_path / "out", **options)

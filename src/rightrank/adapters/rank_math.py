@@ -15,7 +15,9 @@ from rightrank.schema.settings import CONSTANT_SCALING_RANK, Scaling
 MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
 SERVER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
 # Options of PEFT that make an adapter another kind than plain LoRA, which servers do not load.
-NON_PLAIN_OPTIONS = ("use_dora", "target_parameters", "lora_bias", "trainable_token_indices")
+# Options with which an adapter is more than the B·A of layers. Servers refuse such an adapter, or serve it without that part (vLLM issues
+# 41384 and 52198, SGLang issue 25528).
+NON_PLAIN_OPTIONS = ("use_dora", "target_parameters", "lora_bias", "trainable_token_indices", "modules_to_save")
 # The best rate goes as rank to this power at scale alpha/r with alpha fixed: the medians of our and of public grids; with alpha = r
 # (arXiv 2602.04998: 12 rates, 3 seeds).
 RATE_EXPONENTS, TIED_EXPONENT = (0.03, 0.23), -0.41

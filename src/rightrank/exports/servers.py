@@ -81,7 +81,7 @@ def read_served_adapter(name: str, folder: Path) -> ServedAdapter:
     """Read an adapter that a server is to load under this name, without its weights.
 
     Raises:
-        ModelError: the folder holds no LoRA adapter of PEFT, or one that may change the base model on loading.
+        ModelError: the folder holds no LoRA adapter of PEFT, one that may change the base model on loading, or one that servers do not load.
     """
     require_adapter_folder(folder)
     if not (folder / WEIGHTS_FILE).is_file():
@@ -92,15 +92,18 @@ def read_served_adapter(name: str, folder: Path) -> ServedAdapter:
             f"{folder}: peft_type is {config.get('peft_type')!r}, r is {config.get('r')!r}; give a LoRA adapter"
         )
     require_kept_base(folder, config)
+    if options := [option for option in NON_PLAIN_OPTIONS if config.get(option)]:
+        raise ModelError(
+            f"{folder}: servers load plain LoRA only, and this adapter has {' and '.join(options)}; merge it: "
+            f"{shlex.join(['rightrank', 'export', str(folder), '--to', MERGED])} --check DATA"
+        )
     header = open_tensors(folder / WEIGHTS_FILE).shapes
     factors = {key: shape for key, shape in header.items() if ".lora_A." in key and len(shape) == 2}
     pairs = [(header.get(key.replace(".lora_A.", ".lora_B.")), shape) for key, shape in factors.items()]
     shapes = tuple((b[0], a[1]) for b, a in pairs if b is not None and len(b) == 2)
     if not shapes:
         raise ModelError(f"{folder}: the weights hold no LoRA factors of matrices; save the adapter again")
-    # An A of fused experts has the rows of all experts.
-    ranks = [config["r"]] if config.get("target_parameters") else [a[0] for a in factors.values()]
-    return ServedAdapter(name, folder, config, shapes, tuple(ranks))
+    return ServedAdapter(name, folder, config, shapes, tuple(a[0] for a in factors.values()))
 
 
 def name_adapters(folders: Sequence[Path]) -> list[str]:
@@ -232,11 +235,6 @@ def _describe_serving_limits(adapter: ServedAdapter) -> list[str]:
         notes.append(
             f"some servers do not read use_rslora of {name}: {name}/ contains the same function with its scale in lora_alpha"
         )
-    if config.get("modules_to_save"):
-        listed = ", ".join(config["modules_to_save"])
-        notes.append(f"servers do not load modules_to_save ({listed}) of {name}: merge the adapter instead")
-    if options := [option for option in NON_PLAIN_OPTIONS if config.get(option)]:
-        notes.append(f"servers load plain LoRA; {name} has {' and '.join(options)}: merge it instead")
     if (task := config.get("task_type")) not in (None, "CAUSAL_LM"):
         notes.append(f"servers load adapters of causal language models; the task of {name} is {task}")
     return notes

@@ -385,12 +385,16 @@ def _wrap_row(label: str, text: str, width: int, label_width: int = LABEL_WIDTH)
 def _format_slot(answers: Answers) -> str:
     """Return a sentence if a server gives the adapter the slot of a higher rank; servers load plain LoRA of a causal model."""
     started = answers.started
-    if answers.adapter is None or started is None or started.is_custom_trainer or started.data.classes is not None:
-        return ""
-    peft_options: Any = started.settings["peft_options"]
-    if any(started.settings.get(name) or peft_options.get(name) for name in NON_PLAIN_OPTIONS):
+    if answers.adapter is None or started is None or started.is_custom_trainer or not _is_served(started):
         return ""
     return format_slot(answers.adapter.handed_over.max_module_rank)
+
+
+def _is_served(started: RunStarted) -> bool:
+    """Return whether servers load the adapters of a run: plain LoRA of a causal model."""
+    settings: Any = started.settings
+    options = settings | settings["peft_options"]
+    return started.data.classes is None and not any(options.get(name) for name in NON_PLAIN_OPTIONS)
 
 
 def _list_details(status: RunStatus, width: int) -> list[tuple[str, str | None]]:
@@ -474,9 +478,8 @@ def _choose_next_command(answers: Answers, run: str) -> list[tuple[str, str]]:
     started, adapter = answers.started, answers.adapter
     if started is None or adapter is None or adapter.answer.has_no_gain or started.is_custom_trainer:
         return []
-    is_classifier = started.data.classes is not None  # which servers of language models do not load
-    reason = "merge it" if is_classifier else "serve it"
-    command = ["export", run, "--to", "merged" if is_classifier else "vllm"]
+    reason, server = ("serve it", "vllm") if _is_served(started) else ("merge it", "merged")
+    command = ["export", run, "--to", server]
     settings, select = started.select_settings, ["select", "--out", run]
     budget = settings.budget_trainings or 1.0
     if len(adapter.answer.candidates) == 1 and (larger_budget := build_budget_options(settings, budget)):
