@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from rightrank import compare, export
 from rightrank.bases.base_models import load_base
-from rightrank.schema.errors import DataError, SettingsError
+from rightrank.schema.errors import DataError, ModelError, SettingsError
 from rightrank.schema.results import AdapterComparison
 from rightrank.schema.settings import SelectSettings
 from tests.adapters.adapters import make_adapter
@@ -120,6 +120,55 @@ def test_a_merged_model_is_that_of_peft(kind: str, base: Path, rows: Path, tmp_p
     assert ours.keys() == theirs.keys()
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) < 1e-5
     assert result.check["sentence"] in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")  # PEFT says so on loading
+@pytest.mark.parametrize("value_type", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_of_one_side_of_a_tied_weight_is_not_merged(
+    target: str, value_type: str, base: Path, rows: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", target])
+    with pytest.raises(
+        ModelError, match=r"one weight for its embeddings and its output head, .* use the adapter unmerged$"
+    ):
+        export(adapter, "merged", tmp_path / "out", check=rows, kind=value_type, settings=SETTINGS)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_of_the_head_or_the_embeddings_of_an_untied_base_is_merged(
+    target: str, base: Path, rows: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base, tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "untied")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "untied")
+    adapter = make_adapter(tmp_path / "untied", tmp_path / "adapter", target_modules=["q_proj", target])
+    result = export(adapter, "merged", tmp_path / "out", check=rows, settings=SETTINGS)
+    assert abs(result.check["difference"]) < 1e-5
+
+
+@pytest.mark.parametrize("value_type", ["bf16", "f16"])
+def test_rounding_to_sixteen_bits_is_no_other_model(
+    value_type: str, base: Path, adapter: Path, rows: Path, tmp_path: Path
+) -> None:
+    result = export(adapter, "merged", tmp_path / "out", check=rows, kind=value_type, settings=SETTINGS)
+    assert result.check["verdict"] == "not_worse"
+
+
+def test_what_is_written_is_read_back(
+    base: Path, adapter: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damage a weight on its way into the file."""
+    save = LlamaForCausalLM.save_pretrained
+
+    def save_damaged(model: Any, folder: Path) -> None:
+        model.model.layers[0].mlp.down_proj.weight.data.mul_(1.5)
+        save(model, folder)
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save_damaged)
+    with pytest.raises(ModelError, match="the merged model would differ from the adapter by"):
+        export(adapter, "merged", tmp_path / "out", check=rows, settings=SETTINGS)
 
 
 @pytest.mark.parametrize("kind", ["f32", "q8_0", "q4_0"])
