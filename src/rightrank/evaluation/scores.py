@@ -80,7 +80,8 @@ class Scores:
 
     def take_first(self, count: int) -> Scores:
         by_example = {name: each[:count] for name, each in self.example_metrics.items()}
-        return Scores(self.losses[:count], self.tokens[:count], by_example)
+        groups = None if self.groups is None else self.groups[:count]
+        return Scores(self.losses[:count], self.tokens[:count], by_example, groups)
 
     @property
     def loss(self) -> float:
