@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from rightrank import decide, plots
 from rightrank.cli import cli
-from rightrank.schema.errors import ResultsError
+from rightrank.schema.errors import ResultsError, SettingsError
 from rightrank.tables.trainings import FAILURES, SUCCESSES
 from tests.commands import run
 from tests.examples import limit_examples
@@ -44,6 +44,33 @@ def add_column(name: str, cells: Sequence[Any], rows: Sequence[dict[str, Any]] =
 
 
 # what is read
+
+
+@pytest.mark.parametrize("results", [5, None, pandas.Series([1.0, 2.0])])
+def test_what_is_no_table_is_refused_in_one_line(results: Any) -> None:
+    with pytest.raises(
+        ResultsError, match=r"results: got \w+; give a file, a run folder, a data frame, or a list of mapp"
+    ):
+        decide(results)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"checkpoint": "bets"}, r"checkpoint: got 'bets'; give 'last' or 'best'$"),
+        ({"higher_is_better": "false"}, r"higher_is_better: got 'false'; give True or False$"),
+        ({"higher_is_better": ""}, r"higher_is_better: got ''; give True or False$"),
+        ({"ignore": "seed"}, r"ignore: got 'seed'; give a list of columns$"),
+        ({"confidence": "0.6"}, r"confidence: got '0\.6'; give a probability"),
+        ({"columns": ["rank"]}, r"columns: got .*; give a mapping of names to columns"),
+        ({"metric": ["loss"]}, r"metric: got .*; give a name, such as 'loss'$"),
+        ({"where": "task"}, r"where: got 'task'; give a mapping of columns to values"),
+    ],
+)
+def test_decide_refuses_arguments_of_another_type(arguments: dict[str, Any], message: str) -> None:
+    rows = [{"rank": rank, "loss": 1 + 1 / rank, "seed": seed} for rank in (1, 4) for seed in (0, 1)]
+    with pytest.raises(SettingsError, match=message):
+        decide(rows, **arguments)
 
 
 def test_columns_and_metrics_are_named_by_hand(tmp_path: Path) -> None:

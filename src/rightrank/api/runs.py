@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from rightrank.data.files import report_disk_errors, write_text
 from rightrank.decision import rule
 from rightrank.decision.run_answers import decide_run, list_comparable_outcomes
@@ -14,7 +16,7 @@ from rightrank.decision.table import build_table
 from rightrank.report.answer import Answers, build_next_rows
 from rightrank.report.format import format_labelled_rows
 from rightrank.runs.folder import RunFolder, build_trials_frame
-from rightrank.schema.errors import ResultsError, RunFolderError
+from rightrank.schema.errors import ResultsError, RunFolderError, SettingsError, quote_value
 from rightrank.schema.events import JournalRecord, Records, build_next_commands, read_records
 from rightrank.schema.metrics import Checkpoint, Margin
 from rightrank.schema.results import Decision
@@ -111,6 +113,32 @@ class DecisionResult:
         return "\n".join([*self.input_notes, *format_labelled_rows(rows, 10)])
 
 
+# What each argument of `decide` may be, checked without conversion: "false" is no bool.
+DECIDE_ARGUMENTS: Mapping[str, tuple[Any, str]] = {
+    "metric": (str, "a name, such as 'loss'"),
+    "higher_is_better": (bool, "True or False"),
+    "confidence": (float, "a probability from 0.5 to below 1"),
+    "columns": (Mapping[str, str], "a mapping of names to columns, such as {'rank': 'r'}"),
+    "ignore": (list[str], "a list of columns"),
+    "where": (Mapping[str, Any], "a mapping of columns to values, such as {'task': 'a'}"),
+    "checkpoint": (Checkpoint, "'last' or 'best'"),
+}
+
+
+def _require_decide_arguments(**values: object) -> None:
+    """Raise for an argument of another type than `decide` takes.
+
+    Raises:
+        SettingsError: names the argument, what was given and what is allowed.
+    """
+    for name, value in values.items():
+        kind, allowed = DECIDE_ARGUMENTS[name]
+        try:
+            TypeAdapter(kind).validate_python(value, strict=True)
+        except ValidationError:
+            raise SettingsError(f"{name}: got {quote_value(value)}; give {allowed}") from None
+
+
 def decide(
     results: str | Path | Iterable[Mapping[str, Any]],
     *,
@@ -141,15 +169,25 @@ def decide(
             for that of a run folder, else the last.
 
     Raises:
+        SettingsError: an argument of another type.
         ResultsError: the table can't be used; the message names file and row.
     """
+    ignored = ignore if isinstance(ignore, str) else list(ignore)
+    given: dict[str, object] = {
+        "metric": metric,
+        "higher_is_better": higher_is_better,
+        "confidence": confidence,
+        "checkpoint": checkpoint,
+    }
+    given |= {"columns": columns, "ignore": ignored, "where": where}
+    _require_decide_arguments(**{name: value for name, value in given.items() if value is not None})
     from rightrank.tables.trainings import read_result_table
 
     options: dict[str, Any] = {} if confidence is None else {"confidence": confidence}
     if isinstance(results, str | Path):
         folder = RunFolder(Path(results))
         if folder.journal.path.is_file():
-            if columns or where or list(ignore):
+            if columns or where or ignored:
                 raise ResultsError(
                     "--columns, --ignore, --where: a run folder has its own columns and groups in its journal; leave them out"
                 )
@@ -161,7 +199,7 @@ def decide(
         metric=metric,
         higher_is_better=higher_is_better,
         columns=columns,
-        ignore=ignore,
+        ignore=ignored,
         where=where,
     )
     scores = build_table(table.outcomes, table.metric, table.higher_is_better)

@@ -320,6 +320,12 @@ def _flatten(fields: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Ite
 
 
 def _read_memory(source: Any) -> Iterator[Row]:
+    is_series = hasattr(source, "iloc") and not hasattr(source, "columns")
+    if is_series or not isinstance(source, Iterable):
+        raise ResultsError(
+            f"results: got {type(source).__name__}; give a file, a run folder, a data frame, or a list of mappings with `rank` and a "
+            "held-out metric"
+        )
     if hasattr(source, "iloc"):
         return _read_frame(source, "row ")
     rows = source.to_dicts() if hasattr(source, "to_dicts") else source  # a data frame of polars
