@@ -47,6 +47,15 @@ def test_a_missing_cell_of_a_data_frame_is_nothing() -> None:
         load_data(pandas.DataFrame([*PAIR_ROWS, {"prompt": "a", "completion": None}]), build_small_settings())
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    frame = pandas.DataFrame([["a", "b"]] * 100, columns=["text", "text"])
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"] * 100), pyarrow.array(["b"] * 100)], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "twice.parquet")
+    for data in (frame, tmp_path / "twice.parquet"):
+        with pytest.raises(DataError, match="two columns are named 'text'; rename one of them, or remove it"):
+            load_data(data, build_small_settings())
+
+
 BAD_FILES: list[tuple[str, bytes, str]] = [
     ("empty.jsonl", b"", r"empty\.jsonl: the file is empty"),
     ("blank.jsonl", b"\n\n", r"blank\.jsonl: no rows"),
@@ -61,6 +70,9 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
     ("roles.jsonl", b'{"messages": [{"role": "user"}]}\n', r"a message needs a `role` and a `content`"),
     ("few.jsonl", b'{"text": "a"}\n{"text": "b"}\n', r"distinct examples for the \w+ split, at least \d+ needed"),
     ("wide.csv", b"text\na,b,c\n", r"wide\.csv:2: more cells than the header"),
+    ("twice.csv", b"text,text\na,b\n", r"twice\.csv: two columns are named 'text'; rename one of them, or remove it"),
+    ("twice.jsonl", b'{"text": "a", "text": "b"}\n', r"twice\.jsonl:1: .*two columns are named 'text'"),
+    ("twice.json", b'[{"text": "a", "text": "b"}]', r"twice\.json:1: .*two columns are named 'text'"),
     ("bad.parquet", b"not parquet at all", r"not a readable Parquet file"),
     (
         "one.jsonl",

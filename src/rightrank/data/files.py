@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -204,6 +204,22 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
 
 
 _DECODER = json.JSONDecoder()
+
+
+def find_repeated_name(names: Sequence[str]) -> str | None:
+    """Return the first name that occurs twice, or None."""
+    return next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+
+
+def _build_row_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object from its names and values; without this, the first of two values with one name is dropped."""
+    repeated = find_repeated_name([name for name, _ in pairs])
+    if repeated is not None:
+        raise UnreadableError(f"two columns are named {repeated!r}")
+    return dict(pairs)
+
+
+ROW_DECODER = json.JSONDecoder(object_pairs_hook=_build_row_object)  # of rows of data and of tables
 
 
 def parse_json(text: str, decoder: json.JSONDecoder = _DECODER) -> Any:

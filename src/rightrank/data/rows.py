@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rightrank.data.files import UnreadableError, detect_path_kind, parse_json
+from rightrank.data.files import ROW_DECODER, UnreadableError, detect_path_kind, find_repeated_name, parse_json
 from rightrank.schema.errors import DataError, suggest_name
 from rightrank.schema.trials import SplitName
 
@@ -113,7 +113,19 @@ def convert_data_frame(rows: Any) -> Any:
         return rows.to_dicts()
     if not (hasattr(rows, "itertuples") and hasattr(rows, "to_dict")):
         return rows
+    _require_distinct_columns("data frame", list(map(str, rows.columns)))
     return [{name: None if value != value else value for name, value in row.items()} for row in rows.to_dict("records")]
+
+
+def _require_distinct_columns(source: str, names: Sequence[str]) -> None:
+    """Raise if two columns have one name, of which only the last would be read.
+
+    Raises:
+        DataError: names the source and the column.
+    """
+    repeated = find_repeated_name(names)
+    if repeated is not None:
+        raise DataError(f"{source}: two columns are named {repeated!r}; rename one of them, or remove it")
 
 
 def _iterate_mappings(rows: Iterable[Any], label: str) -> Iterator[Row]:
@@ -156,7 +168,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                fields = parse_json(line)
+                fields = parse_json(line, ROW_DECODER)
             except UnreadableError as error:
                 raise DataError(f"{path}:{number}: not JSON ({error}); give one JSON object a line") from None
             if not isinstance(fields, dict):
@@ -166,7 +178,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 def _read_json_list(path: Path) -> Iterator[Row]:
     try:
-        rows = parse_json(path.read_text(encoding="utf-8-sig"))
+        rows = parse_json(path.read_text(encoding="utf-8-sig"), ROW_DECODER)
     except UnreadableError as error:
         raise DataError(
             f"{path}:{error.line}: not JSON ({error}); give a list of objects, or one object a line"
@@ -192,6 +204,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         try:
+            _require_distinct_columns(str(path), list(filter(None, reader.fieldnames or ())))
             for fields in reader:
                 if None in fields:
                     raise DataError(
@@ -206,7 +219,9 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(ROWS_PER_CONVERSION)
+        file = pyarrow.parquet.ParquetFile(path)
+        _require_distinct_columns(str(path), file.schema_arrow.names)
+        batches = file.iter_batches(ROWS_PER_CONVERSION)
         rows = chain.from_iterable(batch.to_pylist() for batch in batches)
         for number, fields in enumerate(rows, start=1):
             yield Row(fields, f"{path}: row {number}")

@@ -23,7 +23,14 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from rightrank.data.files import UnreadableError, detect_path_kind, parse_json, read_json_object
+from rightrank.data.files import (
+    ROW_DECODER,
+    UnreadableError,
+    detect_path_kind,
+    find_repeated_name,
+    parse_json,
+    read_json_object,
+)
 from rightrank.data.rows import detect_delimiter
 from rightrank.schema.errors import MissingExtraError, ResultsError, quote_value, suggest_name
 
@@ -210,8 +217,7 @@ def _build_table(name: str, rows: Iterable[Row], settings: frozenset[str] = froz
     prefixes, numbers = _ColumnBuilder(), array("q")
     for (prefix, titles), group in groupby(rows, key=itemgetter(0, 2)):
         names = [str(title).strip() for title in titles]
-        if len(set(names)) < len(names):
-            repeated = next(title for title in names if names.count(title) > 1)
+        if (repeated := find_repeated_name(names)) is not None:
             raise ResultsError(f"{name}: two columns are named {repeated!r}; rename one of them, or remove it")
         while chunk := list(islice(group, CHUNK_ROWS)):
             for title, cells in zip(names, zip(*(row[3] for row in chunk), strict=True), strict=True):
@@ -281,23 +287,11 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 def _parse_json(path: Path, text: str, first_line: int = 1) -> Any:
     try:
-        return parse_json(text, _DECODER)
+        return parse_json(text, ROW_DECODER)
     except UnreadableError as error:
         raise ResultsError(
             f"{path}:{first_line + error.line - 1}: not a row in JSON ({error}); give a list of objects, or one object a line"
         ) from None
-
-
-def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object from its names and values; without this, the first of two values with one name is dropped."""
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise UnreadableError(f"two columns are named {repeated!r}")
-    return dict(pairs)
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_build_object)
 
 
 def _flatten_rows(prefix: str, entries: Iterable[tuple[int, Any]]) -> Iterator[Row]:
