@@ -46,6 +46,19 @@ def add_column(name: str, cells: Sequence[Any], rows: Sequence[dict[str, Any]] =
 # what is read
 
 
+def test_learning_rates_that_differ_in_their_last_bits_are_one() -> None:
+    """As spreadsheets write them. With two rates, the best one would be at an edge of those that were tried."""
+    rows = [
+        {"rank": rank, "lr": rate, "seed": seed, "eval_loss": 1 + 1 / rank + 0.001 * seed}
+        for rank in (1, 4, 16)
+        for seed, rate in enumerate((0.001, 0.0010000000000000002))
+    ]
+    answer = decide(rows).decision
+    assert {evidence.learning_rate for evidence in answer.ranks} == {0.001}
+    assert {evidence.seeds for evidence in answer.ranks} == {2}
+    assert "lr_edge" not in answer.flags
+
+
 @pytest.mark.parametrize("results", [5, None, pandas.Series([1.0, 2.0])])
 def test_what_is_no_table_is_refused_in_one_line(results: Any) -> None:
     with pytest.raises(
@@ -248,7 +261,13 @@ def test_accuracies_are_fractions_or_percentages(values: list[int]) -> None:
 
 @pytest.mark.parametrize(
     ("alphas", "message"),
-    [([16, 16, 16], ""), ([8, 32, 128], "lora_alpha is 2 times the rank"), ([8, 16, 32], None), ([8, None, 8], None)],
+    [
+        ([16, 16, 16], ""),
+        ([16, 16.000000000000004, 16], ""),
+        ([8, 32, 128], "lora_alpha is 2 times the rank"),
+        ([8, 16, 32], None),
+        ([8, None, 8], None),
+    ],
 )
 def test_alpha_is_equal_or_proportional_to_the_rank(alphas: list[Any], message: str | None) -> None:
     rows = add_column("lora_alpha", alphas)

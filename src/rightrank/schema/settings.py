@@ -26,6 +26,7 @@ from rightrank.schema.metrics import (
     parse_metrics,
 )
 from rightrank.schema.setting_table import Group, Settings, build_options, list_rows, option, setting
+from rightrank.schema.trials import round_digits
 
 COMPARE, DECIDE, BUDGET, ADAPTER, TRAINING, DATA, MACHINE = Group
 
@@ -83,10 +84,9 @@ def _require_distinct(
 
 
 def _require_learning_rates(rates: tuple[float, ...] | None) -> tuple[float, ...] | None:
-    """Round to nine digits: rates that differ only in their last bits, as 3 * 1e-4 does from 3e-4, are one rate."""
     if rates is None:
         return None
-    rounded = tuple(dict.fromkeys(float(f"{rate:.9g}") for rate in rates))
+    rounded = tuple(dict.fromkeys(map(round_digits, rates)))
     return _require_distinct(lambda rate: rate > 0, "learning rate", "numbers above 0, such as 1e-4", rounded)
 
 

@@ -31,6 +31,11 @@ MetricName: TypeAlias = str  # `loss`, `accuracy`, or the name of a metric in th
 SplitName: TypeAlias = Literal["train", "validation", "test"]
 
 
+def round_digits(number: float) -> float:
+    """Round to nine significant digits: numbers that differ in their last bits alone, as 3 * 1e-4 and 3e-4 do, are equal."""
+    return float(f"{number:.9g}")
+
+
 class Record(BaseModel):
     """A frozen record. Two records are equal if their fields are."""
 

@@ -15,7 +15,7 @@ from rightrank.schema.metrics import (
     has_percentages,
     infer_metric_kind,
 )
-from rightrank.schema.trials import Arm, EvalPoint, Floats, TrialFailed, TrialFinished, TrialOutcome
+from rightrank.schema.trials import Arm, EvalPoint, Floats, TrialFailed, TrialFinished, TrialOutcome, round_digits
 from rightrank.tables.roles import Roles, identify_roles, infer_column_direction, is_label, is_setting
 from rightrank.tables.sources import Codes, Table, format_cell, format_names, is_blank, parse_number, read_table
 
@@ -69,6 +69,8 @@ def number_evaluations(table: Table, roles: Roles) -> Evaluations:
     ranks, rates, seeds, steps = (
         np.nan_to_num(read_rows(table, roles, role)) for role in ("rank", "lr", "seed", "step")
     )
+    distinct_rates, rate_codes = np.unique(rates, return_inverse=True)
+    rates = np.array(list(map(round_digits, distinct_rates.tolist())))[rate_codes]
     rates[ranks == 0] = 0  # the base model is not trained
     example_names, examples = encode_texts(table, roles, "example")
     trainings = np.zeros(len(ranks), dtype=np.int64)
@@ -149,8 +151,11 @@ def require_same_conditions(table: Table, roles: Roles, evaluations: Evaluations
     for name in [name for name in others if not is_label(name) and _is_different(table, name, evaluations)]:
         if name == alpha:
             is_compared = ~np.isnan(evaluations.values) & (evaluations.ranks > 0)
-            ratios = read_rows(table, roles, "alpha")[is_compared] / evaluations.ranks[is_compared]
-            if len(set(np.round(ratios, 9).tolist())) == 1:
+            alphas = read_rows(table, roles, "alpha")[is_compared]
+            if len(set(map(round_digits, alphas.tolist()))) == 1:
+                continue
+            ratios = alphas / evaluations.ranks[is_compared]
+            if len(set(map(round_digits, ratios.tolist()))) == 1:
                 notes.append(f"{name} is {ratios[0]:g} times the rank")
                 continue
         if name == alpha or name in table.settings or None in table.columns[name].parse_numbers():
