@@ -84,6 +84,6 @@ def test_no_gain_is_said_with_its_bounds() -> None:
         decide_losses(losses, 0.02, seeds=seeds, noise=0.02) for seeds in ((0, 1), (0,))
     )
     assert decision_of_two_seeds.sentence.startswith(
-        "No gain shown: rank 4 gained +0.0013 over the base (95% bounds -0.006 and +0.0077)"
+        "No gain shown: rank 4 gained +0.0013 over the base (90% interval -0.006 to +0.0077)"
     )
     assert decision_of_one_seed.sentence.startswith("No gain shown: rank 4 gained +")

@@ -158,7 +158,7 @@ def test_commands_and_paths_stay_whole_in_any_terminal() -> None:
                                   "next:    more seeds:\n         rightrank select --out data-model --seeds 0,1"]),
         (make_edge_run, ["next:    another learning rate:\n         rightrank select --out data-model --learning-rates"]),
         (make_no_gain_run, ["No gain shown: rank 64 gained +0 over the base", "next:    another learning rate:"]),
-        (make_adapter_without_gain, ["No gain shown: rank 64 gained +0 over the base (95% bounds ", "Try learning rates beyond those tried, then more steps, then more data."]),
+        (make_adapter_without_gain, ["No gain shown: rank 64 gained +0 over the base (90% interval ", "Try learning rates beyond those tried, then more steps, then more data."]),
         (make_undecided_run, ["Undecided: no rank is "]),
         (make_run_beyond_its_budget, ["The adapter is the one trained at rank 64; no truncation was compared.",
                                   "next:    a larger budget:\n         rightrank select --out data-model --set budget_trainings=3"]),

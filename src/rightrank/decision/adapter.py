@@ -20,6 +20,7 @@ from typing import Any
 
 from rightrank.decision.comparison import (
     CONFIDENCE,
+    INTERVAL,
     Bounds,
     compute_file_bounds,
     compute_required_examples,
@@ -416,7 +417,7 @@ def _format_top_rank(lower: AdapterCandidate, adapter: ScoredAdapter, comparison
             f"is worse than rank {top.rank} by between {lower.difference_low:+.2g} and {lower.difference_high:+.2g}"
         )
     if not _is_open(lower, share, comparison.margin):
-        return f"Rank {top.rank} is kept: rank {lower.rank} {evidence} ({CONFIDENCE:.0%} bounds), not {bound}."
+        return f"Rank {top.rank} is kept: rank {lower.rank} {evidence} ({INTERVAL:.0%} interval), not {bound}."
     needed = comparison.compute_needed_examples(adapter)
     more = "more held-out rows" + (f" (about {needed:,})" if needed else "")
     wider = _compute_wider_margin(lower, share)

@@ -48,6 +48,7 @@ from rightrank.schema.metrics import LOSS_KINDS, MetricKind, has_percentages
 from rightrank.schema.trials import Floats, Groups
 
 CONFIDENCE = 0.95  # the confidence of each bound
+INTERVAL = 2 * CONFIDENCE - 1  # that of the interval between two bounds
 TWO_SIDED = (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2  # the quantiles of a two-sided interval
 POWER = 0.8  # the probability with which a planned run settles a comparison
 INDEPENDENCE_NOTE = (
@@ -72,7 +73,7 @@ WEIGHTS = np.cosh(STEPS) / np.cosh(np.sinh(STEPS) * math.pi / 2) ** 2 * math.pi 
 
 def format_no_gain(rank: int, gain: float, low: float | None, high: float | None) -> str:
     """Say that a rank is not shown to be better than the base. `gain` and its bounds are in the metric's unit."""
-    bounds = "" if low is None or high is None else f" ({CONFIDENCE:.0%} bounds {low:+.2g} and {high:+.2g})"
+    bounds = "" if low is None or high is None else f" ({INTERVAL:.0%} interval {low:+.2g} to {high:+.2g})"
     return f"No gain shown: rank {rank} gained {gain:+.2g} over the base{bounds}"
 
 

@@ -14,6 +14,7 @@ from rightrank.decision.adapter import (
     format_claim,
     format_steps,
 )
+from rightrank.decision.comparison import INTERVAL
 from rightrank.decision.rule import DEFAULT_CONFIDENCE, decide_table
 from rightrank.decision.table import (
     ScoreTable,
@@ -324,7 +325,7 @@ def _format_sentence(answer: LearningRateAnswer) -> str:
 
 def _format_result(candidate: LearningRateCandidate) -> str:
     low, high = candidate.difference_low, candidate.difference_high
-    bounds = "" if low is None or high is None else f" (95% bounds {low:+.2g} and {high:+.2g})"
+    bounds = "" if low is None or high is None else f" ({INTERVAL:.0%} interval {low:+.2g} to {high:+.2g})"
     return f"{candidate.difference:+.2g} with {candidate.learning_rate:g}{bounds}"
 
 

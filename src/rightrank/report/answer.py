@@ -279,7 +279,7 @@ def format_brief(value: float | None) -> str:
 def build_evidence_table(decision: Decision) -> list[list[str]]:
     """Return the evidence as rows of text, heading first, then one row for each rank."""
     with_learning_rate = any(evidence.learning_rate for evidence in decision.ranks)
-    heading = ["rank", decision.metric, "worse by", format_interval_label(decision.confidence, "bounds"), "enough"]
+    heading = ["rank", decision.metric, "worse by", format_interval_label(decision.confidence), "enough"]
     heading += ["likely"] * _has_probabilities(decision)
     heading += ["rate"] * with_learning_rate + ["seeds"]
     return [heading, *(_build_evidence_row(evidence, decision, with_learning_rate) for evidence in decision.ranks)]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rightrank.data.files import write_text
 from rightrank.decision.adapter import is_shown_enough
-from rightrank.report.format import ENOUGH, format_interval_label, format_metric_label, make_visible
+from rightrank.report.format import ENOUGH, format_bound_label, format_metric_label, make_visible
 from rightrank.schema.errors import MissingExtraError
 from rightrank.schema.events import Records, RunStarted
 from rightrank.schema.results import (
@@ -248,7 +248,7 @@ def build_rank_figure(decision: Decision) -> Figure:
             if e.rank == decision.recommended_rank:
                 label = "chosen" if decision.rank is not None else "to use until it is settled"
                 draw_ring(ax, e.rank, e.value, f"{label}: rank {e.rank}")
-        bound = format_interval_label(decision.confidence, "bound")
+        bound = format_bound_label(decision.confidence)
         points = [(e.rank, e.value, e.value, end) for e, end in zip(trained, ends, strict=True)]
         draw_points(ax, points, f"best learning rate; whisker: paired {bound}", "C0")
         if base is not None:  # it may be off the scale
@@ -315,7 +315,7 @@ def build_learning_figure(records: Records) -> Figure | None:
 def plot_learning_rates(answer: LearningRateAnswer, started: RunStarted) -> Figure | None:
     """Plot values against the learning rate at the step at which all were compared and at the end, and mark the chosen rate.
 
-    A whisker spans the paired 95% bounds of the difference from the chosen learning rate.
+    A whisker spans the paired 90% interval of the difference from the chosen learning rate.
 
     Returns:
         None if only one learning rate has a value.
@@ -336,7 +336,7 @@ def plot_learning_rates(answer: LearningRateAnswer, started: RunStarted) -> Figu
     def draw(ax: Axes) -> None:
         has_whiskers = any(low < high for _, _, low, high in points)
         label = f"after {answer.step} of {answer.steps} steps" if answer.step < answer.steps else "at the end"
-        draw_points(ax, points, label + "; whiskers: paired 95% bounds" * has_whiskers, "C0")
+        draw_points(ax, points, label + "; whiskers: paired 90% intervals" * has_whiskers, "C0")
         if answer.step < answer.steps and final_points:
             ax.plot(*zip(*final_points, strict=True), "s--", color="C1", label="at the end")
         ax.axvline(answer.learning_rate, color="0.5", linestyle=":", label=f"chosen: {answer.learning_rate:g}")
@@ -381,7 +381,7 @@ def plot_adapters(
 ) -> Figure:
     """Plot held-out values by rank of trained and truncated adapters.
 
-    A whisker spans the 95% bounds of the paired difference, starting from the reference's value. An adapter is good enough if its
+    A whisker spans the 90% interval of the paired difference, starting from the reference's value. An adapter is good enough if its
     whisker ends inside the band. The axis on the right has the share of the gain over the base.
     """
     sign = -1 if higher_is_better else 1
@@ -395,7 +395,7 @@ def plot_adapters(
     chosen = next(adapter for adapter in adapters if adapter.trial_id == answer.trial_id)
 
     def draw(ax: Axes) -> None:
-        draw_band(ax, reference, edge, "within the margin; whiskers: paired 95% bounds")
+        draw_band(ax, reference, edge, "within the margin; whiskers: paired 90% intervals")
         draw_ring(ax, chosen.rank, chosen.value, f"exported: rank {chosen.rank}, {chosen.method}")
         for number, (method, label) in enumerate(METHODS.items()):
             series = sorted(points[adapter.trial_id] for adapter in adapters if adapter.method == method)

@@ -146,9 +146,14 @@ def get_metric_unit(metric: str) -> str:
     return "nats" if metric == "loss" else make_visible(metric)
 
 
-def format_interval_label(confidence: float | None, noun: str) -> str:
+def format_bound_label(confidence: float | None) -> str:
     """Return `95% bound`, or `bound` without a confidence level: one seed, or one number a rank."""
-    return noun if confidence is None else f"{confidence:.0%} {noun}"
+    return "bound" if confidence is None else f"{confidence:.0%} bound"
+
+
+def format_interval_label(confidence: float | None) -> str:
+    """Return `90% interval` for two bounds of 95% each, or `interval` without a confidence level."""
+    return "interval" if confidence is None else f"{2 * confidence - 1:.0%} interval"
 
 
 def format_table(rows: Sequence[Sequence[str]], left_columns: Collection[int] = ()) -> list[str]:

@@ -24,6 +24,7 @@ from rightrank.bases.safetensors_files import open_tensors
 from rightrank.data.files import read_json_object
 from rightrank.data.splits import DataSplits, load_data, load_held_out
 from rightrank.decision.adapter import Criterion, ReferenceComparison, format_margin
+from rightrank.decision.comparison import INTERVAL
 from rightrank.evaluation.answers import measure_metrics, require_metric_functions
 from rightrank.evaluation.attached_adapters import attach_adapter, report_evaluation_progress, require_matching_base
 from rightrank.evaluation.evaluator import Evaluator, build_evaluator
@@ -258,7 +259,7 @@ def _format_sentence(a: str, b: str, worst: MetricComparison, count: int, cause:
     left_out += f" ({worst.trained_on:,} more are training examples of A or B)" if worst.trained_on else ""
     grouped = ", taken as independent" if worst.groups is None else f" in {worst.groups} groups"
     figures = (
-        f"{worst.metric} differs by {worst.difference:+.3g} (95% bounds {worst.difference_low:+.3g} to "
+        f"{worst.metric} differs by {worst.difference:+.3g} ({INTERVAL:.0%} interval {worst.difference_low:+.3g} to "
         f"{worst.difference_high:+.3g}) on {worst.examples} examples{grouped}{left_out}, margin {format_margin(worst)}"
     )
     worst_text = "" if count == 1 else f" The worst of {count} comparisons is on {Path(worst.data).name}."

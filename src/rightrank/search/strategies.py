@@ -24,7 +24,7 @@ from itertools import chain, product
 import numpy as np
 
 from rightrank.decision.adapter import ReferenceComparison
-from rightrank.decision.comparison import is_within, walk_down
+from rightrank.decision.comparison import INTERVAL, is_within, walk_down
 from rightrank.decision.evidence import NOISE, Evidence, compute_detectable_difference, compute_needed_seeds
 from rightrank.decision.run_answers import find_base, score_trials
 from rightrank.schema.errors import SettingsError, suggest_name
@@ -364,7 +364,7 @@ def find_deployment_rank(trials: Trials, learning_rate: float) -> Requests:
     reference_comparison = ReferenceComparison(adapters[parent.trial_id], adapters, space.criterion, base)
     compared = reference_comparison.build_candidate(adapters[long_training.trial_id])
     low, high = compared.difference_low, compared.difference_high
-    bounds = "" if low is None or high is None else f" (95% bounds {low:+.2g} and {high:+.2g})"
+    bounds = "" if low is None or high is None else f" ({INTERVAL:.0%} interval {low:+.2g} to {high:+.2g})"
     result = (
         f"With {long_arm.steps} instead of {space.steps} steps, rank {space.top} is "
         f"{'better' if compared.difference < 0 else 'worse'} by {abs(compared.difference):.2g}{bounds}."
