@@ -66,6 +66,7 @@ OTHER_MODELS = {  # that need another base, data or machine; the test that shows
     "beta": "preference pairs: test_preference.py",
     "columns": "data of other names: tests/data",
     "validation": "a second file: tests/data",
+    "data_config": "a data set on the hub: tests/data/test_hub.py",
     "load_in_4bit": "bitsandbytes: test_equality.py",
     "load_in_8bit": "bitsandbytes: test_equality.py",
     "trust_remote_code": "a model with its own code",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from rightrank.bases.model_sources import require_model
 from rightrank.cluster.workers import open_pool
-from rightrank.data.rows import read_rows
+from rightrank.data.rows import find_hub_data, read_rows
 from rightrank.runs.run import Hook, Hooks, Selected
 from rightrank.runs.selection import Rows, SelectionRequest
 from rightrank.schema.errors import InterruptedRun, MissingExtraError, SettingsError
@@ -140,7 +140,7 @@ def _validate_request(request: SelectionRequest) -> None:
     require_no_secret("data", request.data_name)
     make_strategy(settings.strategy, build_space(settings, settings.max_steps or 1))
     for source in (request.data, settings.validation or None):
-        if isinstance(source, str | Path):
+        if isinstance(source, str | Path) and find_hub_data(Path(source)) is None:
             read_rows(Path(source))  # raises if it is no file or folder of rows, and reads none
     if isinstance(request.model, str):
         require_model(request.model)

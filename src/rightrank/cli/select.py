@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -52,8 +53,8 @@ def _select(
 ) -> None:
     """Train a range of LoRA ranks on DATA and export the smallest adapter that is enough.
 
-    MODEL is a model folder, a GGUF file or a hub name. DATA is a JSONL, CSV or Parquet file, or a folder, with
-    `text`; `prompt` and `completion`; `messages`; `text` and `label`; … (docs/reference/file-formats.md).
+    MODEL is a model folder, a GGUF file or a hub name. DATA is a JSONL, CSV or Parquet file, a folder, or a data set
+    on the hub (owner/name, owner/name:split), with `text`; `prompt` and `completion`; `messages`; `text` and `label`; … (docs/reference/file-formats.md).
     """
     values = gather_settings(config_file, assignments, options)
     if dry_run:
@@ -66,7 +67,8 @@ def _select(
 
     if model is not None and data is not None:
         base, rows = model, data
-        run = out or Path(f"{data.resolve().stem}-{Path(model).resolve().name.removesuffix('.gguf')}")
+        name = re.split("[@:]", data.resolve().stem)[0]  # of a data set on the hub, without revision and split
+        run = out or Path(f"{name}-{Path(model).resolve().name.removesuffix('.gguf')}")
     elif model is None and data is None and out is not None:
         run, values = out, load_run_config(out) | values
         base, rows = str(values.pop("model")), Path(str(values.pop("data")))

@@ -16,11 +16,14 @@ from typing import Any
 import numpy as np
 
 from rightrank.data.files import ROW_DECODER, UnreadableError, detect_path_kind, find_repeated_name, parse_json
+from rightrank.data.hub import HubData, parse_hub_name, read_hub_rows
 from rightrank.schema.errors import DataError, suggest_name
 from rightrank.schema.trials import SplitName
 
 FILE_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-ALLOWED_SOURCES = f"a file ending in {', '.join(FILE_TYPES)}, or a folder of such files"
+ALLOWED_SOURCES = (
+    f"a file ending in {', '.join(FILE_TYPES)}, a folder of such files, or the name of a data set on the hub"
+)
 SPLIT_NAMES: dict[str, SplitName] = {
     "train": "train",
     "training": "train",
@@ -52,12 +55,15 @@ RowsBySplit = dict[
 ]  # Iterators that read lazily and once. The key None is for rows that are not split yet.
 
 
-def read_rows(source: Path | Any) -> RowsBySplit:
-    """Read the rows of a file, of a folder or in memory, by split if the source names splits.
+def read_rows(source: Path | Any, config: str = "") -> RowsBySplit:
+    """Read the rows of a file, of a folder, of a data set on the hub or in memory, by split if the source names splits.
 
     Sources in memory are a `datasets` object, an iterable of mappings, a data frame, or a mapping from splits to these. In a folder,
     a file belongs to the split that its name begins with: train, validation (or val, dev, selection) or test. If no file name begins with
     a split, the rows are not split yet.
+
+    Args:
+        config: the configuration of a data set on the hub.
 
     Raises:
         DataError: no such file, no file of a supported type, or an unknown split name; while iterating: a row that cannot be read.
@@ -65,6 +71,11 @@ def read_rows(source: Path | Any) -> RowsBySplit:
     if not isinstance(source, Path):
         return _read_memory(source)
     path_kind = detect_path_kind(source)
+    hub_data = find_hub_data(source)
+    if hub_data is not None:
+        return _read_memory(
+            read_hub_rows(hub_data, config), f"{hub_data}: name a split, such as {hub_data.name}:train; "
+        )
     if path_kind in ("missing", "other"):
         siblings = source.parent.iterdir() if source.parent.is_dir() else ()
         suggestion = suggest_name(source.name, [file.name for file in siblings])
@@ -95,14 +106,25 @@ def read_rows(source: Path | Any) -> RowsBySplit:
     return chained
 
 
-def _read_memory(source: Any) -> RowsBySplit:
+def find_hub_data(source: Path) -> HubData | None:
+    """Return the data set on the hub that a path which does not exist may name; None for the name of a data file."""
+    is_file_name = source.suffix.lower() in FILE_TYPES
+    return None if is_file_name or detect_path_kind(source) != "missing" else parse_hub_name(str(source))
+
+
+def can_be_read(name: str) -> bool:
+    """Return whether a run's data can still be read by their name: they are there, or on the hub."""
+    return Path(name).exists() or find_hub_data(Path(name)) is not None
+
+
+def _read_memory(source: Any, hint: str = "") -> RowsBySplit:
     if not isinstance(source, Mapping):
         return {None: _iterate_mappings(convert_data_frame(source), "row")}
     by_split: RowsBySplit = {}
     for name, rows in source.items():
         split = SPLIT_NAMES.get(str(name))
         if split is None:
-            raise DataError(f"unknown split {name!r}; allowed: {', '.join(SPLIT_NAMES)}")
+            raise DataError(f"{hint}unknown split {name!r}; allowed: {', '.join(SPLIT_NAMES)}")
         by_split[split] = chain(by_split.get(split, ()), _iterate_mappings(convert_data_frame(rows), f"{name} row"))
     return by_split
 

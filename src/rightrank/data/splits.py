@@ -171,7 +171,7 @@ def load_data(
     Raises:
         DataError: unknown columns, a row that does not fit its form, a single class, or too few examples for a split.
     """
-    rows = read_rows(source)
+    rows = read_rows(source, settings.data_config)
     name = str(source) if isinstance(source, Path) else "the data"
     if settings.validation:
         rows = _add_validation(rows, Path(settings.validation), name)
@@ -232,7 +232,7 @@ def load_held_out(source: Path, settings: SelectSettings, classes: Sequence[str]
     Raises:
         DataError: rows that cannot be used, or fewer than two.
     """
-    by_split = read_rows(source)
+    by_split = read_rows(source, settings.data_config)
     held_out = next((by_split[split] for split in ("test", "validation") if split in by_split), None)
     rows = [row.fields for row in (chain.from_iterable(by_split.values()) if held_out is None else held_out)]
     if len(rows) < 2:

@@ -13,6 +13,7 @@ from peft import PeftModel
 from rightrank.adapters.adapter_files import ensure_peft_format
 from rightrank.bases.base_models import LoadedModel, load_base
 from rightrank.data.files import replace_folder, write_text
+from rightrank.data.rows import can_be_read
 from rightrank.data.splits import DataSplits, load_data, load_held_out
 from rightrank.evaluation.attached_adapters import require_matching_base
 from rightrank.evaluation.batches import Batch, collate
@@ -144,7 +145,7 @@ def _require_equal_logits(adapter: Path, model: Any, batch: Batch, expected: tor
 
 
 def _load_test_split(data: str | None, settings: SelectSettings, adapter: Path) -> DataSplits:
-    if data is None or not Path(data).exists():
+    if data is None or not can_be_read(data):
         raise DataError(
             f"there are no held-out rows to compare on ({data or 'the adapter belongs to no run'}); give them with --check DATA"
         )

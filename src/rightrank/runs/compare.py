@@ -22,6 +22,7 @@ from rightrank.bases.base_models import has_default_names, load_base
 from rightrank.bases.model_sources import BASE_SIDE
 from rightrank.bases.safetensors_files import open_tensors
 from rightrank.data.files import read_json_object
+from rightrank.data.rows import can_be_read
 from rightrank.data.splits import DataSplits, load_data, load_held_out
 from rightrank.decision.adapter import Criterion, ReferenceComparison, format_margin
 from rightrank.decision.comparison import INTERVAL
@@ -155,7 +156,7 @@ def load_run_splits(
     folders = list(adapter.resolve().parents)[:2]
     journal = next((path for folder in folders if (path := folder / "journal.jsonl").is_file()), None)
     started = None if journal is None else next(iter(Journal(journal).read_complete_lines()), None)
-    if not isinstance(started, RunStarted) or started.data_name is None or not Path(started.data_name).exists():
+    if not isinstance(started, RunStarted) or started.data_name is None or not can_be_read(started.data_name):
         return None
     run_settings = settings.model_copy(update=started.select_settings.model_dump(include={*SPLIT_SETTINGS}))
     return load_data(Path(started.data_name), run_settings, classes=classes), Path(started.data_name)

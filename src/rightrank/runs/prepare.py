@@ -22,6 +22,7 @@ from rightrank.bases.base_models import (
     resolve_dtype,
 )
 from rightrank.data.forms import DataForm
+from rightrank.data.hub import pin_revision
 from rightrank.data.splits import DataSplits, load_data
 from rightrank.evaluation.answers import measure_metrics, require_metric_functions
 from rightrank.evaluation.attached_adapters import attach_adapter
@@ -191,12 +192,20 @@ def prepare_run(
         announce: receives what is being done, before each step that takes long.
     """
     first = journal[0] if journal else None
+    request = _pin_data(request, first.data_name if isinstance(first, RunStarted) else None)
     if isinstance(first, RunStarted):
         settings = request.settings
         if "dtype" not in settings.model_fields_set:  # the type that `auto` selected at the beginning
             settings = settings.model_copy(update={"dtype": first.select_settings.dtype})
         request = replace(request, settings=settings, original_settings=first.settings)
     return prepare_selection(request, folder.cache, announce, open_workers)
+
+
+def _pin_data(request: SelectionRequest, recorded: str | None) -> SelectionRequest:
+    """Return the request with the revision of a data set on the hub, that of the recorded name if the run has begun."""
+    if not isinstance(request.data, str | Path):
+        return request
+    return replace(request, data=pin_revision(str(request.data), request.settings.data_config, recorded))
 
 
 def _resolve_auto_dtype(request: SelectionRequest) -> SelectionRequest:

@@ -62,11 +62,11 @@ def load_evaluation_data(
     training_splits, run_data, is_unknown = None, None, False
     if train is None:
         training_splits, run_data = load_run_splits(adapter.path, settings, classes) or (None, None)
-    elif None not in read_rows(train) or train.resolve() == data.resolve():
+    elif None not in read_rows(train, settings.data_config) or train.resolve() == data.resolve():
         training_splits = load_data(train, settings, classes=classes)
     else:
         training_splits = load_held_out(train, settings, classes)
-    if training_splits is None and None not in read_rows(data):
+    if training_splits is None and None not in read_rows(data, settings.data_config):
         all_rows = NO_SPLIT_OVERRIDES | {"max_eval_examples": sys.maxsize}
         splits = load_data(data, settings.model_copy(update=all_rows), classes=classes)
         examples, source = splits.examples["validation"], "its validation split"

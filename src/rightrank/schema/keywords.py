@@ -24,6 +24,7 @@ class SelectKeywords(TypedDict, total=False):
     max_steps: int
     num_train_epochs: float
     columns: Mapping[str, str] | Sequence[str]
+    data_config: str
     validation: str
     max_eval_examples: int
     memory_bytes: int | str

@@ -351,6 +351,7 @@ class SelectSettings(StepSettings):
         "columns with other names, such as prompt=question; `ignore=source` ignores a column; `group=document` names the column of "
         "[groups](file-formats.md#rows-that-belong-together)",
     )
+    data_config: str = option("", DATA, "configuration of a data set on the hub")
     validation: str = option(
         "", DATA, "file or folder of the validation split; by default a tenth of the data"
     )  # fmt: skip
@@ -566,7 +567,7 @@ STEP_OF_SELECT = tuple(
 )
 
 # Settings that determine the rows of each split.
-SPLIT_SETTINGS = ("columns", "validation", "test_fraction", "validation_fraction", "max_eval_examples")
+SPLIT_SETTINGS = ("columns", "data_config", "validation", "test_fraction", "validation_fraction", "max_eval_examples")
 # Settings with which few rows are enough, and no rows are split off.
 NO_SPLIT_OVERRIDES = {"batch_size": 1, "gradient_accumulation_steps": 1, "test_fraction": 0.0, "validation": ""}
 # Settings that select and judge trials without changing one; a run folder may be continued with other values.
